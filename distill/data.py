@@ -1,0 +1,127 @@
+"""Captioned image folders (the `datasets` imagefolder convention: images beside a metadata.jsonl) and atomic files."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.errors import UserError
+
+BACKGROUND = (0.4, 1.0)  # grey levels that transparent images are laid on
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path with the same suffix, renamed to `path` on success and removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """`value` as indented JSON, written atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON in a file. Raises `UserError` for a missing or broken file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A split in memory: images (N, 3 or 4, H, W) uint8 and one metadata row an image, each with a `text`."""
+
+    images: Tensor
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["text"] for row in self.rows]
+
+    def composite(self, indices: Tensor | Sequence[int] | slice, background: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; transparent ones lie on grey levels `background` (B,), else on their own fixed level."""
+        chosen = self.images[indices].float() / 255
+        if chosen.shape[1] == 3:
+            return chosen
+        levels = grey_levels(len(self))[indices] if background is None else background
+        colour, alpha = chosen[:, :3], chosen[:, 3:]
+        return colour * alpha + levels[:, None, None, None] * (1 - alpha)
+
+    def select(self, keep: Sequence[int]) -> "Captioned":
+        """The images at these indices."""
+        return Captioned(self.images[torch.as_tensor(keep, dtype=torch.long)], [self.rows[i] for i in keep])
+
+
+def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Background levels (count,), uniform in `BACKGROUND`; the same for every call without a generator."""
+    generator = generator or torch.Generator().manual_seed(0)
+    low, high = BACKGROUND
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def _open(path: Path, resolution: int) -> np.ndarray:
+    try:
+        image = Image.open(path)
+        image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    if image.size != (resolution, resolution):
+        side = min(image.size)  # centre crop, then resize
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
+    return np.asarray(image)
+
+
+def read_rows(folder: Path | str) -> list[dict[str, Any]]:
+    """The rows of a folder's metadata.jsonl. Raises `UserError` where it is missing, broken or lacks `file_name` or `text`."""
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: expected images beside a metadata.jsonl with file_name and text in each line")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error})") from None
+        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
+            raise UserError(f"{path}:{number} needs the keys file_name and text")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty: at least one captioned image is needed")
+    return rows
+
+
+def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int | None = None) -> Captioned:
+    """One split of a captioned image folder (`folder/split/metadata.jsonl`), the first `limit` rows where given.
+
+    Raises `UserError` for a missing folder or split, broken rows and unreadable images.
+    """
+    place = Path(folder) / split
+    rows = read_rows(place)[:limit]
+    images = [_open(place / row["file_name"], resolution) for row in rows]
+    if len({image.shape[2] for image in images}) > 1:  # mixed: transparent images decide
+        images = [i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images]
+    return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)

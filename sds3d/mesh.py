@@ -1,0 +1,301 @@
+"""A coloured, closed triangle mesh out of a density field, and its files.
+
+The isosurface threshold is not a magic number: it is the density at which the volume's silhouettes agree best with the
+scene's own renders. Everything runs on log density, which is close to linear across a trained surface, so that
+interpolated vertices do not fall onto the grid.
+
+Axes: a scene is z-up with its front at +x. Files follow glTF, y-up with the front at +z (and the object's left at +x):
+(x, y, z) in the scene is (y, z, x) in `mesh.glb` and `mesh.obj`. `load_mesh` turns a file back.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import trimesh
+from torch import Tensor
+
+from distill.data import atomic_path
+from distill.errors import UserError
+from sds3d.cameras import Cameras, orbit
+from sds3d.raycast import RayCaster
+from sds3d.turntable import Renderable, render_views
+
+FLOOR = 1e-2  # density counted as empty: 2 % opacity across the whole box
+POINTS = 1 << 17  # field evaluations at once
+TO_FILE = np.eye(4)[[1, 2, 0, 3]]  # (x, y, z) -> (y, z, x), a rotation
+
+
+class DensityField(Protocol):
+    """What a mesh needs of a field. Points x (N, 3) in [-1, 1]^3; density (N,) >= 0 per unit length."""
+
+    def density(self, x: Tensor) -> Tensor:
+        """Density (N,)."""
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Density (N,) and albedo (N, 3) in [0, 1]."""
+
+
+class FieldScene(Renderable, Protocol):
+    """A scene that renders itself and shows its field."""
+
+    @property
+    def field(self) -> DensityField:
+        """The field that the renders integrate."""
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How a mesh is taken out of a scene. Raises `UserError` for values no mesh can have."""
+
+    resolution: int = 128  # density samples along each edge of the box
+    max_faces: int = 20_000
+    views: int = 12  # ring views whose silhouettes are compared; two raised ones are added
+    view_resolution: int = 64
+    candidates: int = 24  # thresholds tried, then as many again around the best
+    min_component: float = 0.02  # pieces below this share of the largest one's volume are floaters; 0 keeps all
+    smoothing: int = 5  # Taubin iterations
+
+    def __post_init__(self) -> None:
+        least = {"resolution": 8, "max_faces": 100, "views": 1, "view_resolution": 8, "candidates": 3}
+        for name, value in vars(self).items():
+            if value < least.get(name, 0):
+                raise UserError(f"mesh {name} is {value}: it must be at least {least.get(name, 0)}")
+        if self.min_component > 1:
+            raise UserError(f"mesh min_component is {self.min_component}: give a share of the largest piece, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class ExtractedMesh:
+    """A mesh in scene axes with sRGB vertex colours (8 bit, as the albedo is), and how it came about."""
+
+    mesh: trimesh.Trimesh
+    threshold: float  # density of the isosurface
+    silhouette_iou: float  # of the final mesh with the scene's opacity > 0.5, mean over the views
+    watertight: bool
+    dropped: int  # floaters
+
+
+@torch.no_grad()
+def sample_log_density(field: DensityField, resolution: int, device: torch.device) -> Tensor:
+    """log(density / FLOOR), at least 0, on the grid [x, y, z] with corners at -1 and 1: (R, R, R) on the CPU.
+
+    Raises `UserError` for a density that is not finite.
+    """
+    line = torch.linspace(-1, 1, resolution, device=device)
+    points = torch.cartesian_prod(line, line, line)
+    density = torch.cat([field.density(part).reshape(-1).float().cpu() for part in points.split(POINTS)])
+    if not density.isfinite().all():
+        raise UserError("the scene's density is not finite: its training diverged, lower the learning rate and run it again")
+    return (density.clamp_min(FLOOR) / FLOOR).log().reshape((resolution,) * 3)
+
+
+def silhouette_cameras(options: MeshOptions) -> Cameras:
+    """A ring at 15 degrees, and two cameras at 60 degrees that see into what the ring cannot."""
+    azimuth = torch.cat([torch.arange(options.views) * (360 / options.views), torch.tensor([45.0, 225.0])])
+    elevation = torch.cat([torch.full((options.views,), 15.0), torch.full((2,), 60.0)])
+    distance, fovy = torch.full_like(azimuth, 3.0), torch.full_like(azimuth, 35.0)
+    return orbit(azimuth, elevation, distance, fovy, options.view_resolution)
+
+
+def project_peaks(grid: Tensor, cameras: Cameras) -> Tensor:
+    """Largest value along each ray (B, H, W): thresholding it gives the silhouette of that isosurface, no mesh needed."""
+    reach, step = math.sqrt(3), 2 / (grid.shape[0] - 1)
+    along = torch.arange(-reach, reach, step)[:, None]
+    peaks = []
+    for origin, direction in zip(*cameras.rays(), strict=True):
+        start, way = origin.reshape(-1, 1, 3), direction.reshape(-1, 1, 3)
+        points = start + way * (along - (start * way).sum(-1, keepdim=True))  # about the point nearest to the centre
+        values = F.grid_sample(grid[None, None], points[None, :, :, None].flip(-1), align_corners=True)
+        peaks.append(values.reshape(len(start), -1).amax(1).reshape(origin.shape[:2]))
+    return torch.stack(peaks)
+
+
+def mean_iou(first: Tensor, second: Tensor) -> float:
+    """Intersection over union of boolean silhouettes (B, H, W), mean over views; 1 where both are empty."""
+    union = (first | second).sum((1, 2))
+    return torch.where(union > 0, (first & second).sum((1, 2)) / union.clamp_min(1), 1.0).mean().item()
+
+
+def choose_level(peaks: Tensor, opaque: Tensor, candidates: int) -> float:
+    """The level at which `peaks > level` agrees best with `opaque` (both (B, H, W)); the middle where many agree alike."""
+    low, high = torch.quantile(peaks[peaks > 0], torch.tensor([0.01, 0.99])).tolist()
+    scores: dict[float, float] = {}
+    for _ in range(2):
+        levels = np.linspace(low, high, candidates)
+        scores |= {level: mean_iou(peaks > level, opaque) for level in levels.tolist()}
+        order = sorted(scores)
+        best = order.index(max(order, key=lambda level: scores[level]))
+        low, high = order[max(best - 1, 0)], order[min(best + 1, len(order) - 1)]
+    first = last = best
+    enough = scores[order[best]] - 1e-3
+    while first > 0 and scores[order[first - 1]] >= enough:
+        first -= 1
+    while last + 1 < len(order) and scores[order[last + 1]] >= enough:
+        last += 1
+    return (order[first] + order[last]) / 2
+
+
+def clean_volume(grid: np.ndarray, level: float, min_component: float) -> tuple[np.ndarray, int]:
+    """The grid without small pieces and with closed cavities filled (nobody sees them), and how many pieces went."""
+    from scipy import ndimage
+
+    solid = grid > level
+    labels, count = ndimage.label(solid)
+    if count == 0:
+        raise UserError(f"no grid cell is denser than the threshold {FLOOR * math.exp(level):.3g}: raise the mesh resolution")
+    sizes = np.bincount(labels.ravel())[1:]
+    keep = np.concatenate([[False], sizes >= min_component * sizes.max()])
+    kept = keep[labels]
+    cleaned = np.where(solid & ~kept, 0, grid)
+    cleaned[ndimage.binary_fill_holes(kept) & ~kept] = grid.max()
+    return cleaned, int(count - keep.sum())
+
+
+def march(grid: np.ndarray, level: float) -> trimesh.Trimesh:
+    """The isosurface in [-1, 1]^3, closed at the border of the box, normals outward (Lewiner's marching cubes)."""
+    from skimage.measure import marching_cubes
+
+    vertices, faces, _, _ = marching_cubes(np.pad(grid, 1), level, gradient_direction="ascent")
+    return trimesh.Trimesh((vertices - 1) * (2 / (grid.shape[0] - 1)) - 1, faces)
+
+
+def _pinched_edges(faces: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Edges (2,) that do not have exactly two faces, each with the rows of its faces."""
+    edges = np.sort(faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    unique, inverse, count = np.unique(edges, axis=0, return_inverse=True, return_counts=True)
+    return [(unique[i], np.flatnonzero(inverse == i) // 3) for i in np.flatnonzero(count != 2)]
+
+
+def _without_flaps(faces: np.ndarray) -> np.ndarray:
+    """The faces without pairs that lie on one another with opposite sides out: nothing is between them."""
+    _, inverse, count = np.unique(np.sort(faces, axis=1), axis=0, return_inverse=True, return_counts=True)
+    return faces[count[inverse] != 2]
+
+
+def _wedges(vertices: np.ndarray, edge: np.ndarray, around: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of rows of `around` (faces at the edge) that bound one solid wedge: outside grows with the angle on a face that runs
+    along the edge, and falls on one that runs against it. Empty where the faces do not pair up."""
+    axis = vertices[edge[1]] - vertices[edge[0]]
+    side = np.cross(axis, np.eye(3)[np.abs(axis).argmin()])
+    other = around.sum(1) - edge.sum()
+    away = vertices[other] - vertices[edge[0]]
+    angle = np.arctan2(away @ np.cross(axis, side) / (np.linalg.norm(axis) + 1e-12), away @ side)
+    place = (around == edge[0]).argmax(1)
+    forward = around[np.arange(len(around)), (place + 1) % 3] == edge[1]
+    along, against = np.flatnonzero(forward), list(np.flatnonzero(~forward))
+    if len(along) != len(against):
+        return []
+    pairs = []
+    for row in along:
+        partner = min(against, key=lambda candidate: (angle[row] - angle[candidate]) % (2 * np.pi))
+        against.remove(partner)
+        pairs.append((int(row), int(partner)))
+    return pairs
+
+
+def separate_pinches(mesh: trimesh.Trimesh, rounds: int = 8) -> trimesh.Trimesh:
+    """The mesh with edges shared by 4, 6, ... faces taken apart (decimation leaves some): each pair of faces that bounds one
+    solid wedge gets its own middle vertex, moved a little into the wedge, so that files stay closed after a reload."""
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    for _ in range(rounds):
+        faces = _without_flaps(faces)
+        taken: set[int] = set()
+        points, halves = list(vertices), []
+        for edge, rows in _pinched_edges(faces):
+            wedges = [] if taken & set(rows.tolist()) else _wedges(vertices, edge, faces[rows])
+            for pair in wedges:
+                split = faces[rows[list(pair)]]
+                middle = vertices[edge].mean(0)
+                points.append(middle + 0.05 * (vertices[split.sum(1) - edge.sum()].mean(0) - middle))
+                halves += [np.where(split == end, len(points) - 1, split) for end in edge]
+            taken |= set(rows.tolist()) if wedges else set()
+        if not taken:
+            break
+        whole = np.setdiff1d(np.arange(len(faces)), list(taken))
+        vertices, faces = np.asarray(points), np.concatenate([faces[whole], *halves])
+    return trimesh.Trimesh(vertices, faces)
+
+
+def polish(grid: np.ndarray, level: float, options: MeshOptions) -> trimesh.Trimesh:
+    """A smoothed, closed mesh within the face budget. Where decimation cannot keep it closed the volume is blurred and the work
+    repeated; the undecimated surface is the last resort."""
+    from scipy import ndimage
+
+    for blur in (0.0, 0.7, 1.5):
+        mesh = march(ndimage.gaussian_filter(grid, blur) if blur else grid, level)
+        trimesh.smoothing.filter_taubin(mesh, iterations=options.smoothing)
+        if len(mesh.faces) > options.max_faces:  # the margin is for the faces that taking pinches apart adds
+            mesh = mesh.simplify_quadric_decimation(face_count=int(0.98 * options.max_faces))
+        mesh = separate_pinches(mesh)
+        if mesh.is_watertight and mesh.volume > 0 and len(mesh.faces) <= options.max_faces:
+            return mesh
+    return separate_pinches(march(grid, level))
+
+
+@torch.no_grad()
+def surface_colour(field: DensityField, mesh: trimesh.Trimesh, step: float, device: torch.device) -> np.ndarray:
+    """Colours (V, 4) uint8: what a short ray along each vertex's inward normal collects in 7 steps of length `step`."""
+    depth = torch.arange(7)[:, None, None] * step
+    start, normal = (torch.from_numpy(np.array(a, np.float32)) for a in (mesh.vertices, mesh.vertex_normals))
+    points = (start - depth * normal).clamp(-1, 1).reshape(-1, 3)
+    parts = [field(part.to(device)) for part in points.split(POINTS)]
+    density = torch.cat([part[0].reshape(-1).float().cpu() for part in parts]).reshape(7, -1, 1)
+    albedo = torch.cat([part[1].float().cpu() for part in parts]).reshape(7, -1, 3)
+    thickness = density * step
+    weight = torch.exp(thickness - thickness.cumsum(0)) * (1 - torch.exp(-thickness)) + 1e-6
+    colour = ((weight * albedo).sum(0) / weight.sum(0)).clamp(0, 1).numpy()
+    return np.concatenate([np.round(colour * 255), np.full((len(colour), 1), 255)], axis=1).astype(np.uint8)
+
+
+def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> ExtractedMesh:
+    """The scene's surface, in a few seconds on two cores.
+
+    Raises `UserError` for an empty scene (no ray reaches opacity 0.5) and for a density that is not finite.
+    """
+    grid = sample_log_density(scene.field, options.resolution, scene.device)
+    cameras = silhouette_cameras(options)
+    opaque = render_views(scene, cameras, None).opacity[:, 0] > 0.5
+    peaks = project_peaks(grid, cameras)
+    if not (peaks.any() and opaque.any()):
+        raise UserError(
+            f"the scene is empty (largest density {FLOOR * grid.max().exp():.2g}, no ray reaches opacity 0.5): "
+            "train it longer or with another seed before taking a mesh out of it"
+        )
+    level = choose_level(peaks, opaque, options.candidates)
+    volume, dropped = clean_volume(grid.numpy(), level, options.min_component)
+    mesh = polish(volume, level, options)
+    colours = surface_colour(scene.field, mesh, 1 / options.resolution, scene.device)
+    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=colours)
+    seen = torch.from_numpy(RayCaster(mesh).cast(*cameras.rays())[0] >= 0).reshape(opaque.shape)
+    return ExtractedMesh(mesh, FLOOR * math.exp(level), mean_iou(seen, opaque), bool(mesh.is_watertight), dropped)
+
+
+def save_mesh(mesh: trimesh.Trimesh, folder: Path | str, name: str = "mesh") -> tuple[Path, Path]:
+    """Write `name`.glb and `name`.obj (vertex colours as 'v x y z r g b') and return their paths.
+
+    Axes as at the top of this file. Colours are the sRGB bytes as they are.
+    """
+    turned = mesh.copy()
+    turned.apply_transform(TO_FILE)
+    paths = Path(folder) / f"{name}.glb", Path(folder) / f"{name}.obj"
+    for path in paths:
+        with atomic_path(path) as temporary:
+            turned.export(temporary)
+    return paths
+
+
+def load_mesh(path: Path | str) -> trimesh.Trimesh:
+    """A mesh that `save_mesh` wrote, back in scene axes. Raises `UserError` for a file that is missing or holds no mesh."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: expected a .glb or .obj file")
+    try:
+        mesh = trimesh.load(path, force="mesh")
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be read as a mesh ({error})") from None
+    mesh.apply_transform(TO_FILE.T)
+    return mesh

@@ -1,0 +1,182 @@
+"""What is looked at: turntables of a scene or a mesh, as MP4, GIF and contact sheet. Frames are (F, 3, H, W) in [0, 1]."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data import atomic_path
+from distill.errors import UserError
+from sds3d.cameras import Cameras, ring
+
+if TYPE_CHECKING:
+    import trimesh
+
+    from sds3d.raycast import RayCaster
+
+Colour = tuple[float, float, float]  # RGB in [0, 1]
+WHITE: Colour = (1.0, 1.0, 1.0)
+VIEWS = 4  # rendered at once; bounds the memory
+
+
+class RenderedViews(Protocol):
+    """rgb (B, 3, H, W) and opacity (B, 1, H, W), both in [0, 1]."""
+
+    @property
+    def rgb(self) -> Tensor:
+        """Colours over the background."""
+
+    @property
+    def opacity(self) -> Tensor:
+        """Opacities."""
+
+
+class Renderable(Protocol):
+    """Anything that cameras can look at: `sds3d.scene.Scene`, or a stand-in."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lives."""
+
+    def render(
+        self,
+        cameras: Cameras,
+        background: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        training: bool = False,
+    ) -> RenderedViews:
+        """Views over backgrounds (B, 3), or over its own."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Views on the CPU: rgb (B, 3, H, W), opacity (B, 1, H, W)."""
+
+    rgb: Tensor
+    opacity: Tensor
+
+
+def render_views(scene: Renderable, cameras: Cameras, background: Colour | None = WHITE) -> Frames:
+    """All views, a few at a time, without gradients; over the scene's own background where none is given."""
+    colours, opacities = [], []
+    with torch.no_grad():
+        for part in chunks(cameras.to(scene.device), VIEWS):
+            behind = None if background is None else torch.tensor(background, device=scene.device).expand(len(part), 3)
+            views = scene.render(part, behind, training=False)
+            colours.append(views.rgb.float().cpu())
+            opacities.append(views.opacity.float().cpu())
+    return Frames(torch.cat(colours).clamp(0, 1), torch.cat(opacities))
+
+
+def chunks(cameras: Cameras, size: int) -> Iterator[Cameras]:
+    """The cameras in order, `size` at a time."""
+    parts = (cameras.position, cameras.azimuth, cameras.elevation, cameras.rotation, cameras.fovy)
+    for tensors in zip(*(part.split(size) for part in parts), strict=True):
+        yield Cameras(*tensors, cameras.resolution)
+
+
+def render_turntable(
+    scene: Renderable, frames: int = 72, elevation: float = 15.0, resolution: int = 128, background: Colour | None = WHITE
+) -> Tensor:
+    """One turn around a scene, from the front on: (F, 3, H, W). Raises `UserError` for less than one frame."""
+    if frames < 1:
+        raise UserError(f"a turntable of {frames} frames was asked for: at least one is needed")
+    return render_views(scene, ring(frames, elevation, resolution), background).rgb
+
+
+def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", colours: np.ndarray, camera: Cameras) -> np.ndarray:
+    """Interpolated vertex colours and coverage (N, 4) of one camera's rays; zeros for a miss."""
+    from trimesh.triangles import points_to_barycentric
+
+    origins, directions = (ray.reshape(-1, 3).numpy() for ray in camera.rays())
+    face, distance, _ = caster.cast(*camera.rays())
+    hit = face >= 0
+    points = (origins + directions * np.where(hit, distance, 0)[:, None])[hit]
+    share = points_to_barycentric(mesh.triangles[face[hit]], points).clip(0, 1).astype(np.float32)
+    rgba = np.zeros((len(face), 4), np.float32)
+    rgba[hit, :3] = np.einsum("nc,ncd->nd", share, colours[mesh.faces[face[hit]]]).clip(0, 1)
+    rgba[hit, 3] = 1
+    return rgba
+
+
+def render_mesh(mesh: "trimesh.Trimesh", cameras: Cameras, background: Colour = WHITE, supersample: int = 2) -> Frames:
+    """Ray-cast views of a mesh in scene axes by its vertex colours, unlit, so that it can be laid beside its NeRF."""
+    from sds3d.raycast import RayCaster
+
+    caster, size = RayCaster(mesh), cameras.resolution
+    colours = np.asarray(mesh.visual.vertex_colors, np.float32)[:, :3] / 255
+    views = []
+    for camera in chunks(cameras.at(size * supersample), 1):
+        rgba = _hit_colours(caster, mesh, colours, camera)
+        views.append(rgba.reshape(size, supersample, size, supersample, 4).mean((1, 3)))
+    rgba = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    opacity = rgba[:, 3:]  # the colours carry it already
+    return Frames(rgba[:, :3] + (1 - opacity) * torch.tensor(background)[:, None, None], opacity)
+
+
+def _pixels(frames: Tensor, fps: float) -> np.ndarray:
+    """Frames as (F, H, W, 3) bytes. Raises `UserError` for another shape, no frame, or a rate that is not above zero."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise UserError(f"frames have shape {tuple(frames.shape)}: expected (frames, 3, height, width) with at least one frame")
+    if not fps > 0:
+        raise UserError(f"fps is {fps}: give a number above zero")
+    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def save_video(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
+    """H.264 in an .mp4 that every player takes (yuv420p, index first); an odd height or width grows by one repeated line.
+
+    Raises `UserError` for wrong frames, another suffix, and where imageio-ffmpeg finds no ffmpeg.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe, write_frames
+
+    pixels = _pixels(frames, fps)
+    if Path(path).suffix != ".mp4":
+        raise UserError(f"{path} is no video file name: it must end in .mp4")
+    try:
+        get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UserError(f"no ffmpeg for {path} ({error}): pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE") from None
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    options = ["-crf", "16", "-movflags", "+faststart"]  # crf 16 is visually lossless; file size does not matter here
+    with atomic_path(path) as temporary:
+        size = (pixels.shape[2], pixels.shape[1])
+        writer = write_frames(str(temporary), size, fps=fps, codec="libx264", macro_block_size=2, output_params=options)
+        writer.send(None)
+        for frame in pixels:
+            writer.send(frame)
+        writer.close()
+        if not temporary.is_file():
+            raise OSError(f"ffmpeg wrote nothing for {path}")
+    return Path(path)
+
+
+def save_gif(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
+    """An endless .gif, each frame with its own octree palette (fast; the format counts hundredths of a second).
+
+    Raises `UserError` for wrong frames or another suffix.
+    """
+    from PIL import Image
+
+    if Path(path).suffix != ".gif":
+        raise UserError(f"{path} is no animation file name: it must end in .gif")
+    images = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in _pixels(frames, fps)]
+    duration = max(round(100 / fps), 2) * 10  # players slow anything below 20 ms down
+    with atomic_path(path) as temporary:
+        images[0].save(temporary, save_all=True, append_images=images[1:], duration=duration, loop=0, disposal=1)
+    return Path(path)
+
+
+def contact_sheet(frames: Tensor, columns: int = 8, rows: int = 1) -> Tensor:
+    """Evenly spaced frames, first one included, side by side, then below: (3, rows H, columns W)."""
+    if columns < 1 or rows < 1 or not len(frames):
+        raise UserError(f"a contact sheet of {rows} x {columns} from {len(frames)} frames: each must be at least 1")
+    count = columns * rows
+    chosen = frames[torch.arange(count) * len(frames) // count]
+    _, channels, height, width = chosen.shape
+    sheet = chosen.reshape(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
+    return sheet.reshape(channels, rows * height, columns * width)
