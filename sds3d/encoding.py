@@ -1,7 +1,8 @@
 """Multi-resolution grid encoding of positions (Mueller et al. 2022, "Instant Neural Graphics Primitives").
 
-Two makes of the same thing: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch alone). They share
-the meaning of the options and the layout of the table, so a table saved by one loads into the other.
+Two makes of the same thing: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch alone).
+They share the meaning of the options and the layout of the table, so a table saved by one loads into the
+other.
 """
 
 import importlib.util
@@ -24,8 +25,8 @@ PRIMES = (1, 2654435761 - 2**32, 805459861)
 class HashEncodingOptions:
     """Sizes of the grid, in tinycudann's terms. Raises `UserError` for a grid that cannot be.
 
-    Level l has resolution `ceil(base_resolution * per_level_scale**l - 1) + 1` nodes a side. Where all its nodes fit
-    into `2**log2_hashmap_size` entries it is stored densely, else they share the entries by a hash.
+    Level l has resolution `ceil(base_resolution * per_level_scale**l - 1) + 1` nodes a side. Where all its
+    nodes fit into `2**log2_hashmap_size` entries it is stored densely, else they share the entries by a hash.
     """
 
     n_levels: int = 6
@@ -35,10 +36,15 @@ class HashEncodingOptions:
     per_level_scale: float = 1.6  # six levels end at 84 nodes a side: about the pixel of a 64 x 64 view
 
     def __post_init__(self) -> None:
-        if min(self.n_levels, self.n_features_per_level) < 1 or self.base_resolution < 2 or self.per_level_scale < 1:
+        if (
+            min(self.n_levels, self.n_features_per_level) < 1
+            or self.base_resolution < 2
+            or self.per_level_scale < 1
+        ):
             raise UserError(
-                f"encoding of {self.n_levels} levels, {self.n_features_per_level} features, base {self.base_resolution}, scale "
-                f"{self.per_level_scale}: at least 1 level, 1 feature, base 2 and scale 1 are needed"
+                f"encoding of {self.n_levels} levels, {self.n_features_per_level} features, base "
+                f"{self.base_resolution}, scale {self.per_level_scale}: "
+                "at least 1 level, 1 feature, base 2 and scale 1 are needed"
             )
         if not 4 <= self.log2_hashmap_size <= 24:
             raise UserError(f"log2_hashmap_size is {self.log2_hashmap_size}: give a number from 4 to 24")
@@ -63,7 +69,7 @@ class HashEncodingOptions:
 
 @lru_cache
 def _sparse_product_works() -> bool:
-    """Whether this torch multiplies CSR matrices fast on the CPU (MKL). Swallows torch's once-only notice that CSR is beta."""
+    """Whether torch has MKL, for fast CSR products on the CPU; swallows its one notice that CSR is beta."""
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():
@@ -99,7 +105,7 @@ class _Interpolate(torch.autograd.Function):
         corners = ctx.saved_tensors
         features = grad.shape[1] // len(ctx.sizes)
         parts = []
-        # Feature-major: one-dimensional index_add is the fastest scatter torch has on a CPU, and a deterministic one.
+        # Feature-major: one-dimensional index_add is torch's fastest scatter on a CPU, and deterministic.
         for level, columns in enumerate(grad.t().contiguous().split(features)):
             index, weight = corners[2 * level].flatten(), corners[2 * level + 1]
             part = grad.new_zeros(features, ctx.sizes[level])
@@ -111,23 +117,29 @@ class _Interpolate(torch.autograd.Function):
 
 
 class HashEncoding(nn.Module):
-    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level, torch alone.
+    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level, torch
+    alone.
 
-    As in tinycudann a level's nodes stand half a cell off the border (`x * scale + 0.5`); unlike it, the outermost half cell
-    repeats its border value instead of wrapping round. Positions get no gradient: normals are finite differences of density.
+    As in tinycudann a level's nodes stand half a cell off the border (`x * scale + 0.5`); unlike it, the
+    outermost half cell repeats its border value instead of wrapping round. Positions get no gradient: normals
+    are finite differences of density.
     """
 
     def __init__(self, options: HashEncodingOptions) -> None:
         super().__init__()
         self.options = options
-        self.table = nn.Parameter(torch.empty(sum(options.sizes()), options.n_features_per_level).uniform_(-1e-4, 1e-4))
+        self.table = nn.Parameter(
+            torch.empty(sum(options.sizes()), options.n_features_per_level).uniform_(-1e-4, 1e-4)
+        )
 
     def forward(self, positions: Tensor) -> Tensor:
         axes = positions.detach().t().to(self.table.dtype).contiguous()
         options, corners = self.options, []
         for scale, nodes, size in zip(options.scales(), options.resolutions(), options.sizes()):
             corners += level_corners(axes, scale, nodes, size)
-        return _Interpolate.apply(self.table, options.sizes(), *corners)
+        # Under autocast the sparse product would be asked for in half, which no CPU kernel knows.
+        with torch.autocast(self.table.device.type, enabled=False):
+            return _Interpolate.apply(self.table, options.sizes(), *corners)
 
 
 def level_corners(axes: Tensor, scale: float, nodes: int, size: int) -> tuple[Tensor, Tensor]:
@@ -191,7 +203,9 @@ class TinyCudaEncoding(nn.Module):
         return grid(positions.detach()).float()
 
 
-def make_encoding(options: HashEncodingOptions, device: torch.device | str) -> HashEncoding | TinyCudaEncoding:
+def make_encoding(
+    options: HashEncodingOptions, device: torch.device | str
+) -> HashEncoding | TinyCudaEncoding:
     """tinycudann's encoding on a CUDA device where it is installed, else the torch twin; on `device`."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("tinycudann") is not None:
         return TinyCudaEncoding(options).to(device)

@@ -19,8 +19,9 @@ TETRAHEDRON = ((1.0, 1.0, 1.0), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.
 class FieldOptions:
     """Size of the field and its start. Raises `UserError` for sizes that cannot be.
 
-    Before the activation, density gets `density_bias + blob_density * (1 - |x| / blob_radius)` (Magic3D, Lin et al. 2023,
-    section 4.1; DreamFusion, appendix A.2, uses a Gaussian): a soft ball to carve from, empty far from the centre.
+    Before the activation, density gets `density_bias + blob_density * (1 - |x| / blob_radius)` (Magic3D, Lin
+    et al. 2023, section 4.1; DreamFusion, appendix A.2, uses a Gaussian): a soft ball to carve from, empty
+    far from the centre.
     """
 
     encoding: HashEncodingOptions = field(default_factory=HashEncodingOptions)
@@ -34,15 +35,16 @@ class FieldOptions:
     def __post_init__(self) -> None:
         if self.hidden_width < 1 or self.hidden_layers < 1 or self.blob_radius <= 0:
             raise UserError(
-                f"field of {self.hidden_layers} hidden layers of width {self.hidden_width} and blob radius {self.blob_radius}: "
-                "all three must be positive"
+                f"field of {self.hidden_layers} hidden layers of width {self.hidden_width} and blob radius "
+                f"{self.blob_radius}: all three must be positive"
             )
         if self.activation not in ("softplus", "trunc_exp"):
             raise UserError(f"field activation is '{self.activation}': use softplus or trunc_exp")
 
 
 class _TruncExp(torch.autograd.Function):
-    """exp with its gradient's exponent clamped at 15, so that a far outlier cannot blow up a step (Mueller et al. 2022)."""
+    """exp with its gradient's exponent clamped at 15, so that a far outlier cannot blow up a step (Mueller et
+    al. 2022)."""
 
     @staticmethod
     def forward(ctx, value: Tensor) -> Tensor:  # noqa: ANN001
@@ -56,7 +58,8 @@ class _TruncExp(torch.autograd.Function):
 
 
 class Field(nn.Module):
-    """Density and albedo at positions in [-1, 1]^3; no dependence on the view, as the light is baked and fixed to the world."""
+    """Density and albedo at positions in [-1, 1]^3; no dependence on the view, as the light is baked and
+    fixed to the world."""
 
     def __init__(self, options: FieldOptions, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -69,7 +72,8 @@ class Field(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N, 3) -> density (N,) per world unit, albedo (N, 3) in [0, 1]. Density is 0 outside the box."""
+        """positions (N, 3) -> density (N,) per world unit, albedo (N, 3) in [0, 1]. Density is 0 outside the
+        box."""
         raw = self._raw(positions)
         return self._activate(raw[:, 0], positions), raw[:, 1:].sigmoid()
 
@@ -78,7 +82,8 @@ class Field(nn.Module):
         return self._activate(self._raw(positions)[:, 0], positions)
 
     def normal(self, positions: Tensor, step: float = 0.01) -> Tensor:
-        """Unit outward normals (N, 3): minus the density's gradient, by differences over a tetrahedron of half-width `step`.
+        """Unit outward normals (N, 3): minus the density's gradient, by differences over a tetrahedron of
+        half-width `step`.
 
         Differentiable with respect to the parameters (four evaluations of the density).
         """

@@ -126,8 +126,7 @@ def choose_level(peaks: Tensor, opaque: Tensor, candidates: int) -> float:
     low, high = torch.quantile(peaks[peaks > 0], torch.tensor([0.01, 0.99])).tolist()
     scores: dict[float, float] = {}
     for _ in range(2):
-        levels = np.linspace(low, high, candidates)
-        scores |= {level: mean_iou(peaks > level, opaque) for level in levels.tolist()}
+        scores |= {level: mean_iou(peaks > level, opaque) for level in np.linspace(low, high, candidates).tolist()}
         order = sorted(scores)
         best = order.index(max(order, key=lambda level: scores[level]))
         low, high = order[max(best - 1, 0)], order[min(best + 1, len(order) - 1)]
@@ -276,10 +275,8 @@ def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> Ext
 
 
 def save_mesh(mesh: trimesh.Trimesh, folder: Path | str, name: str = "mesh") -> tuple[Path, Path]:
-    """Write `name`.glb and `name`.obj (vertex colours as 'v x y z r g b') and return their paths.
-
-    Axes as at the top of this file. Colours are the sRGB bytes as they are.
-    """
+    """Write `name`.glb and `name`.obj, with vertex colours ('v x y z r g b'; sRGB as they are) and axes as at the top of this
+    file, and return their paths."""
     turned = mesh.copy()
     turned.apply_transform(TO_FILE)
     paths = Path(folder) / f"{name}.glb", Path(folder) / f"{name}.obj"

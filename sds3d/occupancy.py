@@ -1,4 +1,5 @@
-"""Where the scene is: a coarse grid of densities that lets the renderer leave out empty and hidden samples."""
+"""Where the scene is: a coarse grid of densities that lets the renderer leave out empty and hidden
+samples."""
 
 import math
 
@@ -13,14 +14,17 @@ EMPTY = -1.0
 
 
 class OccupancyGrid(nn.Module):
-    """Cells over [-1, 1]^3 with a decaying maximum of the density seen in each (Mueller et al. 2022, appendix C).
+    """Cells over [-1, 1]^3 with a decaying maximum of the density seen in each (Mueller et al. 2022, appendix
+    C).
 
-    `levels` (G, G, G), indexed x, y, z, holds that maximum; `guide` is what the marcher reads: `EMPTY` in an empty cell, else
-    a lower bound of the density there, from which samples behind opaque matter are told. Both are saved with the scene.
+    `levels` (G, G, G), indexed x, y, z, holds that maximum; `guide` is what the marcher reads: `EMPTY` in an
+    empty cell, else a lower bound of the density there, from which samples behind opaque matter are told.
+    Both are saved with the scene.
     """
 
     def __init__(self, resolution: int = 48, decay: float = 0.9, threshold: float = 0.01) -> None:
-        """A cell is empty when its density times its side is below `threshold`, or below the mean where that is less."""
+        """A cell is empty when its density times its side is below `threshold`, or below the mean where that
+        is less."""
         super().__init__()
         if not 4 <= resolution <= 256:
             raise UserError(f"occupancy grid resolution is {resolution}: give a number from 4 to 256")
@@ -37,9 +41,12 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def update(self, field: Field, generator: torch.Generator | None = None) -> None:
-        """Look at one random point of every cell (its centre without a generator) and re-draw the map of empty cells."""
+        """Look at one random point of every cell (its centre without a generator) and re-draw the map of
+        empty cells."""
         count = self.resolution**3
-        jitter = torch.full((count, 3), 0.5) if generator is None else torch.rand(count, 3, generator=generator)
+        jitter = (
+            torch.full((count, 3), 0.5) if generator is None else torch.rand(count, 3, generator=generator)
+        )
         points = (self._corners() + jitter.to(self.levels.device)) * (2 / self.resolution) - 1
         density = torch.cat([field.density(part) for part in points.split(2**16)]).view_as(self.levels)
         self.set_densities(torch.maximum(self.levels * self.decay, density), density)
@@ -54,7 +61,9 @@ class OccupancyGrid(nn.Module):
         core = -functional.max_pool3d(-lower[None, None], 3, stride=1, padding=1)[0, 0]
         self.guide.copy_(torch.where(occupied, core.clamp(min=0), EMPTY))
         cells = occupied.nonzero()
-        low, high = (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
+        low, high = (
+            (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
+        )
         self.bounds.copy_(torch.stack([low, high]) * (2 / self.resolution) - 1)
 
     def _corners(self) -> Tensor:
@@ -63,7 +72,8 @@ class OccupancyGrid(nn.Module):
 
 
 def slab(origins: Tensor, directions: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances (R,) at which rays (R, 3) enter and leave the box `bounds` (2, 3); entry > exit where they miss it.
+    """Distances (R,) at which rays (R, 3) enter and leave the box `bounds` (2, 3); entry > exit where they
+    miss it.
 
     The slab test of Kay and Kajiya (1986). Entry is at least 0.
     """

@@ -1,82 +1,90 @@
-"""What keeps a NeRF in shape while a teacher pulls at it: pure functions, each a scalar to be added to the loss.
+"""Penalties on what a scene looks like, apart from the score: small pure functions, each a scalar (a mean).
 
-They read what `Scene.render(..., training=True)` returns: `views.opacity`, and in `views.rendered` the samples (`weights`, `points`,
-`rays`, the last an index into `views.directions`). Means are over rays or points, so weights hold across resolutions.
+They read what `Scene.render(..., training=True)` returns: `views.opacity`, and the samples in
+`views.rendered` (`weights`, `points`, `rays`, the last an index into `views.directions`). Terms that ask the
+field take it as it is.
 """
 
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
 from sds3d.field import Field
 from sds3d.renderer import Rendered
 
 
 def opacity_penalty(opacity: Tensor) -> Tensor:
-    """mean sqrt(o^2 + 0.01) of opacity (any shape) in [0, 1]: empties what need not be there (DreamFusion, Poole et al. 2022, A.2)."""
-    return (opacity**2 + 0.01).sqrt().mean()
+    """mean sqrt(o^2 + 0.01) of opacities in [0, 1], any shape: against filling space. DreamFusion (Poole et
+    al. 2022), appendix A.3."""
+    return (opacity.square() + 0.01).sqrt().mean()
 
 
-def opacity_entropy(opacity: Tensor, margin: float = 1e-3) -> Tensor:
-    """Mean binary entropy, in bits, of opacity (any shape) in [0, 1]: each pixel is object or background (as in Stable-Dreamfusion).
+def opacity_entropy(opacity: Tensor) -> Tensor:
+    """Mean binary entropy in nats of opacities in [0, 1], any shape: against half-transparent matter.
+    Latent-NeRF (Metzer et al. 2022), its sparsity loss. Clamped off both ends, where the slope is
+    infinite."""
+    sure = opacity.clamp(1e-5, 1 - 1e-5)
+    return -(sure * sure.log() + (1 - sure) * (1 - sure).log()).mean()
 
-    Opacity is clamped `margin` off both ends, where the slope of the entropy is infinite.
-    """
-    p = opacity.clamp(margin, 1 - margin)
-    return -(p * p.log2() + (1 - p) * (1 - p).log2()).mean()
+
+def sparsity(density: Tensor, scale: float = 0.1) -> Tensor:
+    """mean (1 - exp(-scale * density)) at points drawn over the box, (N,): against floaters. PlenOctrees (Yu
+    et al. 2021), eq. 8."""
+    return -torch.expm1(-scale * density).mean()
 
 
-def orientation(weights: Tensor, normals: Tensor, directions: Tensor, count: int) -> Tensor:
-    """Sum of weight * max(0, normal . direction)^2 over M samples, by ray (Ref-NeRF, Verbin et al. 2022, eq. 11).
+def orientation(weights: Tensor, normals: Tensor, directions: Tensor) -> Tensor:
+    """mean of w max(0, n . d)^2 over samples: visible normals must not face away. Ref-NeRF (Verbin et al.
+    2022), eq. 11.
 
-    weights (M,), not differentiated (as in DreamFusion, else matter is thinned instead of turned); unit outward normals (M, 3);
-    unit directions (M, 3) of the samples' rays, away from the camera; `count` rays.
+    weights (N,), taken as constants as in DreamFusion; normals, directions (N, 3) unit, directions leaving
+    the camera.
     """
     away = (normals * directions).sum(-1).clamp(min=0)
-    return (weights.detach() * away**2).sum() / max(count, 1)
+    return (weights.detach() * away.square()).mean()
 
 
-def sampled_orientation(
-    field: Field, rendered: Rendered, directions: Tensor, generator: torch.Generator | None = None, samples: int = 4096
+def scene_orientation(
+    field: Field, rendered: Rendered, directions: Tensor, count: int, generator: torch.Generator
 ) -> Tensor:
-    """`orientation` of rays `directions` (R, 3), estimated without bias from `samples` samples drawn in proportion to their weight.
+    """`orientation` over `count` of the rendered samples, drawn in proportion to their weights; directions
+    (R, 3).
 
-    A normal takes four evaluations of the field: all samples of a step would cost more than the step. Zero for empty renders.
+    All samples would cost four field evaluations each. Drawing by weight and weighing equally has the mean of
+    the weighted sum divided by the weights' sum. 0 where nothing was rendered.
     """
     weights = rendered.weights.detach()
-    total = weights.sum()
-    if len(weights) == 0 or not total > 0:
-        return directions.new_zeros(())
-    # By inversion: torch.multinomial needs a generator on the weights' device, and at most 2^24 weights.
-    draws = torch.rand(samples, generator=generator, device="cpu" if generator is None else generator.device)
-    steps = weights.double().cumsum(0)
-    chosen = torch.searchsorted(steps, draws.to(steps) * steps[-1]).clamp(max=len(weights) - 1)
+    if not weights.any():
+        return weights.sum()
+    # By inversion: torch.multinomial wants its generator on the weights' device, and at most 2^24 of them.
+    cumulative = weights.double().cumsum(0)
+    draws = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
+    draws = draws.to(cumulative) * cumulative[-1]
+    chosen = torch.searchsorted(cumulative, draws).clamp(max=len(weights) - 1)
     normals = field.normal(rendered.points[chosen])
-    share = (total / samples).expand(samples)
-    return orientation(share, normals, directions[rendered.rays[chosen]], len(directions))
+    return orientation(torch.ones_like(weights[chosen]), normals, directions[rendered.rays[chosen]])
 
 
-def smoothness(field: Field, points: Tensor, step: float = 0.02, generator: torch.Generator | None = None) -> Tensor:
-    """Total variation at points (N, 3): mean |difference| to a neighbour `step` away, of log(1 + density) and of albedo's channels.
+def total_variation(
+    field: Field, points: Tensor, step: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean absolute difference of (opacity over a step, albedo) between points (N, 3) and random neighbours
+    at distance `step`.
 
-    The neighbour lies in a random direction (RegNeRF and Plenoxels difference along fixed axes). Density counts by its logarithm, as
-    a surface's jump from nothing to hundreds is what is wanted. Raises `UserError` for a step that is not positive.
+    Total variation of the field sampled at random (Rudin, Osher and Fatemi 1992; over NeRF grids: Plenoxels,
+    Fridovich-Keil et al. 2022, eq. 3). Density is compared as the opacity of one step, so that hard surfaces
+    do not outweigh all else. Zeros where there are no points, as in an emptied scene.
     """
-    if step <= 0:
-        raise UserError(f"smoothness step is {step}: give a positive length in world units")
-    offset = torch.randn(points.shape, generator=generator, device="cpu" if generator is None else generator.device)
-    offset = torch.nn.functional.normalize(offset, dim=-1).to(points)
-    density, albedo = field(torch.cat([points, points + step * offset]))
-    near, far = torch.log1p(density).chunk(2)
+    if len(points) == 0:
+        return points.new_zeros(()), points.new_zeros(())
+    offsets = torch.randn(points.shape, generator=generator, device=generator.device).to(points)
+    neighbours = points + step * offsets / offsets.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    density, albedo = field(torch.cat([points, neighbours]))
+    opacity = -torch.expm1(-density * step)
+    here, there = opacity.chunk(2)
     colour, other = albedo.chunk(2)
-    return (near - far).abs().mean() + (colour - other).abs().mean()
-
-
-def sparsity(density: Tensor) -> Tensor:
-    """mean log(1 + 2 density^2) of densities (any shape) at random points: a Cauchy prior on empty space (SNeRG, Hedman et al. 2021)."""
-    return torch.log1p(2 * density**2).mean()
+    return (here - there).abs().mean(), (colour - other).abs().mean()
 
 
 def random_points(count: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
-    """Points (count, 3), uniform in the scene's box [-1, 1]^3: where `sparsity` and `smoothness` look when nothing better is known."""
+    """Points (count, 3) uniform in the box [-1, 1]^3, for `sparsity` and `total_variation`."""
     return (torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1).to(device)

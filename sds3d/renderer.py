@@ -1,7 +1,8 @@
 """Volume rendering of a field along rays: an occupancy-guided marcher, and compositing by nerfacc.
 
-nerfacc (Li et al. 2023) composites on CPU and CUDA. Its sampler exists on CUDA only, so the CPU has a marcher of its own,
-with the same samples: steps of one length from the ray's entry into the box on, shifted by one random offset a ray.
+nerfacc (Li et al. 2023) composites on CPU and CUDA. Its sampler exists on CUDA only, so the CPU has a marcher
+of its own, with the same samples: steps of one length from the ray's entry into the box on, shifted by one
+random offset a ray.
 """
 
 import warnings
@@ -22,11 +23,14 @@ class RenderOptions:
     """How finely rays are sampled. Raises `UserError` for a value out of range."""
 
     samples: int = 64  # steps across the box's side of 2 units
-    early_stop: float = 1e-3  # samples behind matter that lets through less than this are left out; 0 keeps all
+    early_stop: float = 1e-3  # leave out samples behind matter that lets less through than this; 0 keeps all
 
     def __post_init__(self) -> None:
         if self.samples < 2 or not 0 <= self.early_stop < 1:
-            raise UserError(f"render samples {self.samples}, early_stop {self.early_stop}: give at least 2 samples and 0 <= stop < 1")
+            raise UserError(
+                f"render samples {self.samples}, early_stop {self.early_stop}: "
+                "give at least 2 samples and 0 <= stop < 1"
+            )
 
     @property
     def step(self) -> float:
@@ -36,10 +40,10 @@ class RenderOptions:
 
 @dataclass(frozen=True)
 class Samples:
-    """M samples on R rays: `ray` (M,) int64 ascending, `start` (M,) where the sample's step begins, `point` (M, 3).
+    """M samples on R rays: `ray` (M,) int64 ascending, `start` (M,) where its step begins, `point` (M, 3).
 
-    `slot` (M,) is the place of each in a dense (rows, width) array and `rows` (K,) the ray of each row; None on the flat CUDA
-    path. `starts` (K, width) are that array's step beginnings.
+    `slot` (M,) is the place of each in a dense array, a row for each of K rays that meet the occupied part;
+    `starts` (K, width) are that array's step beginnings. Both are None on the flat CUDA path.
     """
 
     ray: Tensor
@@ -51,9 +55,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What R rays saw. `weights` (M,), `points` (M, 3), `rays` (M,) int64 are the samples behind it, for regularisers.
+    """What R rays saw. `weights` (M,), `points` (M, 3), `rays` (M,) int64 are the samples behind it, for
+    regularisers.
 
-    depth is the mean distance along the ray of what was hit, 0 where nothing was. `evaluations` counts field evaluations (M).
+    depth is the mean distance along the ray of what was hit, 0 where nothing was. `evaluations` counts field
+    evaluations (M).
     """
 
     rgb: Tensor  # (R, 3) in [0, 1]
@@ -83,8 +89,9 @@ def render(
 ) -> Rendered:
     """Render rays (R, 3) with unit directions before a background (R, 3) or (3,).
 
-    With a generator each ray's samples are shifted by one random part of a step; without, they lie in the steps' middles.
-    Differentiable with respect to the field's parameters and the background. Kajiya and Von Herzen 1984; Max 1995.
+    With a generator each ray's samples are shifted by one random part of a step; without, they lie in the
+    steps' middles. Differentiable with respect to the field's parameters and the background. Kajiya and Von
+    Herzen 1984; Max 1995.
     """
     jitter = torch.full((len(origins),), 0.5)
     if generator is not None:
@@ -112,7 +119,9 @@ def _weights(samples: Samples, density: Tensor, count: int, step: float) -> Tens
 
     if samples.slot is None:
         ends = samples.start + step
-        return render_weight_from_density(samples.start, ends, density, ray_indices=samples.ray, n_rays=count)[0]
+        return render_weight_from_density(
+            samples.start, ends, density, ray_indices=samples.ray, n_rays=count
+        )[0]
     starts = samples.starts
     dense = density.new_zeros(starts.numel()).index_copy(0, samples.slot, density).view_as(starts)
     weights = render_weight_from_density(starts, starts + step, dense)[0]
@@ -120,21 +129,26 @@ def _weights(samples: Samples, density: Tensor, count: int, step: float) -> Tens
 
 
 @torch.no_grad()
-def sample(grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions) -> Samples:
-    """Samples of rays (R, 3) in cells of the grid that are not empty; `jitter` (R,) in [0, 1) is the point within the step."""
+def sample(
+    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions
+) -> Samples:
+    """Samples of rays (R, 3) in cells of the grid that are not empty; `jitter` (R,) in [0, 1) is the point
+    within the step."""
     if origins.is_cuda and nerfacc_cuda():
         return _sample_nerfacc(grid, origins, directions, jitter, options)
     return _march(grid, origins, directions, jitter, options)
 
 
-def _march(grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions) -> Samples:
+def _march(
+    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions
+) -> Samples:
     """The marcher in plain torch, dense over (rays that meet the occupied part, steps)."""
     step = options.step
     entry, _ = slab(origins, directions, torch.stack([-torch.ones(3), torch.ones(3)]).to(origins))
     near, far = slab(origins, directions, grid.bounds)
     rays = (far > near).nonzero().squeeze(1)
     entry, near, far = entry[rays], near[rays], far[rays]
-    # Steps are counted from the entry into the whole box: the samples do not depend on what the grid leaves out.
+    # Counted from the entry into the whole box: the samples do not depend on what the grid leaves out.
     first = ((near - entry) / step).floor()
     width = int((((far - entry) / step).ceil() - first).amax().item()) if len(rays) else 0
     starts = entry[:, None] + (first[:, None] + torch.arange(width, device=rays.device)) * step
@@ -171,17 +185,21 @@ def _sample_nerfacc(
     estimator = OccGridEstimator([-1.0] * 3 + [1.0] * 3, grid.resolution).to(origins.device)
     estimator.binaries.copy_(grid.occupied[None])
     entry, leave = slab(origins, directions, estimator.aabbs.view(2, 3))
-    ray, start, end = estimator.sampling(origins, directions, t_min=entry, t_max=leave, render_step_size=options.step)
+    ray, start, end = estimator.sampling(
+        origins, directions, t_min=entry, t_max=leave, render_step_size=options.step
+    )
     point = origins[ray] + (start + (end - start) * jitter[ray])[:, None] * directions[ray]
     return Samples(ray, start, point)
 
 
 @lru_cache
 def nerfacc_cuda() -> bool:
-    """Whether nerfacc's CUDA kernels are usable, building them on the first call (a minute or two, cached by torch).
+    """Whether nerfacc's CUDA kernels are usable, building them on the first call (a minute or two, cached by
+    torch).
 
-    nerfacc 0.5.3 does not build as shipped on CUDA 13: torch asks for C++20, where its `lerp` collides with `std::lerp`. Here the
-    installed sources are built as C++17 and handed to nerfacc. Warns once, and returns False, if that fails.
+    nerfacc 0.5.3 does not build as shipped on CUDA 13: torch asks for C++20, where its `lerp` collides with
+    `std::lerp`. Here the installed sources are built as C++17 and handed to nerfacc. Warns once, and returns
+    False, if that fails.
     """
     import nerfacc
 
@@ -197,7 +215,10 @@ def nerfacc_cuda() -> bool:
         nerfacc.csrc = _build(Path(nerfacc.__file__).parent / "cuda" / "csrc")
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"nerfacc's CUDA kernels did not build ({reason}): rays are marched by the torch path instead", stacklevel=2)
+        warnings.warn(
+            f"nerfacc's CUDA kernels did not build ({reason}): rays are marched by the torch path instead",
+            stacklevel=2,
+        )
         return False
     return True
 

@@ -1,4 +1,5 @@
-"""The NeRF that is optimised: field, occupancy grid and background, rendered through cameras, saved as a folder."""
+"""The NeRF that is optimised: field, occupancy grid and background, rendered through cameras, saved as a
+folder."""
 
 import dataclasses
 import json
@@ -24,7 +25,8 @@ FORMAT = "sds3d-scene-1"
 
 @dataclass(frozen=True)
 class BackgroundOptions:
-    """What lies behind the scene: a `fixed` colour, a learned `constant`, or a learned `mlp` of the ray's direction."""
+    """What lies behind the scene: a `fixed` colour, a learned `constant`, or a learned `mlp` of the ray's
+    direction."""
 
     kind: Literal["fixed", "constant", "mlp"] = "fixed"
     colour: tuple[float, float, float] = (1.0, 1.0, 1.0)  # RGB in [0, 1]; where a learned one starts
@@ -39,7 +41,8 @@ class BackgroundOptions:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """The occupancy grid: cells a side, steps between updates, decay per update, opacity of a cell that counts as empty.
+    """The occupancy grid: cells a side, steps between updates, decay per update, opacity of a cell that
+    counts as empty.
 
     Raises `UserError` for a value out of range.
     """
@@ -52,8 +55,8 @@ class GridOptions:
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.decay <= 1 or self.threshold <= 0:
             raise UserError(
-                f"grid every {self.every}, decay {self.decay}, threshold {self.threshold}: every must be at least 1, "
-                "decay from 0 to 1 and threshold positive"
+                f"grid every {self.every}, decay {self.decay}, threshold {self.threshold}: every must be at "
+                "least 1, decay from 0 to 1 and threshold positive"
             )
 
 
@@ -69,7 +72,8 @@ class SceneOptions:
 
 @dataclass(frozen=True)
 class Views:
-    """Images of B cameras. `rendered` holds the samples behind them (all rays, row by row) when rendered for training."""
+    """Images of B cameras. `rendered` holds the samples behind them (all rays, row by row) when rendered for
+    training."""
 
     rgb: Tensor  # (B, 3, H, W) in [0, 1]
     opacity: Tensor  # (B, 1, H, W)
@@ -111,7 +115,9 @@ class Scene(nn.Module):
         super().__init__()
         self.options = options
         self.field = Field(options.field, device)
-        self.grid = OccupancyGrid(options.grid.resolution, options.grid.decay, options.grid.threshold).to(device)
+        self.grid = OccupancyGrid(options.grid.resolution, options.grid.decay, options.grid.threshold).to(
+            device
+        )
         self.background = Background(options.background).to(device)
 
     @property
@@ -119,7 +125,8 @@ class Scene(nn.Module):
         return self.grid.levels.device
 
     def update(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Refresh the occupancy grid when `step` is a multiple of its interval. Call before rendering step `step`."""
+        """Refresh the occupancy grid when `step` is a multiple of its interval. Call before rendering step
+        `step`."""
         if step % self.options.grid.every == 0:
             self.grid.update(self.field, generator)
 
@@ -131,10 +138,12 @@ class Scene(nn.Module):
         training: bool = False,
         normals: bool = False,
     ) -> Views:
-        """Images through `cameras`; `background` (B, 3) replaces the scene's own, as background augmentation does.
+        """Images through `cameras`; `background` (B, 3) replaces the scene's own, as background augmentation
+        does.
 
-        Training renders all rays at once, with gradients and with samples jittered by `generator`; otherwise rays go in chunks,
-        without gradients and without jitter. `normals` are rendered only where they are asked for (four more evaluations a sample).
+        Training renders all rays at once, with gradients and with samples jittered by `generator`; otherwise
+        rays go in chunks, without gradients and without jitter. `normals` are rendered only where they are
+        asked for (four more evaluations a sample).
         """
         origins, directions = (value.to(self.device) for value in cameras.rays())
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
@@ -152,11 +161,15 @@ class Scene(nn.Module):
         normal = maps[:, 5:8] if normals else None
         return Views(maps[:, :3], maps[:, 3:4], maps[:, 4:5], normal, rendered, directions)
 
-    def _rays(self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None) -> Rendered:
+    def _rays(
+        self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None
+    ) -> Rendered:
         behind = self.background(directions) if behind is None else behind
         return render(self.field, self.grid, origins, directions, behind, self.options.render, generator)
 
-    def _chunks(self, origins: Tensor, directions: Tensor, behind: Tensor | None, normals: bool, size: int = 2**14) -> Tensor:
+    def _chunks(
+        self, origins: Tensor, directions: Tensor, behind: Tensor | None, normals: bool, size: int = 2**14
+    ) -> Tensor:
         behinds = [None] * -(-len(origins) // size) if behind is None else behind.split(size)
         parts = zip(origins.split(size), directions.split(size), behinds)
         return torch.cat([self._layers(self._rays(o, d, b, None), normals) for o, d, b in parts])
@@ -169,7 +182,8 @@ class Scene(nn.Module):
         return torch.cat(layers, dim=1)
 
     def _normals(self, rendered: Rendered, least: float = 1e-3) -> Tensor:
-        """Normals (M, 3) of the samples that weigh more than `least`; zero for the others, which no pixel shows."""
+        """Normals (M, 3) of the samples that weigh more than `least`; zero for the others, which no pixel
+        shows."""
         shown = (rendered.weights > least).nonzero().squeeze(1)
         normal = self.field.normal(rendered.points[shown])
         return torch.zeros_like(rendered.points).index_copy(0, shown, normal)
@@ -182,7 +196,9 @@ class Scene(nn.Module):
         with atomic_path(folder / "scene.safetensors") as path:
             save_file(tensors, str(path), metadata={"format": FORMAT})
         with atomic_path(folder / "scene.json") as path:
-            path.write_text(json.dumps({"format": FORMAT, "options": dataclasses.asdict(self.options)}, indent=2) + "\n")
+            path.write_text(
+                json.dumps({"format": FORMAT, "options": dataclasses.asdict(self.options)}, indent=2) + "\n"
+            )
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Scene":
@@ -192,12 +208,22 @@ class Scene(nn.Module):
         try:
             content = json.loads((folder / "scene.json").read_text())
             if content.get("format") != FORMAT:
-                raise UserError(f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}")
+                raise UserError(
+                    f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}"
+                )
             scene = cls(options_from(content["options"]), device)
             scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:
             raise UserError(f"{folder} holds no scene ({str(error).splitlines()[0]}): {hint}") from error
         return scene
 

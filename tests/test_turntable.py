@@ -1,5 +1,7 @@
 """Turntables, films and sheets: what is written is decoded again."""
 
+from pathlib import Path
+
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -78,12 +80,12 @@ def test_video_decodes_to_its_frames(tmp_path, height: int, width: int) -> None:
 
 def test_gif_keeps_frames_order_and_time(tmp_path) -> None:  # noqa: ANN001
     frames = film()
-    image = Image.open(save_gif(frames, tmp_path / "turn.gif", fps=20))
-    assert image.n_frames == 10 and image.info["duration"] == 50 and image.info["loop"] == 0
-    for index in (0, 4, 9):
-        image.seek(index)
-        shown = np.asarray(image.convert("RGB"), float)
-        assert np.abs(shown - (frames[index].permute(1, 2, 0) * 255).numpy()).mean() < 8
+    with Image.open(save_gif(frames, tmp_path / "turn.gif", fps=20)) as image:
+        assert image.n_frames == 10 and image.info["duration"] == 50 and image.info["loop"] == 0
+        for index in (0, 4, 9):
+            image.seek(index)
+            shown = np.asarray(image.convert("RGB"), float)
+            assert np.abs(shown - (frames[index].permute(1, 2, 0) * 255).numpy()).mean() < 8
 
 
 def test_contact_sheet_picks_evenly() -> None:
@@ -116,7 +118,7 @@ def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:  # noqa: 
         raise OSError("disk full")
 
     def cut(path: str, *arguments: object, **options: object) -> object:
-        open(path, "wb").write(b"half")
+        Path(path).write_bytes(b"half")
         yield
         yield
         raise OSError("disk full")

@@ -1,0 +1,1 @@
+"""Score-based losses: one algebra, every first-order loss a config."""

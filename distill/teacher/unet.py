@@ -1,0 +1,148 @@
+"""The denoiser: `diffusers.UNet2DConditionModel` on cached latents and cached CLIP text states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.data import Captioned
+from distill.ema import EMA
+from distill.errors import UserError
+from distill.noise import NoiseSchedule
+from distill.run import Run, batches
+from distill.score import Guided
+from distill.teacher.frozen import UNetScore
+from distill.sampling import sample_ddim
+
+
+@dataclass(frozen=True)
+class UnetOptions:
+    """Size and training of the denoiser, and the noise schedule it is trained for."""
+
+    channels: tuple[int, ...] = (128, 192)
+    layers: int = 1
+    heads: int = 4
+    batch: int = 64
+    learning_rate: float = 1.5e-3
+    caption_dropout: float = 0.1  # from the first step on, for classifier-free guidance
+    ema: float = 0.999
+    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    schedule: Literal["scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
+    preview_guidance: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout < 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}: a share in [0, 1) is expected")
+        if self.zero_snr and self.prediction == "epsilon":
+            raise UserError("prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false")
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """All that U-Net training reads: latents (N, C, h, w), text states (K, L, D) of the K captions, `caption` (N,) their index.
+
+    The last text state is the empty prompt's.
+    """
+
+    latents: Tensor
+    states: Tensor
+    caption: Tensor
+
+
+@torch.no_grad()
+def cache_latents(vae: AutoencoderKL, data: Captioned, texts: Sequence[str], states: Tensor, batch: int = 64) -> LatentCache:
+    """Encode a split once; `states` (K + 1, L, D) belong to the K distinct `texts` and the empty prompt."""
+    device = next(vae.parameters()).device
+    parts = torch.arange(len(data)).split(batch)
+    latents = [vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist.mean.cpu() for part in parts]
+    place = {text: index for index, text in enumerate(texts)}
+    caption = torch.tensor([place[text] for text in data.texts])
+    return LatentCache(torch.cat(latents) * vae.config.scaling_factor, states.cpu(), caption)
+
+
+def make_scheduler(options: UnetOptions) -> DDIMScheduler:
+    """The schedule as diffusers keeps it: trailing spacing, so that few steps start from the last level."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule=options.schedule,
+        prediction_type=options.prediction,
+        rescale_betas_zero_snr=options.zero_snr,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # no part in trailing spacing; the stock pipeline warns at 0
+    )
+
+
+def build_unet(options: UnetOptions, latent_channels: int, side: int, text_width: int) -> UNet2DConditionModel:
+    """An untrained denoiser with cross-attention on every level."""
+    levels = len(options.channels)
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=options.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=options.layers,
+        attention_head_dim=options.heads,  # diffusers reads it as the number of heads here
+        norm_num_groups=16,
+        cross_attention_dim=text_width,
+    ).to(memory_format=torch.channels_last)
+
+
+def denoising_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: tuple[Tensor, Tensor, Tensor, Tensor], prediction: str) -> Tensor:
+    """Mean squared error of eps or v for (latents, noise, t, text states): plain weights, so that the last level trains."""
+    clean, noise, t, states = batch
+    x_t = schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
+    target = noise if prediction == "epsilon" else schedule.velocity(clean, noise, t)
+    return F.mse_loss(unet(x_t, t, encoder_hidden_states=states).sample, target)
+
+
+def train_unet(run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOptions) -> UNet2DConditionModel:
+    """Train on cached latents; returns the averaged weights (EMA) in evaluation mode."""
+    scheduler = make_scheduler(options)
+    schedule = NoiseSchedule(scheduler.alphas_cumprod)
+    shape, width = cache.latents.shape[1:], cache.states.shape[-1]
+    unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
+    averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
+    ema = EMA(unet, options.ema)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.05)
+    run.track(model=unet, optimizer=optimizer, schedule=decay, ema=ema)
+    shown = torch.arange(32) * (len(cache.states) - 1) // 32  # captions of the previews
+    noise_shown = torch.randn(len(shown), *shape, generator=torch.Generator().manual_seed(1))
+    for step in run.steps():
+        index = batches(len(cache.latents), options.batch, step, run.options.seed)
+        t = torch.randint(schedule.steps, (len(index),), generator=run.generator)
+        noise = torch.randn(len(index), *shape, generator=run.generator)
+        dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
+        states = cache.states[torch.where(dropped, len(cache.states) - 1, cache.caption[index])]
+        batch = tuple(value.to(run.device) for value in (cache.latents[index], noise, t, states))
+        loss = denoising_loss(unet, schedule, batch, options.prediction)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+        ema.update()
+        run.log(loss=loss.detach())
+        if run.due(run.options.preview_every):
+            ema.copy_to(averaged)
+            model = Guided(UNetScore(averaged, schedule, options.prediction), cache.states[-1:].to(run.device), options.preview_guidance)
+            latents = sample_ddim(model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25)
+            run.preview("samples", decode(vae, latents))
+    ema.copy_to(averaged)
+    return averaged
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] of scaled latents."""
+    return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)

@@ -1,0 +1,19 @@
+"""What is present and what will therefore be used: python scripts/doctor.py"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main() -> int:
+    from distill.doctor import examine
+
+    findings = examine()
+    for finding in findings:
+        print(f"{'ok  ' if finding.good else 'none' if finding.optional else 'FAIL'}  {finding.name:22} {finding.text}")
+    return int(any(not finding.good and not finding.optional for finding in findings))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""The one place that knows hydra: composes a config, hands plain values on, turns a user's mistake into one line."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+sys.path.insert(0, str(CONFIGS.parent))  # a clone runs without an install too
+
+# a run's own bar is the one to watch; both libraries read these at import
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from distill.errors import UserError  # noqa: E402
+
+
+def quoted(argument: str) -> str:
+    """`prompt=a red teapot, please` as hydra's grammar wants it; quoted values, lists and sweeps of plain words stay."""
+    key, equals, value = argument.partition("=")
+    if not equals or argument.startswith("-") or not re.search(r"\s", value) or value[:1] in "\"'[{":
+        return argument
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{escaped}"'
+
+
+def slug(text: str) -> str:
+    """`A red teapot!` as a folder's name: a-red-teapot."""
+    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "run"
+
+
+def _check(name: str, overrides: list[str]) -> None:
+    """Compose once to meet mistakes before hydra's own many-line report does."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            missing = sorted(OmegaConf.missing_keys(compose(name, overrides)), key=len)
+    except (HydraException, OmegaConfBaseException) as error:
+        noise = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path", "provider=", "^")
+        lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
+        told = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
+        raise UserError(f"{'; '.join(told)} (--help lists the options)") from None
+    if missing:
+        raise UserError(f"{missing[0]} is missing: give {missing[0]}=... (--help lists the options)")
+
+
+def _leave(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def entry(name: str, main: Callable[[dict[str, Any]], None]) -> None:
+    """Run `main` with the config `name` of configs/, as overridden on the command line (hydra's grammar, --multirun too)."""
+    import hydra
+    from omegaconf import DictConfig, OmegaConf
+
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+
+    def run(config: DictConfig) -> None:
+        try:
+            main(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        except UserError as error:  # within hydra, which would print a traceback
+            _leave(error)
+
+    try:
+        overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+        if not {"--multirun", "-m", "--help", "-h"} & set(sys.argv):
+            _check(name, overrides)
+        hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(run)()
+    except UserError as error:
+        _leave(error)

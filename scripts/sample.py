@@ -1,0 +1,29 @@
+"""Images from a teacher, one row a prompt: python scripts/sample.py "prompts=[a red teapot, a blue torus]" animation=true"""
+
+from pathlib import Path
+from typing import Any
+
+from entry import entry
+
+
+def main(config: dict[str, Any]) -> None:
+    from distill.config import build
+    from distill.report import image_grid, pick_device, save_png
+    from distill.teacher.frozen import Teacher
+    from distill.text_to_image import TextToImageOptions, text_to_image
+    from sds3d.turntable import save_gif
+
+    keys = ("prompts", "negative_prompt", "count", "guidance", "steps", "sampler", "seed", "animation")
+    options = build(TextToImageOptions, {key: config[key] for key in keys})
+    images, frames = text_to_image(Teacher.load(config["teacher"], pick_device(config["device"])), options)
+    folder = Path(config["output"])
+    save_png(folder / "samples.png", image_grid(images, options.count))
+    for number, image in enumerate(images):
+        save_png(folder / f"{number // options.count:03d}_{number % options.count:02d}.png", image)
+    if frames is not None:
+        save_gif(frames, folder / "denoising.gif", 8)
+    print(f"written: {folder}/samples.png")
+
+
+if __name__ == "__main__":
+    entry("sample", main)

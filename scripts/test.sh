@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Set up and run the tests: bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+exec .venv/bin/python -m pytest "$@"

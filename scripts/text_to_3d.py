@@ -1,0 +1,31 @@
+"""A sentence to a mesh and a turntable: python scripts/text_to_3d.py prompt="a red teapot" """
+
+from typing import Any
+
+from entry import entry
+
+
+def main(config: dict[str, Any]) -> None:
+    from distill.config import build
+    from distill.objectives.algebra import ObjectiveOptions
+    from distill.report import pick_device
+    from distill.run import Run, RunOptions
+    from distill.teacher.frozen import Teacher
+    from sds3d.export import ExportOptions, finish
+    from sds3d.scene import SceneOptions
+    from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_prompts
+
+    options = build(TextTo3dOptions, config["text_to_3d"], "text_to_3d")
+    scene = build(SceneOptions, config["scene"], "scene")
+    objective = build(ObjectiveOptions, config["objective"], "objective")
+    export = build(ExportOptions, config["export"], "export")
+    run_options = build(RunOptions, config["run"], "run")
+    teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
+    check_prompts(teacher, options)  # before a directory is claimed
+    run = Run(run_options, config, options.prompt)
+    result = finish(run, TextTo3d(run, teacher, scene, objective, options).train(), teacher, options.prompt, export)
+    print(f"written: {result.parent}: mesh.glb, mesh.obj, turntable.mp4, turntable.gif, renders.png, result.json")
+
+
+if __name__ == "__main__":
+    entry("text_to_3d", main)

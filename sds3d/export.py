@@ -1,0 +1,110 @@
+"""Everything that leaves a finished scene: meshes, turntables, final renders, and the scene itself."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.checkpoint import load_newest
+from distill.config import build
+from distill.data import read_json
+from distill.errors import UserError
+from distill.report import image_grid, pick_device, save_png
+from distill.run import Run
+from distill.teacher.clip import image_features, text_features, tokenize
+from distill.teacher.folder import CLIP, load_clip
+from distill.teacher.frozen import Teacher
+from sds3d.cameras import ring
+from sds3d.mesh import MeshOptions, extract_mesh, save_mesh
+from sds3d.prompts import view_of, view_prompt
+from sds3d.scene import Scene, SceneOptions
+from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views, save_gif, save_video
+
+GREY = (0.85, 0.85, 0.85)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is written of a scene, and how finely."""
+
+    mesh: MeshOptions = MeshOptions()
+    frames: int = 72
+    resolution: int = 128
+    elevation: float = 20.0
+    fps: int = 24
+
+    def __post_init__(self) -> None:
+        if self.frames < 2 or self.resolution < 16 or self.fps < 1:
+            raise UserError("an export needs at least 2 frames, 16 pixels and 1 frame a second")
+
+
+def scene_of_run(directory: Path | str, device: str = "auto") -> Scene:
+    """The scene of a text-to-3D run: the finished one, else that of its newest checkpoint. Raises `UserError` where there is none."""
+    directory, target = Path(directory), pick_device(device)
+    if (directory / "scene" / "scene.json").is_file():
+        return Scene.load(directory / "scene", target)
+    newest = load_newest(directory / "checkpoints") if (directory / "checkpoints").is_dir() else None
+    if newest is None:
+        raise UserError(f"{directory} holds neither a scene nor a checkpoint: give the directory of a text_to_3d run")
+    scene = Scene(build(SceneOptions, read_json(directory / "config.json")["scene"], "scene"), target)
+    scene.load_state_dict(newest.state["parts"]["scene"])
+    return scene
+
+
+def finish(run: Run, scene: Scene, teacher: Teacher, prompt: str, options: ExportOptions) -> Path:
+    """Export a finished run's scene into its directory and write result.json, whose path is returned."""
+    started = time.monotonic()
+    figures = export_scene(scene, run.directory, options)
+    figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.place}
+    figures |= {"unet_calls": teacher.score.calls, "seconds_export": round(time.monotonic() - started, 1)}
+    if (score := clip_score(scene, teacher, prompt)) is not None:
+        figures["clip_score"] = score
+    return run.finish({**figures, "config": read_json(run.directory / "config.json")})
+
+
+@torch.no_grad()
+def clip_score(scene: Scene, teacher: Teacher, prompt: str) -> float | None:
+    """Mean cosine between views of the scene and their view prompts under the teacher's own CLIP; None where it has none."""
+    if not (Path(teacher.place) / CLIP).is_dir():
+        return None
+    clip = load_clip(teacher.place)
+    cameras = ring(8, 20.0, teacher.resolution)
+    prompts = [view_prompt(prompt, view_of(azimuth, 20.0)) for azimuth in cameras.azimuth.tolist()]
+    images = image_features(clip, render_views(scene, cameras, GREY).rgb)
+    return float((images * text_features(clip, tokenize(teacher.tokenizer, prompts))).sum(1).mean())
+
+
+def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
+    """Write scene/, mesh.glb, mesh.obj, turntable.mp4/.gif, contact_sheet.png and renders.png (NeRF above, mesh below).
+
+    Returns the figures of the mesh. A scene without a surface still leaves its pictures; `mesh` then says why there is none.
+    """
+    folder = Path(folder)
+    scene.save(folder / "scene")
+    frames = render_turntable(scene, options.frames, options.elevation, options.resolution, GREY)
+    save_video(frames, folder / "turntable.mp4", options.fps)
+    save_gif(frames, folder / "turntable.gif", options.fps)
+    save_png(folder / "contact_sheet.png", contact_sheet(frames, columns=8))
+    cameras = ring(8, options.elevation, options.resolution)
+    views = [render_views(scene, cameras, GREY).rgb]
+    try:
+        extracted = extract_mesh(scene, options.mesh)
+    except UserError as error:
+        save_png(folder / "renders.png", image_grid(views[0], 8))
+        return {"mesh": None, "why": str(error)}
+    save_mesh(extracted.mesh, folder)
+    views.append(render_mesh(extracted.mesh, cameras, GREY).rgb)
+    save_png(folder / "renders.png", image_grid(torch.cat(views), 8))
+    difference = (views[0] - views[1]).square().mean()
+    return {
+        "mesh": {
+            "faces": len(extracted.mesh.faces),
+            "watertight": extracted.watertight,
+            "threshold": extracted.threshold,
+            "silhouette_iou": extracted.silhouette_iou,
+            "floaters_dropped": extracted.dropped,
+            "psnr_to_nerf": float(-10 * difference.log10()),
+        }
+    }

@@ -1,0 +1,153 @@
+"""The optimisation: cameras -> renders -> latents -> objective -> step (DreamFusion, arXiv:2209.14988, algorithm 1)."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.data import BACKGROUND
+from distill.errors import UserError
+from distill.objectives.algebra import Conditions, Distilled, ObjectiveOptions, ScoreDistillation
+from distill.run import Run
+from distill.teacher.frozen import Teacher
+from distill.teacher.vocabulary import check_prompt
+from sds3d import regularizers
+from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
+from sds3d.prompts import view_of, view_prompt
+from sds3d.scene import Scene, SceneOptions, Views
+
+
+@dataclass(frozen=True)
+class RegularizerOptions:
+    """Weights on the summed-gradient scale of the objective; 0 leaves a term out, and unevaluated."""
+
+    opacity: float = 0.0
+    entropy: float = 0.0
+    entropy_from: float = 0.5  # share of the run after which half-transparent matter is punished
+    orientation: float = 0.0
+    sparsity: float = 0.0
+    smooth_density: float = 0.0
+    smooth_albedo: float = 0.0
+    samples: int = 4096  # random points or samples a term looks at
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0 or self.samples < 1:
+            raise UserError("regulariser weights must not be negative and samples must be positive")
+
+
+@dataclass(frozen=True)
+class TextTo3dOptions:
+    """How a scene is driven by a prompt."""
+
+    prompt: str
+    negative_prompt: str = ""
+    views: int = 4
+    view_words: bool = True
+    camera: CameraOptions = field(default_factory=lambda: CameraOptions(elevation=(-10.0, 70.0)))
+    background: tuple[float, float] = BACKGROUND  # grey levels behind the object, one a view: what the teacher knows
+    coarse_resolution: int = 32  # renders of the warm-up, enlarged for the teacher
+    coarse_until: float = 0.3
+    learning_rate: float = 0.01
+    mlp_learning_rate: float = 0.002
+    regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise UserError(f"views is {self.views}: at least 1 is needed")
+        if not 0 <= self.coarse_until <= 1:
+            raise UserError(f"coarse_until is {self.coarse_until}: a share of the run in [0, 1] is expected")
+        if not 0 <= self.background[0] <= self.background[1] <= 1:
+            raise UserError(f"background is {list(self.background)}: two grey levels in [0, 1], low then high, are expected")
+
+
+def check_prompts(teacher: Teacher, options: TextTo3dOptions) -> None:
+    """Raises `UserError` for a prompt that is empty or that the teacher does not know."""
+    check_prompt(options.prompt, teacher.words)
+    if options.negative_prompt:
+        check_prompt(options.negative_prompt, teacher.words)
+
+
+def conditions_for(teacher: Teacher, options: TextTo3dOptions, cameras: Cameras) -> Conditions:
+    """The text states of each camera's prompt, with its view word where they are switched on."""
+    places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
+    prompts = [view_prompt(options.prompt, view_of(*place)) if options.view_words else options.prompt for place in places]
+    negative = teacher.encode_text([options.negative_prompt]) if options.negative_prompt else None
+    return Conditions(teacher.encode_text(prompts), teacher.encode_text([""]), negative)
+
+
+def grey_backgrounds(options: TextTo3dOptions, count: int, generator: torch.Generator) -> Tensor:
+    """One grey a view, (count, 3)."""
+    low, high = options.background
+    return (low + (high - low) * torch.rand(count, 1, generator=generator)).expand(count, 3)
+
+
+def regularization(scene: Scene, views: Views, weights: RegularizerOptions, progress: float, generator: torch.Generator) -> Tensor:
+    """The weighted sum of the regularisers that are switched on."""
+    total = views.opacity.new_zeros(())
+    if weights.opacity:
+        total = total + weights.opacity * regularizers.opacity_penalty(views.opacity)
+    if weights.entropy and progress >= weights.entropy_from:
+        total = total + weights.entropy * regularizers.opacity_entropy(views.opacity)
+    if weights.orientation:
+        turned = regularizers.scene_orientation(scene.field, views.rendered, views.directions, weights.samples, generator)
+        total = total + weights.orientation * progress * turned
+    if weights.sparsity:
+        points = regularizers.random_points(weights.samples, generator, scene.device)
+        total = total + weights.sparsity * regularizers.sparsity(scene.field.density(points))
+    if weights.smooth_density or weights.smooth_albedo:
+        points = surface_points(views, weights.samples, generator)
+        density, albedo = regularizers.total_variation(scene.field, points, 0.02, generator)
+        total = total + weights.smooth_density * density + weights.smooth_albedo * albedo
+    return total
+
+
+def surface_points(views: Views, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` (N, 3) of the rendered samples, chosen evenly."""
+    points = views.rendered.points
+    chosen = torch.randint(max(len(points), 1), (min(count, len(points)),), generator=generator)
+    return points[chosen.to(points.device)]
+
+
+class TextTo3d:
+    """A scene, its teacher and its objective; `train` runs the optimisation inside a `Run`."""
+
+    def __init__(self, run: Run, teacher: Teacher, scene: SceneOptions, objective: ObjectiveOptions, options: TextTo3dOptions) -> None:
+        self.run, self.teacher, self.options = run, teacher, options
+        self.scene = Scene(scene, run.device)
+        self.objective = ScoreDistillation(teacher, objective)
+        encoding = list(self.scene.field.encoding.parameters())
+        known = {id(parameter) for parameter in encoding}
+        rest = [parameter for parameter in self.scene.parameters() if id(parameter) not in known]
+        groups = [{"params": encoding, "lr": options.learning_rate}, {"params": rest, "lr": options.mlp_learning_rate}]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
+
+    def train(self) -> Scene:
+        """Optimise to the end of the run, previews on the way; returns the scene."""
+        run = self.run
+        run.track(scene=self.scene, optimizer=self.optimizer)
+        for step in run.steps():
+            outcome, views = self.step(step / run.options.steps, step)
+            run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
+            if run.due(run.options.preview_every):
+                shown = self.scene.render(ring(4, resolution=self.teacher.resolution), torch.full((4, 3), 0.85))
+                run.preview("views", shown.rgb)
+        return self.scene
+
+    def step(self, progress: float, step: int) -> tuple[Distilled, Views]:
+        """One update at a share of the run in [0, 1)."""
+        options, generator = self.options, self.run.generator
+        self.scene.update(step, generator)
+        cameras = sample_cameras(options.camera, options.views, generator)
+        coarse = progress < options.coarse_until
+        drawn = cameras.at(options.coarse_resolution if coarse else self.teacher.resolution).to(self.run.device)
+        behind = grey_backgrounds(options, options.views, generator).to(self.run.device)
+        views = self.scene.render(drawn, behind, generator, training=True)
+        size = self.teacher.resolution
+        images = views.rgb if not coarse else F.interpolate(views.rgb, size=(size, size), mode="bilinear", align_corners=False)
+        outcome = self.objective(self.teacher.encode_images(images), conditions_for(self.teacher, options, cameras), progress, generator)
+        loss = outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return outcome, views

@@ -1,0 +1,84 @@
+"""What several tests share: a closed-form score model and a tiny untrained teacher."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test may reach for the network
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import final
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from distill.noise import NoiseSchedule
+from distill.score import Prediction, ScoreModel
+from distill.teacher.clip import ClipOptions, build_clip
+from distill.teacher.folder import save_teacher
+from distill.teacher.frozen import Teacher
+from distill.teacher.unet import UnetOptions, build_unet, make_scheduler
+from distill.teacher.vae import VaeOptions, build_vae
+from distill.teacher.vocabulary import build_tokenizer
+from sds3d.prompts import VIEWS, view_prompt
+from sds3d.shapes import COLOURS, OBJECTS, RELATIONS
+
+
+@final
+class GaussianScore(ScoreModel):
+    """Exact predictions for x0 ~ N(m, s^2) in each element; the mean m is the condition (B, 1, 1). Notes what it was asked."""
+
+    def __init__(self, std: float, schedule: NoiseSchedule) -> None:
+        self.std, self.schedule = std, schedule
+        self.asked: list[Tensor] = []
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """eps = sigma (x_t - alpha m) / (alpha^2 s^2 + sigma^2)."""
+        self.asked.append(condition)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        eps = sigma * (x_t - alpha * condition[..., None]) / (alpha**2 * self.std**2 + sigma**2)
+        return Prediction.of(eps, x_t, t, self.schedule, "epsilon")
+
+
+@pytest.fixture(scope="session")
+def schedule() -> NoiseSchedule:
+    """Stable Diffusion's schedule."""
+    return NoiseSchedule(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
+
+
+@pytest.fixture
+def gaussian(schedule: NoiseSchedule) -> Callable[[float], GaussianScore]:
+    """Makes a `GaussianScore` of a given spread."""
+    return lambda std: GaussianScore(std, schedule)
+
+
+def world_captions() -> list[str]:
+    """Captions in which every word of the world stands."""
+    colours, things = list(COLOURS), list(OBJECTS)
+    named = [(colours[i % len(colours)], thing) for i, thing in enumerate(things)]
+    single = [view_prompt(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {t}", VIEWS[i % 4]) for i, (c, t) in enumerate(named)]
+    return [*single, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete teacher folder, untrained, 64x64 images, 8x8 latents with 8 channels. Not to be written to."""
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer, words = build_tokenizer(world_captions())
+        small = ClipOptions(width=32, layers=1, patch=16, text_width=32, text_layers=2, projection=16)
+        clip = build_clip(small, tokenizer, 64)
+        vae = build_vae(VaeOptions(channels=(8, 8, 16, 16)), 64)
+        vae.register_to_config(scaling_factor=1.7)  # a stock one: 1 would hide a factor left out
+        options = UnetOptions(channels=(16, 32), heads=2)
+        unet = build_unet(options, vae.config.latent_channels, 8, small.text_width)
+        save_teacher(folder, tokenizer, words, clip, vae, unet, make_scheduler(options))
+    return folder
+
+
+@pytest.fixture
+def tiny_teacher(tiny_teacher_folder: Path) -> Teacher:
+    """The tiny teacher, loaded afresh."""
+    return Teacher.load(str(tiny_teacher_folder))
