@@ -63,6 +63,8 @@ class Captioned:
 
     def composite(self, indices: Tensor | Sequence[int] | slice, background: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; transparent ones lie on grey levels `background` (B,), else on their own fixed level."""
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices, dtype=torch.long)  # a tuple would index dimensions
         chosen = self.images[indices].float() / 255
         if chosen.shape[1] == 3:
             return chosen

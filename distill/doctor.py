@@ -62,11 +62,11 @@ def _ffmpeg() -> Finding:
 
 
 def _teacher() -> Finding:
-    from distill.teacher.frozen import SHIPPED, Teacher
+    from distill.teacher.frozen import Teacher
 
     try:
         teacher = Teacher.load("shapes64")
-        return Finding("teacher shapes64", True, f"loads: {teacher.resolution} px, knows {len(teacher.words or ())} words, {SHIPPED['shapes64']}")
+        return Finding("teacher shapes64", True, f"loads: {teacher.resolution} px, knows {len(teacher.words or ())} words, {teacher.place}")
     except UserError as error:
         return Finding("teacher shapes64", False, str(error))
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from distill.data import Captioned, atomic_path, grey_levels, read_json, write_json
 from distill.errors import UserError
 from distill.run import Run, batches
+from distill.shipped import located
 
 FORMAT = "distill-judge-1"
 FEATURES = 128
@@ -264,11 +265,12 @@ def save_judge(judge: Judge, folder: Path | str, metrics: Mapping[str, object]) 
 
 
 def load_judge(folder: Path | str) -> Judge:
-    """The judge in a folder, float32, in evaluation mode, its weights frozen.
+    """The judge in a folder, or a shipped one by name (`judge64`), float32, in evaluation mode, its weights frozen.
 
     Raises `UserError` where the folder holds none.
     """
-    facts = read_json(Path(folder) / "judge.json")
+    folder = located(folder)
+    facts = read_json(folder / "judge.json")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(
             f"{folder} holds no judge; expected what save_judge wrote (judge.json with format {FORMAT})"
@@ -278,7 +280,7 @@ def load_judge(folder: Path | str) -> Judge:
         pairs = tuple((attribute, condition) for attribute, condition in saved["only_if"])
         options = JudgeOptions(**{**saved, "attributes": tuple(saved["attributes"]), "only_if": pairs})
         judge = Judge(facts["labels"], options)
-        judge.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        judge.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"the judge in {folder} is damaged ({error}); expected what save_judge wrote"

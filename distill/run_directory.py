@@ -14,7 +14,7 @@ from distill.errors import UserError
 
 # what a resumed run may change, at the config's top level or in its `run` group: none alters a finished step
 FREE = frozenset(
-    "directory steps resume overwrite checkpoint_every keep preview_every log_every trackers device".split()
+    ["directory", "steps", "resume", "overwrite", "checkpoint_every", "keep", "preview_every", "log_every", "trackers", "device"]
 )
 ABSENT = "absent"
 

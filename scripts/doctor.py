@@ -1,9 +1,6 @@
 """What is present and what will therefore be used: python scripts/doctor.py"""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import entry  # noqa: F401  (finds the packages, quiets the libraries)
 
 
 def main() -> int:

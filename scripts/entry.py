@@ -43,6 +43,9 @@ def _check(name: str, overrides: list[str]) -> None:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             missing = sorted(OmegaConf.missing_keys(compose(name, overrides)), key=len)
     except (HydraException, OmegaConfBaseException) as error:
+        absent = re.search(r"Missing mandatory value: (\S+)", str(error))
+        if absent:
+            raise UserError(f"{absent[1]} is missing: give {absent[1]}=... (--help lists the options)") from None
         noise = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path", "provider=", "^")
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
         told = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]

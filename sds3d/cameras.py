@@ -35,6 +35,8 @@ class CameraOptions:
                 raise UserError(f"camera {name} is [{low}, {high}]: give two numbers, low then high, within [{least}, {most}]")
         if self.resolution < 8:
             raise UserError(f"camera resolution is {self.resolution}: at least 8 pixels are needed")
+        if not 0 <= self.centre_jitter <= 1e3:
+            raise UserError(f"camera centre_jitter is {self.centre_jitter}: a half-width of 0 or more world units is expected")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class _Interpolate(torch.autograd.Function):
     """Sums of table entries for all levels; differentiable once, with respect to the table alone."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:
         ctx.sizes = sizes
         ctx.save_for_backward(*corners)
         levels = zip(table.split(sizes), corners[0::2], corners[1::2])
@@ -101,7 +101,7 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         corners = ctx.saved_tensors
         features = grad.shape[1] // len(ctx.sizes)
         parts = []

@@ -47,13 +47,13 @@ class _TruncExp(torch.autograd.Function):
     al. 2022)."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, value: Tensor) -> Tensor:
         ctx.save_for_backward(value)
         return value.clamp(max=15).exp()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0].clamp(max=15).exp()
 
 

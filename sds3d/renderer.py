@@ -223,7 +223,7 @@ def nerfacc_cuda() -> bool:
     return True
 
 
-def _build(sources: Path):  # noqa: ANN202  (a compiled module)
+def _build(sources: Path):
     from torch.utils.cpp_extension import load
 
     files = [str(path) for pattern in ("*.cu", "*.cpp") for path in sorted(sources.glob(pattern))]

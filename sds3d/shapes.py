@@ -207,7 +207,7 @@ COMPOSED: dict[str, tuple[Callable[[], list[Part]], bool]] = {
     "car": (_car, True),
     "house": (_house, True),
     "snowman": (_snowman, True),
-    "rocket": (_rocket, True),
+    "rocket": (_rocket, False),
     "tree": (_tree, False),
     "boat": (_boat, True),
     "robot": (_robot, True),

@@ -137,7 +137,7 @@ def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str,
 
     options, split, first, last, folder = job
     rows, geometry = [], []
-    missing_geometry = options.geometry and not _geometry_path(folder, split, first).exists()
+    missing_geometry = options.geometry and not _geometry_holds(_geometry_path(folder, split, first), last - first)
     for index in range(first, last):
         row = draw(options, split, index)
         camera: Cameras = row.pop("_camera")
@@ -158,6 +158,16 @@ def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str,
 
 def _geometry_path(folder: str, split: str, first: int) -> Path:
     return Path(folder) / "geometry" / f"{split}-{first:06d}.safetensors"
+
+
+def _geometry_holds(path: Path, count: int) -> bool:
+    """Whether a block is written whole; the last one of a smaller world is not."""
+    from safetensors import safe_open
+
+    if not path.exists():
+        return False
+    with safe_open(path, "np") as tensors:
+        return tensors.get_slice("depth").get_shape()[0] == count
 
 
 def _write_geometry(path: Path, geometry: list[tuple[np.ndarray, np.ndarray]]) -> None:
@@ -194,13 +204,15 @@ def _jobs(options: WorldOptions, folder: Path, block: int) -> Iterator[tuple[Wor
 def make_world(folder: Path | str, options: WorldOptions, workers: int = 2, block: int = 200) -> None:
     """Write the world to `folder`/{train,validation,test}, each with PNGs (RGBA) and a metadata.jsonl.
 
-    Resumes an interrupted writing; raises `UserError` when the folder holds something else.
+    Resumes an interrupted writing; raises `UserError` when the folder holds something else or no worker is given.
     """
     import multiprocessing
 
     from tqdm import tqdm
 
     folder = Path(folder)
+    if workers < 1:
+        raise UserError(f"workers is {workers}: at least 1 process must write the world")
     _claim(folder, options)
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     jobs = list(_jobs(options, folder, block))

@@ -23,6 +23,7 @@ from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
 from sds3d.prompts import VIEWS, view_prompt
 from sds3d.shapes import COLOURS, OBJECTS, RELATIONS
+from sds3d.world import PHRASES, VIEW_PHRASES
 
 
 @final
@@ -58,7 +59,9 @@ def world_captions() -> list[str]:
     colours, things = list(COLOURS), list(OBJECTS)
     named = [(colours[i % len(colours)], thing) for i, thing in enumerate(things)]
     single = [view_prompt(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {t}", VIEWS[i % 4]) for i, (c, t) in enumerate(named)]
-    return [*single, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]
+    phrases = [phrase.format(thing="a red cube", bare="red cube") for phrase in PHRASES]
+    views = [phrase.format(text="a red cube", view=VIEWS[0]) for phrase in VIEW_PHRASES]
+    return [*single, *phrases, *views, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def test_torus_keeps_its_hole_within_the_budget() -> None:
     assert found.silhouette_iou > 0.93
 
 
-def test_rough_field_stays_closed_within_the_budget(tmp_path) -> None:  # noqa: ANN001
+def test_rough_field_stays_closed_within_the_budget(tmp_path) -> None:
     # Decimation leaves dozens of edges with four faces on such a field.
     waves = 12 * torch.randn(24, 3, generator=torch.Generator().manual_seed(1))
     field = Stand(lambda x: torch.exp(((0.55 - x.norm(dim=-1)) * 25 + torch.sin(x @ waves.T * 2).sum(-1)).clamp(-6, 4)))
@@ -193,7 +193,7 @@ def test_mesh_looks_like_its_scene(pair: ExtractedMesh) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["glb", "obj"])
-def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:  # noqa: ANN001
+def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:
     paths = {path.suffix[1:]: path for path in save_mesh(pair.mesh, tmp_path / "out")}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mesh.glb", "mesh.obj"]
     back = load_mesh(paths[suffix])
@@ -204,7 +204,7 @@ def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:  
     assert np.abs(colours[front].astype(int) - np.round(np.array(RED) * 255)).max() <= 2
 
 
-def test_files_are_y_up_with_the_front_at_z(tmp_path) -> None:  # noqa: ANN001
+def test_files_are_y_up_with_the_front_at_z(tmp_path) -> None:
     box = trimesh.creation.box(extents=(0.2, 0.4, 0.6))
     box.apply_translation([0.5, 0.2, 0.1])  # forward, left, up
     box.visual.vertex_colors = np.full((8, 4), 200, np.uint8)
@@ -214,7 +214,7 @@ def test_files_are_y_up_with_the_front_at_z(tmp_path) -> None:  # noqa: ANN001
         assert np.allclose(turned.extents, [0.4, 0.6, 0.2], atol=1e-5)
 
 
-def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:  # noqa: ANN001
+def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:
     path, obj = save_mesh(pair.mesh, tmp_path)
     data = path.read_bytes()
     magic, version, length, size = struct.unpack("<4sIII", data[:16])
@@ -228,7 +228,7 @@ def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:  
     assert len(line.split()) == 7 and 0 <= float(line.split()[4]) <= 1
 
 
-def test_failed_write_leaves_nothing(pair: ExtractedMesh, tmp_path, monkeypatch) -> None:  # noqa: ANN001
+def test_failed_write_leaves_nothing(pair: ExtractedMesh, tmp_path, monkeypatch) -> None:
     def broken(self: trimesh.Trimesh, path: object) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
@@ -245,7 +245,7 @@ def test_empty_or_broken_scene_is_refused_in_one_sentence(level: float) -> None:
         extract_mesh(Stand(lambda x: torch.full((len(x),), level)), MeshOptions(resolution=16, views=1, view_resolution=16))
 
 
-def test_bad_options_and_files_are_refused(tmp_path) -> None:  # noqa: ANN001
+def test_bad_options_and_files_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="max_faces is 3"):
         MeshOptions(max_faces=3)
     with pytest.raises(UserError, match="min_component is 2"):

@@ -44,7 +44,7 @@ def test_training_views_have_shapes_ranges_and_samples() -> None:
     )
     assert views.rgb.shape == views.normal.shape == (3, 3, 12, 12)
     assert views.opacity.shape == views.depth.shape == (3, 1, 12, 12)
-    assert 0 <= views.rgb.min() and views.rgb.max() <= 1 and views.opacity.max() <= 1
+    assert views.rgb.min() >= 0 and views.rgb.max() <= 1 and views.opacity.max() <= 1
     assert views.directions.shape == (3 * 144, 3) and views.rendered.rays.max() < 3 * 144
     views.rgb.mean().backward()
     assert all(value.grad is not None and value.grad.abs().sum() > 0 for value in scene.field.parameters())

@@ -67,7 +67,7 @@ def test_turntable_goes_round_from_the_front() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 66), (49, 63)])
-def test_video_decodes_to_its_frames(tmp_path, height: int, width: int) -> None:  # noqa: ANN001
+def test_video_decodes_to_its_frames(tmp_path, height: int, width: int) -> None:
     frames = film(10, height, width)
     path = save_video(frames, tmp_path / "new" / "turn.mp4", fps=12)
     meta, pixels = decode(path)
@@ -78,7 +78,7 @@ def test_video_decodes_to_its_frames(tmp_path, height: int, width: int) -> None:
     assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
 
 
-def test_gif_keeps_frames_order_and_time(tmp_path) -> None:  # noqa: ANN001
+def test_gif_keeps_frames_order_and_time(tmp_path) -> None:
     frames = film()
     with Image.open(save_gif(frames, tmp_path / "turn.gif", fps=20)) as image:
         assert image.n_frames == 10 and image.info["duration"] == 50 and image.info["loop"] == 0
@@ -112,7 +112,7 @@ def test_mesh_view_interpolates_colours_and_background() -> None:
     assert torch.equal(views.rgb[:, :, 0, 0], torch.tensor([0.0, 1, 0]).expand(4, 3)) and views.opacity[0, 0, 0, 0] == 0
 
 
-def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:  # noqa: ANN001
+def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:
     def broken(self: Image.Image, path: object, **options: object) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
@@ -134,7 +134,7 @@ def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:  # noqa: 
 
 
 @pytest.mark.parametrize("save", [save_video, save_gif])
-def test_bad_films_are_refused(tmp_path, save) -> None:  # noqa: ANN001
+def test_bad_films_are_refused(tmp_path, save) -> None:
     name = "turn.mp4" if save is save_video else "turn.gif"
     for frames, fps, place, words in (
         (film()[0], 24, name, "shape"),
@@ -146,7 +146,7 @@ def test_bad_films_are_refused(tmp_path, save) -> None:  # noqa: ANN001
             save(frames, tmp_path / place, fps)
 
 
-def test_missing_ffmpeg_is_said(tmp_path, monkeypatch) -> None:  # noqa: ANN001
+def test_missing_ffmpeg_is_said(tmp_path, monkeypatch) -> None:
     def none() -> str:
         raise RuntimeError("No ffmpeg exe could be found")
 

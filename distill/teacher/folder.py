@@ -1,5 +1,6 @@
 """Trained parts to a complete diffusers folder: what `StableDiffusionPipeline.from_pretrained` loads, and CLIP beside it."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -41,17 +42,17 @@ def save_teacher(
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=copy.deepcopy(vae),  # the caller's parts keep their precision
         text_encoder=text_encoder_of(clip),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=copy.deepcopy(unet),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(temporary)
-    clip.half().save_pretrained(temporary / CLIP)
+    copy.deepcopy(clip).half().save_pretrained(temporary / CLIP)
     save_vocabulary(temporary / "tokenizer", tokenizer, words)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,7 +1,6 @@
 """The frozen teacher: a latent diffusion model in a diffusers folder, behind the score contract."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -12,9 +11,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from distill.errors import UserError
 from distill.noise import Kind, NoiseSchedule
 from distill.score import Prediction, ScoreModel
+from distill.shipped import TEACHERS, located
 from distill.teacher.vocabulary import check_prompt, load_words
-
-SHIPPED = {"shapes64": Path(__file__).parents[1] / "weights" / "shapes64"}
 
 
 @final
@@ -45,7 +43,7 @@ class Teacher(ScoreModel):
         self.text_encoder: CLIPTextModel = parts["text_encoder"]
         self.vae: AutoencoderKL = parts["vae"]
         self.unet: UNet2DConditionModel = parts["unet"]
-        self.scheduler = DDIMScheduler.from_config(parts["scheduler"].config)
+        self.scheduler = DDIMScheduler.from_config(parts["scheduler"].config, clip_sample=False)  # its default clips latents to 1
         self.words, self.place = words, place
         for module in (self.text_encoder, self.vae, self.unet):
             module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
@@ -66,7 +64,7 @@ class Teacher(ScoreModel):
         if dtype is None:  # without AMX bf16 is slower on a CPU
             dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
-        place = SHIPPED.get(name, Path(name))
+        place = located(name)
         local = place.is_dir()
         if local and not (place / "model_index.json").is_file():
             raise UserError(f"{place} holds no model_index.json: expected a diffusers folder of a Stable Diffusion 1.x or 2.x model")
@@ -76,7 +74,7 @@ class Teacher(ScoreModel):
             pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=local, **extras)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise UserError(f"teacher {name!r} cannot be loaded ({reason}): give {', '.join(SHIPPED)}, a diffusers folder or a hub id") from None
+            raise UserError(f"teacher {name!r} cannot be loaded ({reason}): give {', '.join(TEACHERS)}, a diffusers folder or a hub id") from None
         return Teacher(pipeline.to(device).components, load_words(place / "tokenizer") if local else None, str(place if local else name))
 
     @property

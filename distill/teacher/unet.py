@@ -14,9 +14,9 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.run import Run, batches
+from distill.sampling import sample_ddim
 from distill.score import Guided
 from distill.teacher.frozen import UNetScore
-from distill.sampling import sample_ddim
 
 
 @dataclass(frozen=True)

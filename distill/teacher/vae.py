@@ -109,7 +109,7 @@ def whiten(vae: AutoencoderKL, data: Captioned, generator: torch.Generator, coun
     chosen = torch.randperm(len(data), generator=generator)[:count]
     device = next(vae.parameters()).device
     moments = [vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist for part in chosen.split(64)]
-    latents = torch.cat([moment.sample() for moment in moments]).transpose(0, 1).flatten(1)
+    latents = torch.cat([moment.sample(generator) for moment in moments]).transpose(0, 1).flatten(1)
     mean, std = latents.mean(1), latents.std(1)
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv

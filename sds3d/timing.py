@@ -1,0 +1,62 @@
+"""Where a text-to-3D step's time goes: each part timed on its own, beside the whole, on the machine at hand."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from distill.teacher.frozen import Teacher
+from sds3d.cameras import sample_cameras
+from sds3d.text_to_3d import TextTo3d, conditions_for, grey_backgrounds
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread in milliseconds of one part over `runs` runs."""
+
+    part: str
+    median: float
+    low: float
+    high: float
+
+
+def timed(part: str, work: Callable[[], object], runs: int) -> Timing:
+    """Time a call after one warm-up; waits for the GPU where one is in use."""
+    samples = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        samples.append(1e3 * (time.perf_counter() - started))
+    kept = samples[1:]
+    return Timing(part, statistics.median(kept), min(kept), max(kept))
+
+
+def time_step(task: TextTo3d, runs: int) -> list[Timing]:
+    """The parts of a full-resolution step of a scene as it is, then the step as a whole (which changes the scene)."""
+    teacher: Teacher = task.teacher
+    options, generator = task.options, torch.Generator().manual_seed(0)
+    cameras = sample_cameras(options.camera, options.views, generator).at(teacher.resolution).to(task.run.device)
+    behind = grey_backgrounds(options, options.views, generator).to(task.run.device)
+    conditions = conditions_for(teacher, options, cameras)
+    images = task.scene.render(cameras, behind, generator, training=True).rgb.detach()
+    latents = teacher.encode_images(images)
+
+    def encode() -> None:
+        pixels = images.clone().requires_grad_()
+        teacher.encode_images(pixels).sum().backward()
+
+    def render() -> None:
+        task.scene.render(cameras, behind, generator, training=True).rgb.sum().backward()
+
+    return [
+        timed("render, forward and backward", render, runs),
+        timed("VAE encoder, forward and backward", encode, runs),
+        timed("teacher, guided pair (the floor)", lambda: task.objective(latents, conditions, 0.5, generator), runs),
+        timed("occupancy grid update (one step in 16)", lambda: task.scene.update(0, generator), runs),
+        timed("whole step, 64 pixels", lambda: task.step(0.99, 1), runs),
+        timed("whole step, coarse", lambda: task.step(0.0, 1), runs),
+    ]

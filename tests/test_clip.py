@@ -1,0 +1,122 @@
+"""CLIP: the loss against a slow reference, the temperature's bound, learning a toy well enough to classify it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.data import Captioned
+from distill.run import Run, RunOptions
+from distill.teacher import clip as module
+from distill.teacher.clip import (
+    ClipOptions,
+    augment,
+    build_clip,
+    classify,
+    contrastive_loss,
+    image_features,
+    normalise,
+    text_features,
+    tokenize,
+    train_clip,
+)
+from distill.teacher.folder import text_encoder_of
+from distill.teacher.vocabulary import build_tokenizer
+
+COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.1, 0.1, 0.9)}
+PROMPTS = [f"a {name} square" for name in COLOURS]
+TINY = ClipOptions(width=32, layers=1, patch=8, text_width=32, text_layers=1, projection=16, batch=12)
+
+
+def toy(count: int) -> Captioned:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.full((count, 3, 16, 16), 0.5) + 0.05 * torch.randn(count, 3, 16, 16, generator=generator)
+    for number, image in enumerate(images):
+        image[:, 3:13, 3:13] = torch.tensor(list(COLOURS.values())[number % 3])[:, None, None]
+    return Captioned((images.clamp(0, 1) * 255).byte(), [{"text": PROMPTS[number % 3]} for number in range(count)])
+
+
+def slow_loss(image: Tensor, text: Tensor, captions: list[str], scale: float, weight: float) -> float:
+    """One row at a time: minus the mean log-probability of the positives."""
+    total = 0.0
+    for one, other, share in ((image, text, weight), (text, image, 1 - weight)):
+        for i in range(len(captions)):
+            logits = [scale * float(one[i] @ other[j]) for j in range(len(captions))]
+            norm = torch.tensor(logits).logsumexp(0).item()
+            positives = [j for j in range(len(captions)) if captions[j] == captions[i]]
+            total -= share * sum(logits[j] - norm for j in positives) / len(positives) / len(captions)
+    return total
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0, 0.25])
+@pytest.mark.parametrize("captions", [list("abcd"), list("aaab"), list("aaaa")])
+def test_loss_equals_the_slow_reference(captions: list[str], weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(4, 5, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2))
+    same = torch.tensor([[float(a == b) for a in captions] for b in captions], dtype=torch.float64)
+    got = contrastive_loss(image, text, same, torch.tensor(2.0, dtype=torch.float64), weight)
+    assert float(got) == pytest.approx(slow_loss(image, text, captions, float(torch.tensor(2.0).exp()), weight), abs=1e-5)
+
+
+def test_the_two_directions_differ() -> None:
+    """Otherwise the comparison above would not see a swapped weight."""
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(4, 5, generator=generator), dim=-1) for _ in range(2))
+    one, other = (contrastive_loss(image, text, torch.eye(4), torch.tensor(2.0), weight) for weight in (1.0, 0.0))
+    assert abs(float(one - other)) > 0.05
+
+
+def test_features_are_clips_own() -> None:
+    tokenizer, _ = build_tokenizer(PROMPTS)
+    model = build_clip(TINY, tokenizer, 16).eval()
+    images, ids = torch.rand(3, 3, 16, 16), tokenize(tokenizer, PROMPTS)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, pixel_values=normalise(images))
+        ours = text_features(model, ids) @ image_features(model, images).T * model.logit_scale.exp()
+        torch.testing.assert_close(theirs.logits_per_text, ours, atol=1e-4, rtol=1e-4)
+        alone = text_encoder_of(model)(ids).last_hidden_state
+        torch.testing.assert_close(alone, model.text_model(input_ids=ids).last_hidden_state)
+    assert ids.shape == (3, tokenizer.model_max_length)
+
+
+def test_the_pooled_state_reads_the_caption_not_the_padding() -> None:
+    """transformers pools at the end token: were its id not told, every caption would be pooled alike."""
+    tokenizer, _ = build_tokenizer(PROMPTS)
+    model = build_clip(TINY, tokenizer, 16).eval()
+    ids = tokenize(tokenizer, [PROMPTS[0]])
+    with torch.no_grad():
+        out = model.text_model(input_ids=ids)
+    torch.testing.assert_close(out.pooler_output[0], out.last_hidden_state[0, 4])  # start, three words, end
+
+
+def test_augment_keeps_half_of_the_images_and_the_rest_near() -> None:
+    images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    changed = augment(images, torch.Generator().manual_seed(1))
+    share = float((changed == images).flatten(1).all(1).float().mean())
+    assert 0.4 < share < 0.6
+    assert 0.05 < float((changed - images).abs().mean()) < 0.15
+
+
+def test_learns_a_toy_and_classifies_it(tmp_path: Path) -> None:
+    data = toy(24)
+    tokenizer, _ = build_tokenizer(PROMPTS)
+    run = Run(RunOptions(str(tmp_path), 40, trackers=()), {}, "clip")
+    model = train_clip(run, data, tokenizer, TINY)
+    assert not model.training
+    told = classify(model, tokenizer, data.composite(slice(None)), PROMPTS, batch=7)
+    assert told.tolist() == [number % 3 for number in range(24)]
+    assert classify(model, tokenizer, data.composite([0, 1, 2]), PROMPTS[::-1]).tolist() == [2, 1, 0]
+
+
+def test_the_temperature_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hot(*arguments: object) -> torch.nn.Module:
+        model = build_clip(*arguments)  # type: ignore[arg-type]
+        model.logit_scale.data.fill_(9.0)
+        return model
+
+    monkeypatch.setattr(module, "build_clip", hot)
+    tokenizer, _ = build_tokenizer(PROMPTS)
+    model = train_clip(Run(RunOptions(str(tmp_path), 1, trackers=()), {}, "clip"), toy(12), tokenizer, TINY)
+    assert float(model.logit_scale.detach().exp()) == pytest.approx(100, rel=1e-3)

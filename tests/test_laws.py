@@ -1,0 +1,120 @@
+"""The laws of the house, read from the sources: who imports whom, what is never written, how long a file gets."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("distill", "sds3d", "scripts")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.parts[len(ROOT.parts)] != "scripts"]
+MODULES = [name.removesuffix(".__init__") for name in MODULES]
+LONGEST = 310
+OPTIONAL = ("nerfacc", "skimage", "imageio", "accelerate", "trimesh", "embreex", "datasets", "diffusers", "tinycudann", "hydra", "omegaconf")
+IMPORT = """
+import importlib, json, sys, torch
+modules, optional = json.loads(sys.argv[1])
+import distill, sds3d, sds3d.scene, sds3d.renderer
+light = [name for name in optional if name in sys.modules]
+for name in modules:
+    importlib.import_module(name)
+everywhere = [name for name in ("hydra", "omegaconf", "nerfacc", "skimage", "imageio", "tinycudann", "datasets") if name in sys.modules]
+print(json.dumps([light, everywhere, torch.cuda.is_initialized()]))
+"""
+
+
+def _nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+
+
+def _imports(path: Path) -> set[str]:
+    """The top-level packages that a file imports, anywhere in it, relative imports made absolute."""
+    found = set()
+    for node in _nodes(path):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0] if node.level == 0 else path.relative_to(ROOT).parts[0])
+    return found
+
+
+def _typed(bag: ast.arg) -> bool:
+    """Whether keywords are names of one kind of thing (`**parts: Stateful`), not a bag of anything."""
+    return bag.annotation is not None and ast.unparse(bag.annotation) not in ("Any", "object")
+
+
+def _breaches(path: Path) -> list[str]:
+    """What a file does that no file may: star imports, bare excepts, pickles, bags of untyped keywords."""
+    found = []
+    for node in _nodes(path):
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names):
+            found.append(f"{node.lineno}: star import")
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"{node.lineno}: bare except")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load"):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.ImportFrom) and node.module == "torch" and {a.name for a in node.names} & {"save", "load"}:
+            found.append(f"{node.lineno}: torch.save or torch.load")
+        if isinstance(node, ast.arguments) and node.kwarg is not None and not _typed(node.kwarg):
+            found.append(f"{node.kwarg.lineno}: **{node.kwarg.arg}")
+    return found
+
+
+def _name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_sources_are_found() -> None:
+    assert {"distill/errors.py", "sds3d/world.py", "scripts/entry.py"} <= {_name(path) for path in FILES}
+    assert {"distill", "distill.teacher", "sds3d.world"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_a_file_keeps_the_laws(path: Path) -> None:
+    imports, package = _imports(path), path.relative_to(ROOT).parts[0]
+    assert not imports & {"torchvision", "pickle", "dill", "joblib", "cloudpickle", "tests"}
+    if package == "distill":
+        assert not imports & {"sds3d", "scripts", "entry"}, "distill knows nothing of 3D"
+    if package != "scripts":
+        assert not imports & {"hydra", "omegaconf", "scripts"}, "hydra stops at scripts/"
+    assert _breaches(path) == []
+    assert len(path.read_text(encoding="utf-8").splitlines()) < LONGEST
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=_name)
+def test_tests_import_no_tests(path: Path) -> None:
+    assert "tests" not in _imports(path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from os import *",
+        "try:\n    pass\nexcept:\n    pass",
+        "torch.save(1)",
+        "from torch import load",
+        "def f(**bag): pass",
+        "def f(**bag: Any): pass",
+    ],
+)
+def test_breaches_are_seen(source: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(source, encoding="utf-8")
+    assert len(_breaches(tmp_path / "bad.py")) == 1
+
+
+def test_modules_import_without_a_gpu_and_without_what_is_optional() -> None:
+    """One process imports them all: the scene and the renderer first, with nothing heavy, then everything."""
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IMPORT, json.dumps([MODULES, OPTIONAL])]
+    done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    light, everywhere, initialised = json.loads(done.stdout.splitlines()[-1])
+    assert light == [], "import sds3d.scene, sds3d.renderer"
+    assert everywhere == [], "importing every module"
+    assert not initialised

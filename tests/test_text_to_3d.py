@@ -1,0 +1,140 @@
+"""The optimisation: what drives it, and that it resumes to the same scene."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.noise import NoiseSchedule
+from distill.objectives.algebra import ObjectiveOptions, Term
+from distill.run import Run, RunOptions
+from distill.score import Prediction, ScoreModel
+from sds3d.cameras import CameraOptions, orbit
+from sds3d.encoding import HashEncodingOptions
+from sds3d.field import FieldOptions
+from sds3d.renderer import RenderOptions
+from sds3d.scene import GridOptions, SceneOptions
+from sds3d.text_to_3d import RegularizerOptions, TextTo3d, TextTo3dOptions, check_prompts, conditions_for, grey_backgrounds
+
+SDS = ObjectiveOptions((Term("guided", 1.0, 1.0), Term("noise", -1.0)))
+SMALL = SceneOptions(
+    FieldOptions(HashEncodingOptions(n_levels=2, n_features_per_level=2, log2_hashmap_size=12, base_resolution=8), hidden_width=16),
+    GridOptions(resolution=16, every=4),
+    RenderOptions(samples=24),
+)
+OPTIONS = TextTo3dOptions(
+    "a red ball", views=2, camera=CameraOptions(resolution=16), coarse_resolution=8, coarse_until=0.3, background=(0.5, 0.5)
+)
+
+
+class OneImage(ScoreModel):
+    """A teacher in pixel space that knows one image: x0 is normal about it with a small spread; its texts are what was asked."""
+
+    resolution = 16
+
+    def __init__(self, image: Tensor) -> None:
+        self.schedule = NoiseSchedule(torch.linspace(0.999, 0.01, 1000))
+        self.image, self.asked = image, []
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        self.asked += prompts
+        return torch.zeros(len(prompts), 1, 1)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return images
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        eps = sigma * (x_t - alpha * self.image) / (alpha**2 * 0.05**2 + sigma**2)
+        return Prediction.of(eps, x_t, t, self.schedule, "epsilon")
+
+
+@dataclass
+class Words:
+    words: frozenset[str]
+
+
+def disc() -> Tensor:
+    """A red disc on grey, as every camera sees a ball."""
+    steps = (torch.arange(16) + 0.5) / 8 - 1
+    inside = (steps[None] ** 2 + steps[:, None] ** 2 < 0.5**2).float()
+    red = torch.tensor([0.9, 0.1, 0.1])[:, None, None]
+    return red * inside + 0.5 * (1 - inside)
+
+
+def options(directory: object, steps: int) -> RunOptions:
+    return RunOptions(str(directory), steps, checkpoint_every=3, preview_every=1000, trackers=(), device="cpu")
+
+
+def test_scene_becomes_what_the_teacher_knows(tmp_path):
+    task = TextTo3d(Run(options(tmp_path, 120), {}, "t"), OneImage(disc()), SMALL, SDS, OPTIONS)
+    scene = task.train()
+    views = scene.render(orbit(*(torch.tensor(v) for v in ([0.0, 120.0], [0.0, 30.0], [3.0, 3.0], [35.0, 35.0])), 16), torch.full((2, 3), 0.5))
+    assert (views.rgb - disc()).abs().mean() < 0.08  # a constant grey is .14 off
+    centre = views.rgb[:, :, 7:9, 7:9].mean((0, 2, 3))
+    assert centre[0] > 0.6 and centre[1:].max() < 0.35
+
+
+def test_a_broken_run_resumes_to_the_same_scene(tmp_path, monkeypatch):
+    def task(name: str) -> TextTo3d:
+        return TextTo3d(Run(options(tmp_path / name, 6), {}, "t"), OneImage(disc()), SMALL, SDS, OPTIONS)
+
+    whole = task("whole").train()
+    broken = task("broken")
+    step = TextTo3d.step
+
+    def breaks(self: TextTo3d, progress: float, number: int) -> object:
+        if number == 4:
+            raise RuntimeError("power cut")
+        return step(self, progress, number)
+
+    monkeypatch.setattr(TextTo3d, "step", breaks)
+    with pytest.raises(RuntimeError, match="power cut"):
+        broken.train()
+    monkeypatch.setattr(TextTo3d, "step", step)
+    again = task("broken").train()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_each_camera_asks_for_its_view():
+    teacher = OneImage(disc())
+    angles = torch.tensor([0.0, 90.0, 180.0, 0.0]), torch.tensor([10.0, 10.0, 10.0, 75.0])
+    cameras = orbit(*angles, torch.full((4,), 3.0), torch.full((4,), 35.0), 8)
+    conditions = conditions_for(teacher, OPTIONS, cameras)
+    assert teacher.asked == [f"a red ball, {view} view" for view in ("front", "side", "back", "overhead")] + [""]
+    assert conditions.negative is None and len(conditions.conditional) == 4
+    conditions_for(teacher, replace(OPTIONS, view_words=False), cameras)
+    assert teacher.asked[5:9] == ["a red ball"] * 4
+
+
+def test_backgrounds_are_grey_and_within_the_range():
+    greys = grey_backgrounds(replace(OPTIONS, background=(0.4, 0.9)), 500, torch.Generator().manual_seed(0))
+    assert torch.equal(greys[:, 0], greys[:, 2])
+    assert 0.4 <= greys.min() < 0.42 and 0.88 < greys.max() <= 0.9
+
+
+@pytest.mark.parametrize("name", ["opacity", "entropy", "orientation", "sparsity", "smooth_density", "smooth_albedo"])
+def test_every_regulariser_reaches_the_scene(tmp_path, name):
+    weights = RegularizerOptions(**{name: 1.0}, entropy_from=0.0, samples=256)
+    no_pull = ObjectiveOptions((Term("noise", 0.0),))
+    task = TextTo3d(Run(options(tmp_path, 2), {}, "t"), OneImage(disc()), SMALL, no_pull, replace(OPTIONS, regularizers=weights))
+    with torch.no_grad():  # a scene that is not uniform, so that smoothness has something to say
+        for parameter in task.scene.field.encoding.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+    before = [p.detach().clone() for p in task.scene.field.parameters()]
+    task.step(0.5, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(before, task.scene.field.parameters(), strict=True))
+
+
+def test_mistakes_are_told():
+    with pytest.raises(UserError, match="'blob'"):
+        check_prompts(Words(frozenset({"a", "red"})), replace(OPTIONS, prompt="a red blob"))
+    with pytest.raises(UserError, match="empty"):
+        check_prompts(Words(frozenset()), replace(OPTIONS, prompt=" "))
+    with pytest.raises(UserError, match="views is 0"):
+        replace(OPTIONS, views=0)
+    with pytest.raises(UserError, match="background"):
+        replace(OPTIONS, background=(0.9, 0.1))

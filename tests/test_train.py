@@ -1,0 +1,136 @@
+"""The whole training at tiny size: a folder that loads, resumed without training again, and mistakes told at once."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from distill.errors import UserError
+from distill.run import Run, RunOptions
+from distill.teacher.clip import ClipOptions
+from distill.teacher.frozen import Teacher
+from distill.teacher.train import Steps, TeacherOptions, train_teacher
+from distill.teacher.unet import UnetOptions
+from distill.teacher.vae import VaeOptions
+
+COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
+
+
+def write_folder(folder: Path) -> Path:
+    """Coloured squares on a transparent ground."""
+    for split, count in (("train", 12), ("validation", 4)):
+        place = folder / split
+        place.mkdir(parents=True)
+        rows = []
+        for number in range(count):
+            name = list(COLOURS)[number % 3]
+            image = Image.new("RGBA", (16, 16))
+            image.paste((*COLOURS[name], 255), (4, 2 + number % 4, 12, 12))
+            image.save(place / f"{number}.png")
+            rows.append({"file_name": f"{number}.png", "text": f"a {name} square"})
+        (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def options(data: Path) -> TeacherOptions:
+    return TeacherOptions(
+        str(data),
+        resolution=16,
+        steps=Steps(3, 4, 5),
+        clip=ClipOptions(width=16, layers=1, patch=8, text_width=16, text_layers=1, projection=8, batch=6),
+        vae=VaeOptions(factor=4, channels=(8, 8, 8), latent_channels=3, batch=4),
+        unet=UnetOptions(channels=(16, 16), heads=2, batch=4),
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    teacher = Teacher.load(str(folder))
+    parts = {"text": teacher.text_encoder, "vae": teacher.vae, "unet": teacher.unet}
+    return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.state_dict().items()}
+
+
+def carried(directory: Path) -> RunOptions:
+    return RunOptions(str(directory), 1, trackers=(), log_every=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherOptions]:
+    """A directory in which a teacher was trained without a cut, and of what."""
+    place = tmp_path_factory.mktemp("trained")
+    chosen = options(write_folder(place / "data"))
+    assert train_teacher(carried(place / "out"), chosen) == place / "out" / "teacher"
+    return place / "out", chosen
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Training steps done, by part."""
+    done: Counter[str] = Counter()
+    log = Run.log
+
+    def count(run: Run, **figures: Any) -> None:
+        done[run.label] += 1
+        log(run, **figures)
+
+    monkeypatch.setattr(Run, "log", count)
+    return done
+
+
+def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> None:
+    out, _ = trained
+    results = {part: json.loads((out / part / "result.json").read_text()) for part in ("clip", "vae", "unet")}
+    assert [result["run"]["steps"] for result in results.values()] == [3, 4, 5]
+    teacher = Teacher.load(str(out / "teacher"))
+    assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
+    assert teacher.words == {"a", "red", "green", "blue", "square"}
+    assert teacher.vae.config.scaling_factor == pytest.approx(results["vae"]["scaling_factor"])
+    assert teacher.encode_text(["a red square", ""]).shape == (2, 24, 16)
+
+
+def test_does_not_train_twice(trained: tuple[Path, TeacherOptions], steps: Counter[str]) -> None:
+    out, chosen = trained
+    first = weights(out / "teacher")
+    assert train_teacher(carried(out), chosen) == out / "teacher" and not steps
+    again = weights(out / "teacher")
+    assert first.keys() == again.keys() and all(first[name].equal(again[name]) for name in first)
+
+
+def test_a_training_cut_after_the_vae_goes_on(
+    trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, chosen = trained
+
+    def cut(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("distill.teacher.train.prepare", cut)
+        train_teacher(carried(tmp_path), chosen)
+    assert steps == {"clip": 3, "vae": 4}
+    steps.clear()
+    one, whole = weights(train_teacher(carried(tmp_path), chosen)), weights(out / "teacher")
+    assert steps == {"unet": 5}
+    assert all(one[name].equal(whole[name]) for name in whole)  # a cut alters nothing
+
+
+def test_another_config_in_the_same_place_is_refused(trained: tuple[Path, TeacherOptions]) -> None:
+    out, chosen = trained
+    with pytest.raises(UserError, match=r"clip.image_to_text"):
+        train_teacher(carried(out), replace(chosen, clip=replace(chosen.clip, image_to_text=0.3)))
+
+
+@pytest.mark.parametrize("resolution", [20, 12])
+def test_a_resolution_that_does_not_fit_is_refused(resolution: int, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"resolution {resolution}"):
+        replace(options(tmp_path), resolution=resolution)
+
+
+def test_missing_data_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        train_teacher(carried(tmp_path / "out"), options(tmp_path / "none"))
+    assert not (tmp_path / "out").exists()
