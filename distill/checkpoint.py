@@ -48,7 +48,7 @@ def load_state(path: Path | str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # cloned: the tensors of a safetensors file are views of a memory map
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no readable checkpoint ({error}); expected one a run saved") from None
     if metadata.get("format") != FORMAT:

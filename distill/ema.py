@@ -24,8 +24,7 @@ class EMA:
         self.updates = 0
         self._module = module
         self._average = {
-            name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True)
-            for name, value in module.named_parameters()
+            name: value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for name, value in module.named_parameters()
         }
         self._copied = {name: value.detach().clone() for name, value in module.named_buffers()}
 

@@ -77,9 +77,7 @@ class Judge(nn.Module):
             Block(2 * width, FEATURES, stride=2),
             Block(FEATURES, FEATURES),
         )
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(FEATURES, len(values)) for name, values in self.labels.items()}
-        )
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, len(values)) for name, values in self.labels.items()})
         self.to(memory_format=torch.channels_last)
 
     def features(self, images: Tensor) -> Tensor:
@@ -97,18 +95,14 @@ def collect_labels(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> 
     """The values of each attribute in the rows that count, sorted. Raises `UserError` for fewer than two."""
     labels = {}
     for name in options.attributes:
-        labels[name] = tuple(
-            sorted({value for row in rows if (value := _value(row, name, options)) is not None})
-        )
+        labels[name] = tuple(sorted({value for row in rows if (value := _value(row, name, options)) is not None}))
         if len(labels[name]) < 2:
             found = f"the values {list(labels[name])} in the rows that count"
             raise UserError(f"the column '{name}' has {found}; expected at least two")
     return labels
 
 
-def label_table(
-    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, Sequence[str]], options: JudgeOptions
-) -> Tensor:
+def label_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, Sequence[str]], options: JudgeOptions) -> Tensor:
     """Label indices (N, attributes), `IGNORE` where a row does not count.
 
     Raises `UserError` for a value not in `labels`.
@@ -134,9 +128,7 @@ def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) 
     """The sum over attributes of the mean cross-entropy of rows that count; `targets` (B, attributes)."""
     losses = []
     for scores, target in zip(logits.values(), targets.T, strict=True):
-        total = F.cross_entropy(
-            scores, target, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum"
-        )
+        total = F.cross_entropy(scores, target, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum")
         losses.append(total / (target != IGNORE).sum().clamp(min=1))
     return torch.stack(losses).sum()
 
@@ -148,15 +140,19 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     both are meaning.
     """
     images = _relight(_soften(_move(images, generator), generator), generator)
-    images = images + torch.randn(images.shape, generator=generator) * _uniform(
-        images, generator, -0.04, 0.04
-    )
+    noise = torch.randn(images.shape, generator=generator) * _uniform(images, generator, 0, 0.04)
+    images = images + noise * _some(images, generator, 0.5)
     return _cover(images, generator).clamp(0, 1)
 
 
 def _uniform(images: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
     """One number an image, (B, 1, 1, 1)."""
     return low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
+
+
+def _some(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """Whether an image is chosen, (B, 1, 1, 1); small cues such as a nose need sharp images to be learnt."""
+    return torch.rand(len(images), 1, 1, 1, generator=generator) < share
 
 
 def _move(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -169,10 +165,10 @@ def _move(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _soften(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blends with a box blur of radius 1 or 2 pixels; a negative share sharpens."""
+    """Half of them blended with a box blur of radius 1 or 2 pixels; a negative share sharpens."""
     radius = int(torch.randint(1, 3, (), generator=generator))
     blurred = F.avg_pool2d(F.pad(images, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
-    return images.lerp(blurred, _uniform(images, generator, -0.5, 1.0))
+    return images.lerp(blurred, _uniform(images, generator, -0.5, 1.0) * _some(images, generator, 0.5))
 
 
 def _relight(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -185,15 +181,15 @@ def _relight(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _cover(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A grey rectangle, at most a quarter of the side, on a third of the images (Zhong et al. 2017)."""
+    """A grey rectangle, at most a quarter of the side, on a fifth of the images (Zhong et al. 2017)."""
     side = images.shape[-1]
     pixels = torch.arange(side)
     size = _uniform(images, generator, 0, side / 4), _uniform(images, generator, 0, side / 4)
     start = _uniform(images, generator, 0, side), _uniform(images, generator, 0, side)
     rows = (pixels[:, None] >= start[0]) & (pixels[:, None] < start[0] + size[0])
     columns = (pixels >= start[1]) & (pixels < start[1] + size[1])
-    chosen = _uniform(images, generator, 0, 1) < 1 / 3
-    return torch.where(rows & columns & chosen, _uniform(images, generator, 0, 1), images)
+    chosen = rows & columns & _some(images, generator, 0.2)
+    return torch.where(chosen, _uniform(images, generator, 0, 1), images)
 
 
 def train_judge(run: Run, data: Captioned, options: JudgeOptions) -> Judge:
@@ -272,9 +268,7 @@ def load_judge(folder: Path | str) -> Judge:
     folder = located(folder)
     facts = read_json(folder / "judge.json")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} holds no judge; expected what save_judge wrote (judge.json with format {FORMAT})"
-        )
+        raise UserError(f"{folder} holds no judge; expected what save_judge wrote (judge.json with format {FORMAT})")
     try:
         saved = facts["options"]
         pairs = tuple((attribute, condition) for attribute, condition in saved["only_if"])
@@ -282,7 +276,5 @@ def load_judge(folder: Path | str) -> Judge:
         judge = Judge(facts["labels"], options)
         judge.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the judge in {folder} is damaged ({error}); expected what save_judge wrote"
-        ) from None
+        raise UserError(f"the judge in {folder} is damaged ({error}); expected what save_judge wrote") from None
     return judge.eval().requires_grad_(False)

@@ -22,13 +22,9 @@ def moments(features: Tensor) -> Moments:
     Raises `UserError` for another shape, N < 2 and values that are not finite.
     """
     if features.ndim != 2 or len(features) < 2:
-        raise UserError(
-            f"features have the shape {tuple(features.shape)}; expected (N, D) with N of at least 2"
-        )
+        raise UserError(f"features have the shape {tuple(features.shape)}; expected (N, D) with N of at least 2")
     if not features.isfinite().all():
-        raise UserError(
-            "features hold NaN or infinity; expected finite numbers, check the images they come from"
-        )
+        raise UserError("features hold NaN or infinity; expected finite numbers, check the images they come from")
     features = features.detach().double().cpu()
     mean = features.mean(0)
     centred = features - mean

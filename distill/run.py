@@ -196,8 +196,7 @@ class Run:
                 self._load(newest.state)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"{newest.path} does not fit what is trained now ({error}); "
-                    "use another directory or overwrite=true"
+                    f"{newest.path} does not fit what is trained now ({error}); use another directory or overwrite=true"
                 ) from error
             print(f"{self.label}: resumed at step {self.step} of {self.options.steps}", file=sys.stderr)
         truncate_metrics(self.directory, self.step)

@@ -77,9 +77,7 @@ class Cameras:
         return self.position[:, None, None].expand_as(directions), directions
 
 
-def orbit(
-    azimuth: Tensor, elevation: Tensor, distance: Tensor, fovy: Tensor, resolution: int, target: Tensor | None = None
-) -> Cameras:
+def orbit(azimuth: Tensor, elevation: Tensor, distance: Tensor, fovy: Tensor, resolution: int, target: Tensor | None = None) -> Cameras:
     """Cameras at angles (B,) in degrees and distance (B,) from `target` (B, 3; the origin when None), fovy (B,) degrees."""
     theta, phi = torch.deg2rad(azimuth), torch.deg2rad(elevation)
     zero = torch.zeros_like(theta)
@@ -100,9 +98,7 @@ def sample_cameras(options: CameraOptions, count: int, generator: torch.Generato
     share = torch.rand(count, generator=generator)
     azimuth = low + (high - low) * ((torch.arange(count) + share) / count if stratified else share)
     target = (torch.rand(count, 3, generator=generator) * 2 - 1) * options.centre_jitter
-    return orbit(
-        azimuth, uniform(*options.elevation), uniform(*options.distance), uniform(*options.fovy), options.resolution, target
-    )
+    return orbit(azimuth, uniform(*options.elevation), uniform(*options.distance), uniform(*options.fovy), options.resolution, target)
 
 
 def ring(count: int, elevation: float = 20.0, resolution: int = 64, distance: float = 3.0, fovy: float = 35.0) -> Cameras:

@@ -36,11 +36,7 @@ class HashEncodingOptions:
     per_level_scale: float = 1.6  # six levels end at 84 nodes a side: about the pixel of a 64 x 64 view
 
     def __post_init__(self) -> None:
-        if (
-            min(self.n_levels, self.n_features_per_level) < 1
-            or self.base_resolution < 2
-            or self.per_level_scale < 1
-        ):
+        if min(self.n_levels, self.n_features_per_level) < 1 or self.base_resolution < 2 or self.per_level_scale < 1:
             raise UserError(
                 f"encoding of {self.n_levels} levels, {self.n_features_per_level} features, base "
                 f"{self.base_resolution}, scale {self.per_level_scale}: "
@@ -128,9 +124,7 @@ class HashEncoding(nn.Module):
     def __init__(self, options: HashEncodingOptions) -> None:
         super().__init__()
         self.options = options
-        self.table = nn.Parameter(
-            torch.empty(sum(options.sizes()), options.n_features_per_level).uniform_(-1e-4, 1e-4)
-        )
+        self.table = nn.Parameter(torch.empty(sum(options.sizes()), options.n_features_per_level).uniform_(-1e-4, 1e-4))
 
     def forward(self, positions: Tensor) -> Tensor:
         axes = positions.detach().t().to(self.table.dtype).contiguous()
@@ -203,9 +197,7 @@ class TinyCudaEncoding(nn.Module):
         return grid(positions.detach()).float()
 
 
-def make_encoding(
-    options: HashEncodingOptions, device: torch.device | str
-) -> HashEncoding | TinyCudaEncoding:
+def make_encoding(options: HashEncodingOptions, device: torch.device | str) -> HashEncoding | TinyCudaEncoding:
     """tinycudann's encoding on a CUDA device where it is installed, else the torch twin; on `device`."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("tinycudann") is not None:
         return TinyCudaEncoding(options).to(device)

@@ -1,6 +1,7 @@
 """The scene as a function of position: density and albedo from an encoded point by a tiny MLP."""
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -67,7 +68,7 @@ class Field(nn.Module):
         self.encoding = make_encoding(options.encoding, device)
         widths = [options.encoding.width] + [options.hidden_width] * options.hidden_layers
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:]):
+        for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
 

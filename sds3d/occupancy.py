@@ -44,9 +44,7 @@ class OccupancyGrid(nn.Module):
         """Look at one random point of every cell (its centre without a generator) and re-draw the map of
         empty cells."""
         count = self.resolution**3
-        jitter = (
-            torch.full((count, 3), 0.5) if generator is None else torch.rand(count, 3, generator=generator)
-        )
+        jitter = torch.full((count, 3), 0.5) if generator is None else torch.rand(count, 3, generator=generator)
         points = (self._corners() + jitter.to(self.levels.device)) * (2 / self.resolution) - 1
         density = torch.cat([field.density(part) for part in points.split(2**16)]).view_as(self.levels)
         self.set_densities(torch.maximum(self.levels * self.decay, density), density)
@@ -61,9 +59,7 @@ class OccupancyGrid(nn.Module):
         core = -functional.max_pool3d(-lower[None, None], 3, stride=1, padding=1)[0, 0]
         self.guide.copy_(torch.where(occupied, core.clamp(min=0), EMPTY))
         cells = occupied.nonzero()
-        low, high = (
-            (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
-        )
+        low, high = (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
         self.bounds.copy_(torch.stack([low, high]) * (2 / self.resolution) - 1)
 
     def _corners(self) -> Tensor:

@@ -43,9 +43,7 @@ def orientation(weights: Tensor, normals: Tensor, directions: Tensor) -> Tensor:
     return (weights.detach() * away.square()).mean()
 
 
-def scene_orientation(
-    field: Field, rendered: Rendered, directions: Tensor, count: int, generator: torch.Generator
-) -> Tensor:
+def scene_orientation(field: Field, rendered: Rendered, directions: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`orientation` over `count` of the rendered samples, drawn in proportion to their weights; directions
     (R, 3).
 
@@ -64,9 +62,7 @@ def scene_orientation(
     return orientation(torch.ones_like(weights[chosen]), normals, directions[rendered.rays[chosen]])
 
 
-def total_variation(
-    field: Field, points: Tensor, step: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def total_variation(field: Field, points: Tensor, step: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean absolute difference of (opacity over a step, albedo) between points (N, 3) and random neighbours
     at distance `step`.
 

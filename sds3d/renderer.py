@@ -27,10 +27,7 @@ class RenderOptions:
 
     def __post_init__(self) -> None:
         if self.samples < 2 or not 0 <= self.early_stop < 1:
-            raise UserError(
-                f"render samples {self.samples}, early_stop {self.early_stop}: "
-                "give at least 2 samples and 0 <= stop < 1"
-            )
+            raise UserError(f"render samples {self.samples}, early_stop {self.early_stop}: give at least 2 samples and 0 <= stop < 1")
 
     @property
     def step(self) -> float:
@@ -119,9 +116,7 @@ def _weights(samples: Samples, density: Tensor, count: int, step: float) -> Tens
 
     if samples.slot is None:
         ends = samples.start + step
-        return render_weight_from_density(
-            samples.start, ends, density, ray_indices=samples.ray, n_rays=count
-        )[0]
+        return render_weight_from_density(samples.start, ends, density, ray_indices=samples.ray, n_rays=count)[0]
     starts = samples.starts
     dense = density.new_zeros(starts.numel()).index_copy(0, samples.slot, density).view_as(starts)
     weights = render_weight_from_density(starts, starts + step, dense)[0]
@@ -129,9 +124,7 @@ def _weights(samples: Samples, density: Tensor, count: int, step: float) -> Tens
 
 
 @torch.no_grad()
-def sample(
-    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions
-) -> Samples:
+def sample(grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions) -> Samples:
     """Samples of rays (R, 3) in cells of the grid that are not empty; `jitter` (R,) in [0, 1) is the point
     within the step."""
     if origins.is_cuda and nerfacc_cuda():
@@ -139,9 +132,7 @@ def sample(
     return _march(grid, origins, directions, jitter, options)
 
 
-def _march(
-    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions
-) -> Samples:
+def _march(grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions) -> Samples:
     """The marcher in plain torch, dense over (rays that meet the occupied part, steps)."""
     step = options.step
     entry, _ = slab(origins, directions, torch.stack([-torch.ones(3), torch.ones(3)]).to(origins))
@@ -176,18 +167,14 @@ def _look_up(grid: OccupancyGrid, origins: Tensor, directions: Tensor, distances
     return grid.guide.flatten().index_select(0, index.flatten().int()).view_as(distances)
 
 
-def _sample_nerfacc(
-    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions
-) -> Samples:
+def _sample_nerfacc(grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, options: RenderOptions) -> Samples:
     """The same samples from nerfacc's CUDA traversal. Hidden samples are kept: on a GPU they cost little."""
     from nerfacc import OccGridEstimator
 
     estimator = OccGridEstimator([-1.0] * 3 + [1.0] * 3, grid.resolution).to(origins.device)
     estimator.binaries.copy_(grid.occupied[None])
     entry, leave = slab(origins, directions, estimator.aabbs.view(2, 3))
-    ray, start, end = estimator.sampling(
-        origins, directions, t_min=entry, t_max=leave, render_step_size=options.step
-    )
+    ray, start, end = estimator.sampling(origins, directions, t_min=entry, t_max=leave, render_step_size=options.step)
     point = origins[ray] + (start + (end - start) * jitter[ray])[:, None] * directions[ray]
     return Samples(ray, start, point)
 

@@ -115,9 +115,7 @@ class Scene(nn.Module):
         super().__init__()
         self.options = options
         self.field = Field(options.field, device)
-        self.grid = OccupancyGrid(options.grid.resolution, options.grid.decay, options.grid.threshold).to(
-            device
-        )
+        self.grid = OccupancyGrid(options.grid.resolution, options.grid.decay, options.grid.threshold).to(device)
         self.background = Background(options.background).to(device)
 
     @property
@@ -161,15 +159,11 @@ class Scene(nn.Module):
         normal = maps[:, 5:8] if normals else None
         return Views(maps[:, :3], maps[:, 3:4], maps[:, 4:5], normal, rendered, directions)
 
-    def _rays(
-        self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None
-    ) -> Rendered:
+    def _rays(self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None) -> Rendered:
         behind = self.background(directions) if behind is None else behind
         return render(self.field, self.grid, origins, directions, behind, self.options.render, generator)
 
-    def _chunks(
-        self, origins: Tensor, directions: Tensor, behind: Tensor | None, normals: bool, size: int = 2**14
-    ) -> Tensor:
+    def _chunks(self, origins: Tensor, directions: Tensor, behind: Tensor | None, normals: bool, size: int = 2**14) -> Tensor:
         behinds = [None] * -(-len(origins) // size) if behind is None else behind.split(size)
         parts = zip(origins.split(size), directions.split(size), behinds)
         return torch.cat([self._layers(self._rays(o, d, b, None), normals) for o, d, b in parts])
@@ -196,9 +190,7 @@ class Scene(nn.Module):
         with atomic_path(folder / "scene.safetensors") as path:
             save_file(tensors, str(path), metadata={"format": FORMAT})
         with atomic_path(folder / "scene.json") as path:
-            path.write_text(
-                json.dumps({"format": FORMAT, "options": dataclasses.asdict(self.options)}, indent=2) + "\n"
-            )
+            path.write_text(json.dumps({"format": FORMAT, "options": dataclasses.asdict(self.options)}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Scene":
@@ -208,9 +200,7 @@ class Scene(nn.Module):
         try:
             content = json.loads((folder / "scene.json").read_text())
             if content.get("format") != FORMAT:
-                raise UserError(
-                    f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}"
-                )
+                raise UserError(f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}")
             scene = cls(options_from(content["options"]), device)
             scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
         except UserError:

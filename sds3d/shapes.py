@@ -156,7 +156,9 @@ def _snowman() -> list[Part]:
 
 
 def _rocket() -> list[Part]:
-    fins = [(_box(0.42, 0.06, 0.4, (0.34 * np.cos(a), 0.34 * np.sin(a), -0.5), (0, 0, np.rad2deg(a))), DARK) for a in np.arange(4) * np.pi / 2]
+    fins = [
+        (_box(0.42, 0.06, 0.4, (0.34 * np.cos(a), 0.34 * np.sin(a), -0.5), (0, 0, np.rad2deg(a))), DARK) for a in np.arange(4) * np.pi / 2
+    ]
     window = (_ball(0.13, (0.25, 0, 0.3)), GLASS)
     return [(_rod(0.3, 1.3), None), (_cone(0.3, 0.5, (0, 0, 0.65)), WHITE), window, *fins]
 
@@ -182,7 +184,14 @@ def _duck() -> list[Part]:
     eyes = [(_ball(0.05, (0.54, y, 0.62)), DARK) for y in (-0.15, 0.15)]
     wings = [(_ball(0.3, (-0.12, y, 0.02), (1.2, 0.35, 0.7)), None) for y in (-0.42, 0.42)]
     tail = _cone(0.24, 0.55, (-0.5, 0, 0.08), (0, -50, 0))
-    return [(_ball(0.5, (0, 0, -0.05), (1.35, 0.95, 0.75)), None), (_ball(0.32, (0.32, 0, 0.53)), None), (bill, ORANGE), (tail, None), *eyes, *wings]
+    return [
+        (_ball(0.5, (0, 0, -0.05), (1.35, 0.95, 0.75)), None),
+        (_ball(0.32, (0.32, 0, 0.53)), None),
+        (bill, ORANGE),
+        (tail, None),
+        *eyes,
+        *wings,
+    ]
 
 
 def _robot() -> list[Part]:

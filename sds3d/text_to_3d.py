@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from distill.data import BACKGROUND
 from distill.errors import UserError
-from distill.objectives.algebra import Conditions, Distilled, ObjectiveOptions, ScoreDistillation
+from distill.objectives.algebra import Conditions, Distilled, ObjectiveOptions, ScoreDistillation, text_conditions
 from distill.run import Run
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import check_prompt
@@ -72,8 +72,7 @@ def conditions_for(teacher: Teacher, options: TextTo3dOptions, cameras: Cameras)
     """The text states of each camera's prompt, with its view word where they are switched on."""
     places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
     prompts = [view_prompt(options.prompt, view_of(*place)) if options.view_words else options.prompt for place in places]
-    negative = teacher.encode_text([options.negative_prompt]) if options.negative_prompt else None
-    return Conditions(teacher.encode_text(prompts), teacher.encode_text([""]), negative)
+    return text_conditions(teacher.encode_text, prompts, options.negative_prompt)
 
 
 def grey_backgrounds(options: TextTo3dOptions, count: int, generator: torch.Generator) -> Tensor:

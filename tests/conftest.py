@@ -73,7 +73,7 @@ def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer, words = build_tokenizer(world_captions())
         small = ClipOptions(width=32, layers=1, patch=16, text_width=32, text_layers=2, projection=16)
         clip = build_clip(small, tokenizer, 64)
-        vae = build_vae(VaeOptions(channels=(8, 8, 16, 16)), 64)
+        vae = build_vae(VaeOptions(channels=(8, 8, 16, 16), latent_channels=8), 64)
         vae.register_to_config(scaling_factor=1.7)  # a stock one: 1 would hide a factor left out
         options = UnetOptions(channels=(16, 32), heads=2)
         unet = build_unet(options, vae.config.latent_channels, 8, small.text_width)

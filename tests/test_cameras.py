@@ -113,7 +113,7 @@ def test_random_cameras_keep_to_their_ranges_and_use_them() -> None:
     assert 0.04 < distance.max() <= options.centre_jitter + 1e-5, "the jitter is an offset of each axis"
     fovy = torch.rad2deg(cameras.fovy)
     assert 20 <= fovy.min() < 21 and 39 < fovy.max() <= 40
-    assert ((looked_at.norm(dim=-1) < 0.25 + 0.05 * 3**0.5 + 1e-5).all()), "distance 3 plus or minus 0.25"
+    assert (looked_at.norm(dim=-1) < 0.25 + 0.05 * 3**0.5 + 1e-5).all(), "distance 3 plus or minus 0.25"
 
 
 def test_random_cameras_are_a_function_of_the_seed() -> None:

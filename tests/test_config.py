@@ -34,10 +34,8 @@ class Outer:
 
 def test_defaults_and_nesting() -> None:
     assert build(Outer, {"name": "x"}) == Outer("x")
-    got = build(
-        Outer,
-        {"name": "x", "inner": {"size": 5}, "pair": [1, 2], "many": [{"size": 1}, {}], "kind": "b", "maybe": 4, "either": [1, 2], "flag": True},
-    )
+    given = {"name": "x", "inner": {"size": 5}, "pair": [1, 2], "many": [{"size": 1}, {}]}
+    got = build(Outer, {**given, "kind": "b", "maybe": 4, "either": [1, 2], "flag": True})
     assert got == Outer("x", Inner(5), (1.0, 2.0), (Inner(1), Inner()), "b", 4, (1.0, 2.0), True)
     assert isinstance(got.pair[0], float) and isinstance(got.either, tuple)
     assert build(Outer, {"name": "x", "maybe": None, "either": 2}) == Outer("x", either=2.0)

@@ -12,15 +12,9 @@ from sds3d.encoding import HashEncoding, HashEncodingOptions, make_encoding
 
 # Levels of 4, 8 and 15 nodes a side: 64 and 512 entries fit into 2^9 and are dense, 3375 do not and are
 # hashed.
-MIXED = HashEncodingOptions(
-    n_levels=3, n_features_per_level=2, log2_hashmap_size=9, base_resolution=4, per_level_scale=1.9
-)
-HASHED = HashEncodingOptions(
-    n_levels=2, n_features_per_level=2, log2_hashmap_size=4, base_resolution=5, per_level_scale=1.5
-)
-NO_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked"
-)
+MIXED = HashEncodingOptions(n_levels=3, n_features_per_level=2, log2_hashmap_size=9, base_resolution=4, per_level_scale=1.9)
+HASHED = HashEncodingOptions(n_levels=2, n_features_per_level=2, log2_hashmap_size=4, base_resolution=5, per_level_scale=1.5)
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked")
 NO_TINYCUDANN = pytest.mark.skipif(
     importlib.util.find_spec("tinycudann") is None,
     reason="tinycudann is not installed: its parity is unchecked",
@@ -29,9 +23,7 @@ NO_TINYCUDANN = pytest.mark.skipif(
 
 def random_encoding(options: HashEncodingOptions, seed: int = 0) -> HashEncoding:
     encoding = HashEncoding(options).double()
-    table = torch.randn(
-        encoding.table.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    table = torch.randn(encoding.table.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     encoding.table.data.copy_(table)
     return encoding
 
@@ -63,9 +55,7 @@ def slow(encoding: HashEncoding, positions: Tensor) -> Tensor:
     tables = encoding.table.detach().split(options.sizes())
     rows = []
     for point in positions.tolist():
-        levels = [
-            slow_level(t, point, s, options.log2_hashmap_size) for t, s in zip(tables, options.scales())
-        ]
+        levels = [slow_level(t, point, s, options.log2_hashmap_size) for t, s in zip(tables, options.scales())]
         rows.append(torch.cat(levels))
     return torch.stack(rows)
 
@@ -74,9 +64,7 @@ def test_sizes_are_those_of_the_paper() -> None:
     assert MIXED.resolutions() == [4, 8, 15]
     assert MIXED.sizes() == [64, 512, 512]
     assert MIXED.width == 6
-    assert HashEncodingOptions(n_levels=1, base_resolution=5).sizes() == [
-        128
-    ]  # 125, padded to a multiple of 8
+    assert HashEncodingOptions(n_levels=1, base_resolution=5).sizes() == [128]  # 125, padded to a multiple of 8
 
 
 @pytest.mark.parametrize("options", [MIXED, HASHED], ids=["dense and hashed", "hashed"])
@@ -101,18 +89,14 @@ def test_gradient_matches_finite_differences(options: HashEncodingOptions) -> No
     def encode(table: Tensor) -> Tensor:
         return torch.func.functional_call(encoding, {"table": table}, positions)
 
-    assert torch.autograd.gradcheck(
-        encode, encoding.table.detach().requires_grad_(), fast_mode=options is MIXED
-    )
+    assert torch.autograd.gradcheck(encode, encoding.table.detach().requires_grad_(), fast_mode=options is MIXED)
 
 
 def test_is_continuous_across_cells() -> None:
     encoding = random_encoding(MIXED)
     line = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     values = encoding(torch.stack([line, torch.full_like(line, 0.3), torch.full_like(line, 0.7)], dim=1))
-    assert (
-        values.diff(dim=0).abs().max() < 10 * 14 / 4000
-    )  # entries differ by a few units over a cell of 1/14
+    assert values.diff(dim=0).abs().max() < 10 * 14 / 4000  # entries differ by a few units over a cell of 1/14
 
 
 def test_no_points_and_single_precision() -> None:
@@ -122,9 +106,7 @@ def test_no_points_and_single_precision() -> None:
     assert isinstance(make_encoding(MIXED, "cpu"), HashEncoding)
 
 
-@pytest.mark.parametrize(
-    "values", [{"n_levels": 0}, {"base_resolution": 1}, {"per_level_scale": 0.5}, {"log2_hashmap_size": 30}]
-)
+@pytest.mark.parametrize("values", [{"n_levels": 0}, {"base_resolution": 1}, {"per_level_scale": 0.5}, {"log2_hashmap_size": 30}])
 def test_impossible_grids_are_refused(values: dict) -> None:
     with pytest.raises(UserError, match=str(next(iter(values.values())))):
         HashEncodingOptions(**values)

@@ -8,9 +8,7 @@ from distill.errors import UserError
 from sds3d.encoding import HashEncodingOptions
 from sds3d.field import Field, FieldOptions
 
-SMALL = HashEncodingOptions(
-    n_levels=2, n_features_per_level=2, log2_hashmap_size=5, base_resolution=3, per_level_scale=1.7
-)
+SMALL = HashEncodingOptions(n_levels=2, n_features_per_level=2, log2_hashmap_size=5, base_resolution=3, per_level_scale=1.7)
 
 
 def random_field(activation: str = "softplus", layers: int = 1) -> Field:
@@ -51,9 +49,7 @@ def test_normals_have_gradients() -> None:
 
     field.normal(positions).cos().sum().backward()
     direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    slope = (
-        normal(weight + 1e-6 * direction).cos().sum() - normal(weight - 1e-6 * direction).cos().sum()
-    ) / 2e-6
+    slope = (normal(weight + 1e-6 * direction).cos().sum() - normal(weight - 1e-6 * direction).cos().sum()) / 2e-6
     torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=1e-5, atol=1e-8)
 
 
@@ -75,10 +71,7 @@ def test_starts_as_a_soft_ball() -> None:
 
 
 def test_starting_normals_point_outwards() -> None:
-    positions = (
-        torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
-        / 3
-    )
+    positions = torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), dim=-1) / 3
     normals = Field(FieldOptions()).normal(positions)
     torch.testing.assert_close(normals.norm(dim=-1), torch.ones(40))
     assert ((normals * positions).sum(-1) * 3).min() > 0.99
@@ -106,18 +99,14 @@ def test_under_autocast_density_stays_single() -> None:
     assert density.dtype == albedo.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    "values", [{"hidden_width": 0}, {"hidden_layers": 0}, {"blob_radius": -1.0}, {"activation": "relu"}]
-)
+@pytest.mark.parametrize("values", [{"hidden_width": 0}, {"hidden_layers": 0}, {"blob_radius": -1.0}, {"activation": "relu"}])
 def test_impossible_fields_are_refused(values: dict) -> None:
     with pytest.raises(UserError, match=str(next(iter(values.values())))):
         FieldOptions(**values)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked"
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked")
 def test_cuda_matches_cpu() -> None:
     field, positions = Field(FieldOptions()), points(200).float()
     twin = Field(FieldOptions(), "cuda")

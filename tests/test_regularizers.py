@@ -31,9 +31,7 @@ def generator() -> torch.Generator:
 def rendered(weights: list[float], rays: list[int], count: int) -> Rendered:
     points = torch.zeros(len(weights), 3)
     zero = torch.zeros(count)
-    return Rendered(
-        torch.zeros(count, 3), zero, zero, torch.tensor(weights), points, torch.tensor(rays, dtype=torch.long)
-    )
+    return Rendered(torch.zeros(count, 3), zero, zero, torch.tensor(weights), points, torch.tensor(rays, dtype=torch.long))
 
 
 def test_opacity_penalty() -> None:
@@ -44,9 +42,7 @@ def test_opacity_penalty() -> None:
 def test_entropy_is_largest_at_half_and_falls_to_both_sides() -> None:
     opacity = torch.tensor([0.5, 0.11, 0.0, 1.0], requires_grad=True)
     torch.testing.assert_close(regularizers.opacity_entropy(opacity[:1]), torch.tensor(2.0).log())
-    torch.testing.assert_close(
-        regularizers.opacity_entropy(opacity[1:2]), torch.tensor(0.3466), atol=1e-3, rtol=0
-    )
+    torch.testing.assert_close(regularizers.opacity_entropy(opacity[1:2]), torch.tensor(0.3466), atol=1e-3, rtol=0)
     assert regularizers.opacity_entropy(opacity[2:]) < 1e-3
     regularizers.opacity_entropy(opacity).backward()
     assert opacity.grad.isfinite().all() and opacity.grad[1] > 0  # descending empties a faint pixel
@@ -95,12 +91,8 @@ def test_random_points_fill_the_box() -> None:
 
 def test_a_scene_feeds_them_all() -> None:
     torch.manual_seed(0)
-    encoding = HashEncodingOptions(
-        n_levels=2, n_features_per_level=2, log2_hashmap_size=10, base_resolution=4
-    )
-    scene = Scene(
-        SceneOptions(FieldOptions(encoding, 8), GridOptions(resolution=16), RenderOptions(samples=32))
-    )
+    encoding = HashEncodingOptions(n_levels=2, n_features_per_level=2, log2_hashmap_size=10, base_resolution=4)
+    scene = Scene(SceneOptions(FieldOptions(encoding, 8), GridOptions(resolution=16), RenderOptions(samples=32)))
     scene.field.encoding.table.data.normal_()
     views = scene.render(ring(2, resolution=12), None, generator(), training=True)
     points = regularizers.random_points(200, generator())

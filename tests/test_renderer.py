@@ -14,9 +14,7 @@ from sds3d.renderer import Rendered, RenderOptions, nerfacc_cuda, render
 
 RADIUS, SIGMA = 0.6, 2.5
 COLOUR = (0.9, 0.3, 0.1)
-NO_CUDA = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: CUDA sampling is unchecked"
-)
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: CUDA sampling is unchecked")
 
 
 class Sphere(nn.Module):
@@ -57,13 +55,9 @@ def exact_grid(sigma: float = SIGMA, resolution: int = 24) -> OccupancyGrid:
     return grid
 
 
-def shoot(
-    field: nn.Module, grid: OccupancyGrid, samples: int = 256, stop: float = 0.0, seed: int | None = None
-) -> Rendered:
+def shoot(field: nn.Module, grid: OccupancyGrid, samples: int = 256, stop: float = 0.0, seed: int | None = None) -> Rendered:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    return render(
-        field, grid, *rays(), torch.tensor([0.0, 0.0, 1.0]), RenderOptions(samples, stop), generator
-    )
+    return render(field, grid, *rays(), torch.tensor([0.0, 0.0, 1.0]), RenderOptions(samples, stop), generator)
 
 
 @pytest.mark.parametrize("seed", [None, 0], ids=["midpoints", "jittered"])
@@ -153,9 +147,7 @@ def test_empty_grid_shows_the_background_and_has_gradients() -> None:
     grid, field = OccupancyGrid(), Field(FieldOptions())
     grid.set_densities(torch.zeros(48, 48, 48), torch.zeros(48, 48, 48))
     rendered = shoot(field, grid)
-    assert rendered.evaluations == 0 and torch.equal(
-        rendered.rgb, torch.tensor([0.0, 0.0, 1.0]).expand(1200, 3)
-    )
+    assert rendered.evaluations == 0 and torch.equal(rendered.rgb, torch.tensor([0.0, 0.0, 1.0]).expand(1200, 3))
     rendered.rgb.sum().backward()
     assert not field.encoding.table.grad.any()
 
@@ -219,9 +211,7 @@ def test_cuda_sampler_renders_the_sphere() -> None:
     ours = shoot(Sphere(), exact_grid())
     origins, directions = (value.cuda() for value in rays())
     behind = torch.tensor([0.0, 0.0, 1.0]).cuda()
-    theirs = render(
-        Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0)
-    )
+    theirs = render(Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0))
     torch.testing.assert_close(theirs.opacity.cpu(), ours.opacity, rtol=0, atol=SIGMA * 2 / 256)
     torch.testing.assert_close(theirs.rgb.cpu(), ours.rgb, rtol=0, atol=SIGMA * 2 / 256)
 
@@ -232,9 +222,5 @@ def test_torch_marcher_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sds3d.renderer.nerfacc_cuda", lambda: False)
     origins, directions = (value.cuda() for value in rays())
     behind = torch.tensor([0.0, 0.0, 1.0]).cuda()
-    theirs = render(
-        Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0)
-    )
-    assert (
-        theirs.rgb.cpu() - shoot(Sphere(), exact_grid()).rgb
-    ).abs().mean() < 1e-3  # steps at the rim may round over
+    theirs = render(Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0))
+    assert (theirs.rgb.cpu() - shoot(Sphere(), exact_grid()).rgb).abs().mean() < 1e-3  # steps at the rim may round over

@@ -39,9 +39,7 @@ def test_training_views_have_shapes_ranges_and_samples() -> None:
     scene = small_scene()
     scene.update(0, generator())
     cameras = sample_cameras(CameraOptions(resolution=12), 3, generator())
-    views = scene.render(
-        cameras, torch.rand(3, 3, generator=generator()), generator(), training=True, normals=True
-    )
+    views = scene.render(cameras, torch.rand(3, 3, generator=generator()), generator(), training=True, normals=True)
     assert views.rgb.shape == views.normal.shape == (3, 3, 12, 12)
     assert views.opacity.shape == views.depth.shape == (3, 1, 12, 12)
     assert views.rgb.min() >= 0 and views.rgb.max() <= 1 and views.opacity.max() <= 1
@@ -194,9 +192,7 @@ def test_impossible_options_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked"
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked")
 def test_cuda_matches_cpu(tmp_path: Path) -> None:
     scene = small_scene()
     scene.update(0)

@@ -44,7 +44,14 @@ def test_text_to_3d_leaves_everything(run_directory):
 
 
 def test_export_again(run_directory, tmp_path):
-    script("export", f"run_directory={run_directory}", f"output={tmp_path}", "export.frames=3", "export.resolution=32", "export.mesh.resolution=24")
+    script(
+        "export",
+        f"run_directory={run_directory}",
+        f"output={tmp_path}",
+        "export.frames=3",
+        "export.resolution=32",
+        "export.mesh.resolution=24",
+    )
     assert (tmp_path / "mesh.glb").exists()
     assert "neither a scene nor a checkpoint" in script("export", f"run_directory={tmp_path / 'none'}", code=2)
 
@@ -52,12 +59,21 @@ def test_export_again(run_directory, tmp_path):
 def test_sample_with_animation(tiny_teacher_folder, tmp_path):
     arguments = ["prompts=[a red teapot, a blue torus]", "count=2", "steps=2", "animation=true", f"output={tmp_path}"]
     script("sample", f"teacher={tiny_teacher_folder}", *arguments)
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "denoising.gif", "000_00.png", "000_01.png", "001_00.png", "001_01.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "samples.png",
+        "denoising.gif",
+        "000_00.png",
+        "000_01.png",
+        "001_00.png",
+        "001_01.png",
+    }
 
 
 def test_world_judge_and_evaluation(tiny_teacher_folder, tmp_path):
     world = tmp_path / "world"
-    script("make_shapes", f"output={world}", "world.train=48", "world.validation=2", "world.test=12", "world.pairs=0", "world.supersample=1")
+    script(
+        "make_shapes", f"output={world}", "world.train=48", "world.validation=2", "world.test=12", "world.pairs=0", "world.supersample=1"
+    )
     script("train_judge", f"data={world}", f"run.directory={tmp_path / 'judge'}", "run.steps=2", "run.trackers=[]", "judge.batch=16")
     small = ["evaluation.samples=4", "evaluation.steps=2", "evaluation.guidance=[2]"]
     where = [f"teacher={tiny_teacher_folder}", f"judge={tmp_path / 'judge' / 'judge'}", f"data={world}", f"output={tmp_path / 'e'}"]

@@ -71,7 +71,9 @@ def options(directory: object, steps: int) -> RunOptions:
 def test_scene_becomes_what_the_teacher_knows(tmp_path):
     task = TextTo3d(Run(options(tmp_path, 120), {}, "t"), OneImage(disc()), SMALL, SDS, OPTIONS)
     scene = task.train()
-    views = scene.render(orbit(*(torch.tensor(v) for v in ([0.0, 120.0], [0.0, 30.0], [3.0, 3.0], [35.0, 35.0])), 16), torch.full((2, 3), 0.5))
+    views = scene.render(
+        orbit(*(torch.tensor(v) for v in ([0.0, 120.0], [0.0, 30.0], [3.0, 3.0], [35.0, 35.0])), 16), torch.full((2, 3), 0.5)
+    )
     assert (views.rgb - disc()).abs().mean() < 0.08  # a constant grey is .14 off
     centre = views.rgb[:, :, 7:9, 7:9].mean((0, 2, 3))
     assert centre[0] > 0.6 and centre[1:].max() < 0.35

@@ -134,3 +134,26 @@ def test_missing_data_is_told_before_anything_is_written(tmp_path: Path) -> None
     with pytest.raises(UserError, match="does not exist"):
         train_teacher(carried(tmp_path / "out"), options(tmp_path / "none"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("folder", ["parts", "teacher"])
+def test_reuse_trains_the_unet_only(trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path, folder: str) -> None:
+    out, chosen = trained
+    own = weights(train_teacher(carried(tmp_path), replace(chosen, reuse=str(out / folder))))
+    assert steps == {"unet": 5}
+    first = weights(out / "teacher")
+    assert all(own[name].equal(first[name]) for name in first if not name.startswith("unet."))
+
+
+def test_reuse_of_what_cannot_serve_is_told(trained: tuple[Path, TeacherOptions], tmp_path: Path) -> None:
+    out, chosen = trained
+    with pytest.raises(UserError, match="no tokenizer and VAE"):
+        train_teacher(carried(tmp_path), replace(chosen, reuse=str(tmp_path)))
+    rows = Path(chosen.data) / "train" / "metadata.jsonl"
+    strange = tmp_path / "data" / "train"
+    strange.mkdir(parents=True)
+    (strange / "metadata.jsonl").write_text(rows.read_text().replace("square", "lozenge"))
+    for image in rows.parent.glob("*.png"):
+        (strange / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(UserError, match="lozenge"):
+        train_teacher(carried(tmp_path / "out"), replace(chosen, data=str(tmp_path / "data"), reuse=str(out / "parts")))

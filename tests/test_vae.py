@@ -105,8 +105,9 @@ def test_loss_by_hand(vae: AutoencoderKL) -> None:
 def test_a_short_training_improves_and_whitens(tmp_path: Path, vae: AutoencoderKL) -> None:
     data, held = toy(64), toy(16, seed=9)
     images = held.composite(slice(None))
-    trained = train_vae(Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "vae"), data, held, TINY)
+    trained = train_vae(Run(RunOptions(str(tmp_path), 40, trackers=()), {}, "vae"), data, held, TINY)
     error = [float((reconstruct(model, images) - images).square().mean()) for model in (vae, trained)]
-    assert error[1] < 0.5 * error[0] and not trained.training
+    assert error[1] < 0.7 * error[0]
+    assert not trained.training
     torch.testing.assert_close(latents_of(trained, data).std((0, 2, 3)), torch.ones(4), atol=0.1, rtol=0)
-    assert (tmp_path / "previews" / "reconstructions_00000060.png").is_file()
+    assert (tmp_path / "previews" / "reconstructions_00000040.png").is_file()

@@ -54,7 +54,8 @@ class TimeLaw:
 
     def __post_init__(self) -> None:
         if not (0 <= self.low <= min(self.high) and max(self.high) <= 1 and 0 < self.until <= 1):
-            raise UserError(f"times from {self.low} to {list(self.high)} until {self.until}: expected 0 <= low <= high <= 1 and 0 < until <= 1")
+            said = f"times from {self.low} to {list(self.high)} until {self.until}"
+            raise UserError(f"{said}: expected 0 <= low <= high <= 1 and 0 < until <= 1")
 
     def upper(self, progress: float) -> float:
         """The upper end at a share of the run in [0, 1]."""

@@ -90,7 +90,13 @@ def graded(judge: Judge, images: Tensor, rows: Sequence[dict[str, Any]]) -> dict
     both = [a and b for a, b in zip(right["object"], right["colour"], strict=True)]
     named = [r for r, row in zip(right["view"], rows, strict=True) if row["has_front"] and row["view"] and row["view"] in row["text"]]
     unseen = [r for r, row in zip(both, rows, strict=True) if row["held_out"]]
-    lists = {"object": right["object"], "colour": right["colour"], "object_and_colour": both, "view": named, "held_out_combinations": unseen}
+    lists = {
+        "object": right["object"],
+        "colour": right["colour"],
+        "object_and_colour": both,
+        "view": named,
+        "held_out_combinations": unseen,
+    }
     return {name: sum(values) / max(len(values), 1) for name, values in lists.items()}
 
 

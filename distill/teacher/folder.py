@@ -9,8 +9,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from distill.errors import UserError
-from distill.teacher.vocabulary import save_vocabulary
+from distill.shipped import located
+from distill.teacher.vocabulary import load_words, save_vocabulary
 
+Parts = tuple[CLIPTokenizer, list[str], CLIPModel, AutoencoderKL]
 CLIP = "clip"  # the whole CLIP, image tower too, for scores and zero-shot labels
 
 
@@ -57,6 +59,28 @@ def save_teacher(
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def save_parts(folder: Path | str, tokenizer: CLIPTokenizer, words: list[str], clip: CLIPModel, vae: AutoencoderKL) -> None:
+    """What a U-Net is trained on, in fp16: tokenizer, CLIP and VAE, in a teacher folder's places."""
+    folder = Path(folder)
+    copy.deepcopy(vae).half().save_pretrained(folder / "vae")
+    copy.deepcopy(clip).half().save_pretrained(folder / CLIP)
+    save_vocabulary(folder / "tokenizer", tokenizer, words)
+
+
+def load_parts(folder: Path | str) -> Parts:
+    """Tokenizer, words, CLIP and VAE (float32, frozen) of a teacher's folder or of `save_parts`.
+
+    Raises `UserError` where one of them is missing.
+    """
+    folder = located(folder)
+    words = load_words(folder / "tokenizer")
+    if words is None or not (folder / "vae" / "config.json").is_file():
+        raise UserError(f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote")
+    vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    return tokenizer, sorted(words), load_clip(folder), vae.to(memory_format=torch.channels_last)
 
 
 def load_clip(folder: Path | str) -> CLIPModel:

@@ -66,6 +66,10 @@ class Teacher(ScoreModel):
 
         place = located(name)
         local = place.is_dir()
+        if name in TEACHERS and not local:
+            raise UserError(
+                f"the teacher {name!r} is not in this checkout: train one (scripts/train_teacher.py) and give teacher=its folder"
+            )
         if local and not (place / "model_index.json").is_file():
             raise UserError(f"{place} holds no model_index.json: expected a diffusers folder of a Stable Diffusion 1.x or 2.x model")
         extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -74,7 +78,9 @@ class Teacher(ScoreModel):
             pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=dtype, local_files_only=local, **extras)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise UserError(f"teacher {name!r} cannot be loaded ({reason}): give {', '.join(TEACHERS)}, a diffusers folder or a hub id") from None
+            raise UserError(
+                f"teacher {name!r} cannot be loaded ({reason}): give {', '.join(TEACHERS)}, a diffusers folder or a hub id"
+            ) from None
         return Teacher(pipeline.to(device).components, load_words(place / "tokenizer") if local else None, str(place if local else name))
 
     @property

@@ -1,19 +1,20 @@
 """The whole teacher from a captioned folder: CLIP, then VAE, then U-Net, each in its own `Run`; then one diffusers folder."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from distill.data import Captioned, load_split
 from distill.errors import UserError
 from distill.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions, tokenize, train_clip
-from distill.teacher.folder import save_teacher
+from distill.teacher.folder import Parts, load_parts, save_parts, save_teacher
 from distill.teacher.unet import LatentCache, UnetOptions, cache_latents, make_scheduler, train_unet
 from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
-from distill.teacher.vocabulary import build_tokenizer
+from distill.teacher.vocabulary import build_tokenizer, words_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Steps:
     """Training steps of each part."""
 
     clip: int = 3000
-    vae: int = 3500
+    vae: int = 9000
     unet: int = 8000
 
 
@@ -30,6 +31,7 @@ class TeacherOptions:
     """What a teacher is made of. `data` is a captioned image folder with the splits train and validation."""
 
     data: str
+    reuse: str | None = None  # a folder whose tokenizer, CLIP and VAE are taken as they are, so that only the U-Net is trained
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
     clip: ClipOptions = field(default_factory=ClipOptions)
@@ -46,31 +48,49 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
 
     Each part resumes from its own checkpoints; `run.steps` is not used. Raises `UserError` for data that cannot serve.
     """
-    root = Path(run.directory)
     data = load_split(options.data, "train", options.resolution)
-    validation = load_split(options.data, "validation", options.resolution)
-    tokenizer, words = build_tokenizer(data.texts)
-
-    def part(name: str, steps: int, config: object) -> Run:
-        return Run(replace(run, directory=str(root / name), steps=steps), {name: asdict(config), "seed": run.seed}, name)  # type: ignore[call-overload]
-
-    clip_run = part("clip", options.steps.clip, options.clip)
-    clip = train_clip(clip_run, data, tokenizer, options.clip)
-    clip_run.finish({})
-    vae_run = part("vae", options.steps.vae, options.vae)
-    vae = train_vae(vae_run, data, validation, options.vae)
-    vae_run.finish({"scaling_factor": vae.config.scaling_factor})
-    unet_run = part("unet", options.steps.unet, options.unet)
+    if options.reuse is None:
+        validation = load_split(options.data, "validation", options.resolution)
+        tokenizer, words, clip, vae = _first_parts(run, options, data, validation)
+    else:
+        tokenizer, words, clip, vae = load_parts(options.reuse)
+        _check_captions(data, words)
+    unet_run = _part(run, "unet", options.steps.unet, options.unet)
     unet = train_unet(unet_run, prepare(clip, vae, data, tokenizer), vae, options.unet)
     unet_run.finish({})
-    save_teacher(root / "teacher", tokenizer, words, clip, vae, unet, make_scheduler(options.unet))
-    return root / "teacher"
+    folder = Path(run.directory) / "teacher"
+    save_teacher(folder, tokenizer, words, clip, vae, unet, make_scheduler(options.unet))
+    return folder
+
+
+def _part(run: RunOptions, name: str, steps: int, options: ClipOptions | VaeOptions | UnetOptions) -> Run:
+    directory = str(Path(run.directory) / name)
+    return Run(replace(run, directory=directory, steps=steps), {name: asdict(options), "seed": run.seed}, name)
+
+
+def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, validation: Captioned) -> Parts:
+    """Tokenizer, words, CLIP and VAE, trained on a split."""
+    tokenizer, words = build_tokenizer(data.texts)
+    clip_run = _part(run, "clip", options.steps.clip, options.clip)
+    clip = train_clip(clip_run, data, tokenizer, options.clip)
+    clip_run.finish({})
+    vae_run = _part(run, "vae", options.steps.vae, options.vae)
+    vae = train_vae(vae_run, data, validation, options.vae)
+    vae_run.finish({"scaling_factor": vae.config.scaling_factor})
+    save_parts(Path(run.directory) / "parts", tokenizer, words, clip, vae)  # what `reuse` takes
+    return tokenizer, words, clip, vae
+
+
+def _check_captions(data: Captioned, words: Sequence[str]) -> None:
+    unknown = sorted({word for text in data.texts for word in words_of(text)} - set(words))
+    if unknown:
+        raise UserError(f"the reused teacher does not know {', '.join(unknown[:5])} of the captions: train without reuse")
 
 
 @torch.no_grad()
-def prepare(clip: CLIPModel, vae: AutoencoderKL, data: Captioned, tokenizer: object) -> LatentCache:
+def prepare(clip: CLIPModel, vae: AutoencoderKL, data: Captioned, tokenizer: CLIPTokenizer) -> LatentCache:
     """Latents of a split and the text states of its distinct captions (and of the empty one), computed once."""
     texts = sorted(set(data.texts))
-    ids = tokenize(tokenizer, [*texts, ""]).to(clip.device)  # type: ignore[arg-type]
+    ids = tokenize(tokenizer, [*texts, ""]).to(clip.device)
     states = [clip.text_model(input_ids=part).last_hidden_state for part in ids.split(512)]
     return cache_latents(vae, data, texts, torch.cat(states))

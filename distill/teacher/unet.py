@@ -97,7 +97,9 @@ def build_unet(options: UnetOptions, latent_channels: int, side: int, text_width
     ).to(memory_format=torch.channels_last)
 
 
-def denoising_loss(unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: tuple[Tensor, Tensor, Tensor, Tensor], prediction: str) -> Tensor:
+def denoising_loss(
+    unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: tuple[Tensor, Tensor, Tensor, Tensor], prediction: str
+) -> Tensor:
     """Mean squared error of eps or v for (latents, noise, t, text states): plain weights, so that the last level trains."""
     clean, noise, t, states = batch
     x_t = schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)

@@ -16,8 +16,8 @@ class VaeOptions:
     """Size and training of the autoencoder; `channels` has one entry a resolution level."""
 
     factor: int = 8  # image side over latent side, 4 or 8
-    channels: tuple[int, ...] = (16, 32, 64, 64)
-    latent_channels: int = 8
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    latent_channels: int = 16
     layers: int = 1
     batch: int = 16
     learning_rate: float = 2e-3
