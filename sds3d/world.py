@@ -39,6 +39,7 @@ class WorldOptions:
     pairs: float = 0.15
     drop_view: float = 0.25
     view_margin: float = 7.5  # degrees: nearer to a boundary between views, the caption and the label name none
+    hold_out: bool = True  # false shows every combination in every split: a judge that grades them all must have seen them
     random_light: bool = False  # lights turned at random about z: augmentation for a judge, never for a teacher
     supersample: int = 2
     geometry: bool = False  # depth and normals too
@@ -57,8 +58,8 @@ def held_out(name: str, colour: str) -> bool:
     return list(COLOURS).index(colour) == (3 * OBJECTS.index(name) + 1) % len(COLOURS)
 
 
-def _choose_colour(name: str, want_held_out: bool, rng: np.random.Generator) -> str:
-    return str(rng.choice([c for c in COLOURS if held_out(name, c) == want_held_out]))
+def _choose_colour(name: str, want_held_out: bool | None, rng: np.random.Generator) -> str:
+    return str(rng.choice([c for c in COLOURS if want_held_out is None or held_out(name, c) == want_held_out]))
 
 
 def phrase(colour: str, name: str) -> str:
@@ -78,7 +79,7 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
     pair = bool(rng.random() < options.pairs)
     fresh = split != "train" and not pair and bool(rng.random() < 0.5)
     names = [str(n) for n in (rng.choice(SIMPLE, 2) if pair else rng.choice(OBJECTS, 1))]
-    colours = [_choose_colour(name, fresh, rng) for name in names]
+    colours = [_choose_colour(name, fresh if options.hold_out else None, rng) for name in names]
     relation = str(rng.choice(RELATIONS)) if pair else None
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     camera = sample_cameras(options.camera, 1, generator)
@@ -96,7 +97,7 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
         "second_colour": colours[1] if pair else None,
         "view": view,
         "has_front": has_front,
-        "held_out": fresh,
+        "held_out": not pair and held_out(names[0], colours[0]),
         "azimuth": round(azimuth, 3),
         "elevation": round(elevation, 3),
         "seed": int(rng.integers(2**31)),

@@ -112,6 +112,12 @@ def test_training_shows_all_but_the_held_out_combinations() -> None:
     assert not any(row["held_out"] for row in _rows("train", 3000))
 
 
+def test_a_judge_may_be_shown_every_combination() -> None:
+    rows = [draw(replace(OPTIONS, hold_out=False, pairs=0.0), "train", index) for index in range(3000)]
+    assert {(row["object"], row["colour"]) for row in rows} == {(name, colour) for name in OBJECTS for colour in COLOURS}
+    assert all(row["held_out"] == held_out(row["object"], row["colour"]) for row in rows)
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_half_of_the_graded_objects_are_held_out(split: str) -> None:
     single = [row for row in _rows(split, 1500) if row["relation"] is None]
