@@ -1,5 +1,5 @@
 # Sourced by quickstart.sh and test.sh: enters the checkout, makes .venv where there is none, installs into it.
-# Usage: . scripts/setup.sh [extras]   (for example dev)
+# Usage: extras=dev; . scripts/setup.sh   (a variable: a sourced file without arguments sees its caller's)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ ! -x .venv/bin/python ]; then
   python=$(command -v python3 || command -v python || true)
@@ -9,9 +9,9 @@ if [ ! -x .venv/bin/python ]; then
   }
   "$python" -m venv .venv
 fi
-stamp=.venv/.installed-${1:-run}
+stamp=.venv/.installed-${extras:-run}
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
   echo "installing into .venv (once; a few minutes)"
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extras:+[$extras]}"
   touch "$stamp"
 fi
