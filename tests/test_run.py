@@ -86,7 +86,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(directory: Path, pause: float) -> subprocess.Popen[str]:
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     command = [sys.executable, __file__, str(directory), str(pause)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
