@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.augmentation import add_noise, cover, move, relight, soften
 from distill.data import Captioned, atomic_path, grey_levels, read_json, write_json
 from distill.errors import UserError
 from distill.run import Run, batches
@@ -28,7 +29,7 @@ IGNORE = -100  # the label of a row that does not count, as in `F.cross_entropy`
 class JudgeOptions:
     """Size, training and what is judged.
 
-    A row counts for an attribute when its value is not None and, for each pair (attribute, condition) in
+    A row counts for an attribute when its value is neither null nor empty and, for each pair (attribute, condition) in
     `only_if`, its column `condition` is True: an object without a front has no view to tell.
     """
 
@@ -119,9 +120,9 @@ def label_table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, Sequence
 
 
 def _value(row: Mapping[str, Any], name: str, options: JudgeOptions) -> str | None:
-    """The value of an attribute, None where the row does not count."""
+    """The value of an attribute, None where it is empty or the row does not count."""
     counts = all(row.get(condition) is True for attribute, condition in options.only_if if attribute == name)
-    return row.get(name) if counts else None
+    return (row.get(name) or None) if counts else None
 
 
 def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) -> Tensor:
@@ -139,57 +140,8 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     So the judge reads reconstructions, samples and NeRF renders too. Never mirrored, and the hue stays:
     both are meaning.
     """
-    images = _relight(_soften(_move(images, generator), generator), generator)
-    noise = torch.randn(images.shape, generator=generator) * _uniform(images, generator, 0, 0.04)
-    images = images + noise * _some(images, generator, 0.5)
-    return _cover(images, generator).clamp(0, 1)
-
-
-def _uniform(images: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
-    """One number an image, (B, 1, 1, 1)."""
-    return low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
-
-
-def _some(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
-    """Whether an image is chosen, (B, 1, 1, 1); small cues such as a nose need sharp images to be learnt."""
-    return torch.rand(len(images), 1, 1, 1, generator=generator) < share
-
-
-def _move(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Zoomed by 10 % and shifted by 5 % of the side at most; the border goes on."""
-    theta = torch.zeros(len(images), 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = 0.9 + 0.2 * torch.rand(len(images), generator=generator)
-    theta[:, :, 2] = 0.1 * (2 * torch.rand(len(images), 2, generator=generator) - 1)
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-
-
-def _soften(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of them blended with a box blur of radius 1 or 2 pixels; a negative share sharpens."""
-    radius = int(torch.randint(1, 3, (), generator=generator))
-    blurred = F.avg_pool2d(F.pad(images, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
-    return images.lerp(blurred, _uniform(images, generator, -0.5, 1.0) * _some(images, generator, 0.5))
-
-
-def _relight(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Saturation, contrast and brightness; each image alone."""
-    grey = images.mean(1, keepdim=True)
-    images = grey + (images - grey) * _uniform(images, generator, 0.75, 1.25)
-    mean = images.mean((1, 2, 3), keepdim=True)
-    contrasted = mean + (images - mean) * _uniform(images, generator, 0.8, 1.2)
-    return contrasted * _uniform(images, generator, 0.8, 1.15)
-
-
-def _cover(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A grey rectangle, at most a quarter of the side, on a fifth of the images (Zhong et al. 2017)."""
-    side = images.shape[-1]
-    pixels = torch.arange(side)
-    size = _uniform(images, generator, 0, side / 4), _uniform(images, generator, 0, side / 4)
-    start = _uniform(images, generator, 0, side), _uniform(images, generator, 0, side)
-    rows = (pixels[:, None] >= start[0]) & (pixels[:, None] < start[0] + size[0])
-    columns = (pixels >= start[1]) & (pixels < start[1] + size[1])
-    chosen = rows & columns & _some(images, generator, 0.2)
-    return torch.where(chosen, _uniform(images, generator, 0, 1), images)
+    images = relight(soften(move(images, generator), generator), generator)
+    return cover(add_noise(images, generator, 0.04), generator).clamp(0, 1)
 
 
 def train_judge(run: Run, data: Captioned, options: JudgeOptions) -> Judge:

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from distill.config import build
 from distill.data import atomic_path
 from distill.errors import UserError
 from sds3d.cameras import Cameras
-from sds3d.encoding import HashEncodingOptions
 from sds3d.field import Field, FieldOptions
 from sds3d.occupancy import OccupancyGrid
 from sds3d.renderer import Rendered, RenderOptions, render
@@ -201,7 +201,7 @@ class Scene(nn.Module):
             content = json.loads((folder / "scene.json").read_text())
             if content.get("format") != FORMAT:
                 raise UserError(f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}")
-            scene = cls(options_from(content["options"]), device)
+            scene = cls(build(SceneOptions, content["options"], "options"), device)
             scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
         except UserError:
             raise
@@ -216,15 +216,3 @@ class Scene(nn.Module):
         ) as error:
             raise UserError(f"{folder} holds no scene ({str(error).splitlines()[0]}): {hint}") from error
         return scene
-
-
-def options_from(values: dict) -> SceneOptions:
-    """`SceneOptions` from the nested dictionary that `dataclasses.asdict` makes of them (and JSON keeps)."""
-    inner = dict(values["field"])
-    background = dict(values["background"])
-    return SceneOptions(
-        FieldOptions(**{**inner, "encoding": HashEncodingOptions(**inner["encoding"])}),
-        GridOptions(**values["grid"]),
-        RenderOptions(**values["render"]),
-        BackgroundOptions(**{**background, "colour": tuple(background["colour"])}),
-    )

@@ -17,6 +17,7 @@ from PIL import Image
 
 from distill.data import atomic_path, read_json, write_json
 from distill.errors import UserError
+from distill.teacher.vocabulary import phrase
 from sds3d.cameras import CameraOptions, Cameras, sample_cameras
 from sds3d.prompts import margin, view_of
 from sds3d.shapes import COLOURS, COMPOSED, OBJECTS, RELATIONS, Shape, make_pair, make_shape
@@ -62,11 +63,6 @@ def _choose_colour(name: str, want_held_out: bool | None, rng: np.random.Generat
     return str(rng.choice([c for c in COLOURS if want_held_out is None or held_out(name, c) == want_held_out]))
 
 
-def phrase(colour: str, name: str) -> str:
-    """`an orange car`."""
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}"
-
-
 def _caption(thing: str, view: str | None, options: WorldOptions, rng: np.random.Generator) -> str:
     text = str(rng.choice(PHRASES)).format(thing=thing, bare=thing.split(" ", 1)[1])
     dropped = rng.random() < options.drop_view
@@ -92,10 +88,10 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
         "text": _caption(f" {relation} ".join(things), view, options, rng),
         "object": names[0],
         "colour": colours[0],
-        "relation": relation,
-        "second_object": names[1] if pair else None,
-        "second_colour": colours[1] if pair else None,
-        "view": view,
+        "relation": relation or "",  # empty, not null: `datasets` cannot tell the type of a column of nulls
+        "second_object": names[1] if pair else "",
+        "second_colour": colours[1] if pair else "",
+        "view": view or "",
         "has_front": has_front,
         "held_out": not pair and held_out(names[0], colours[0]),
         "azimuth": round(azimuth, 3),
@@ -113,7 +109,7 @@ def _shape_of(row: dict[str, Any], rng: np.random.Generator) -> tuple[Shape, np.
 
     first = make_shape(row["object"])
     colour = paint(row["colour"])
-    if row["relation"] is None:
+    if not row["relation"]:
         return first, first.albedo(colour)
     pair = make_pair(first, row["relation"], make_shape(row["second_object"]), (colour, paint(row["second_colour"])))
     return pair, pair.accents
@@ -147,7 +143,7 @@ def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str,
             rng = np.random.default_rng(row["seed"])
             shape, albedo = _shape_of(row, rng)
             turn = rng.uniform(0, 2 * np.pi) if options.random_light else 0.0
-            view = render(_caster(shape, row["relation"] is None), albedo, camera, options.supersample, turn)
+            view = render(_caster(shape, not row["relation"]), albedo, camera, options.supersample, turn)
             with atomic_path(path) as temporary:
                 Image.fromarray((view.rgba * 255 + 0.5).astype(np.uint8), "RGBA").save(temporary)
             geometry.append((view.depth, view.normal))

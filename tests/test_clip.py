@@ -14,7 +14,7 @@ from distill.teacher.clip import (
     ClipOptions,
     augment,
     build_clip,
-    classify,
+    caption_features,
     contrastive_loss,
     image_features,
     normalise,
@@ -91,12 +91,27 @@ def test_the_pooled_state_reads_the_caption_not_the_padding() -> None:
     torch.testing.assert_close(out.pooler_output[0], out.last_hidden_state[0, 4])  # start, three words, end
 
 
-def test_augment_keeps_half_of_the_images_and_the_rest_near() -> None:
-    images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    changed = augment(images, torch.Generator().manual_seed(1))
-    share = float((changed == images).flatten(1).all(1).float().mean())
-    assert 0.4 < share < 0.6
-    assert 0.05 < float((changed - images).abs().mean()) < 0.15
+def test_augment_mirrors_only_when_told() -> None:
+    images = torch.zeros(200, 3, 16, 16)
+    images[:, 0, :, :8] = 1.0  # red on the left
+    for mirror, expected in ((False, 0.0), (True, 0.5)):
+        changed = augment(images, torch.Generator().manual_seed(1), mirror)
+        turned = changed[:, 0, :, :4].mean((1, 2)) < changed[:, 0, :, -4:].mean((1, 2))
+        assert float(turned.float().mean()) == pytest.approx(expected, abs=0.1)
+        assert float(changed.min()) >= 0 and float(changed.max()) <= 1
+
+
+def test_further_negatives_count_in_the_image_direction_only() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, text, far = (F.normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (4, 4, 3))
+    eye, log_scale = torch.eye(4), torch.tensor(2.0)
+    same = torch.cat([eye, torch.zeros(4, 3)], 1)
+    same[1, 5] = 1  # one of them is the caption of image 1
+    logits = log_scale.exp() * image @ torch.cat([text, far]).T
+    expected = -sum((logits[i].log_softmax(0) * same[i]).sum() / same[i].sum() for i in range(4)) / 4
+    torch.testing.assert_close(contrastive_loss(image, torch.cat([text, far]), same, log_scale, 1.0), expected)
+    without = contrastive_loss(image, text, eye, log_scale, 0.0)
+    torch.testing.assert_close(contrastive_loss(image, torch.cat([text, far]), same, log_scale, 0.0), without)
 
 
 def test_learns_a_toy_and_classifies_it(tmp_path: Path) -> None:
@@ -105,9 +120,9 @@ def test_learns_a_toy_and_classifies_it(tmp_path: Path) -> None:
     run = Run(RunOptions(str(tmp_path), 40, trackers=()), {}, "clip")
     model = train_clip(run, data, tokenizer, TINY)
     assert not model.training
-    told = classify(model, tokenizer, data.composite(slice(None)), PROMPTS, batch=7)
-    assert told.tolist() == [number % 3 for number in range(24)]
-    assert classify(model, tokenizer, data.composite([0, 1, 2]), PROMPTS[::-1]).tolist() == [2, 1, 0]
+    with torch.no_grad():
+        similar = image_features(model, data.composite(slice(None))) @ caption_features(model, tokenizer, PROMPTS, batch=2).T
+    assert similar.argmax(1).tolist() == [number % 3 for number in range(24)]
 
 
 def test_the_temperature_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,8 @@ def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:
     assert len(back.faces) == len(pair.mesh.faces)
     colours = np.asarray(back.visual.vertex_colors)[:, :3]
     front = back.vertices[:, 0] > 0.05
-    assert np.abs(colours[front].astype(int) - np.round(np.array(RED) * 255)).max() <= 2
+    law = meshes.to_linear if suffix == "glb" else np.asarray  # a GLB keeps eight bits of linear light: coarse in the dark
+    assert np.abs(law(colours[front] / 255) - law(np.array(RED))).max() <= 2 / 255
 
 
 def test_files_are_y_up_with_the_front_at_z(tmp_path) -> None:
@@ -224,12 +225,26 @@ def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:
     accessor = tree["accessors"][attributes["POSITION"]]
     assert accessor["count"] == len(pair.mesh.vertices) and "COLOR_0" in attributes
     assert np.allclose([accessor["min"], accessor["max"]], pair.mesh.bounds[:, [1, 2, 0]], atol=1e-5)
+    assert "NORMAL" in attributes
+    material = tree["materials"][tree["meshes"][0]["primitives"][0]["material"]]
+    assert material["pbrMetallicRoughness"]["metallicFactor"] == 0  # glTF's default is a metal
+    stored = next(iter(trimesh.load_scene(path).geometry.values())).visual.vertex_attributes["color"]
+    red = stored[pair.mesh.vertices[:, 0] > 0.05][:, 0] / 255
+    assert np.abs(red - ((RED[0] + 0.055) / 1.055) ** 2.4).max() < 0.01  # linear light
     line = next(line for line in obj.read_text().splitlines() if line.startswith("v "))
     assert len(line.split()) == 7 and 0 <= float(line.split()[4]) <= 1
 
 
+def test_linear_light_is_that_of_the_standard() -> None:
+    """IEC 61966-2-1: sRGB 0.5 is 0.2140 in linear light, the two pieces meet, and the way back is exact."""
+    values = np.linspace(0, 1, 256)
+    assert float(meshes.to_linear(np.array(0.5))) == pytest.approx(0.21404, abs=1e-5)
+    assert float(meshes.to_linear(np.array(0.04))) == pytest.approx(0.04 / 12.92)
+    assert np.abs(meshes.to_srgb(meshes.to_linear(values)) - values).max() < 1e-6
+
+
 def test_failed_write_leaves_nothing(pair: ExtractedMesh, tmp_path, monkeypatch) -> None:
-    def broken(self: trimesh.Trimesh, path: object) -> None:
+    def broken(self: trimesh.Trimesh, path: object, **_: object) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 

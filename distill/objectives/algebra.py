@@ -114,6 +114,9 @@ class ScoreDistillation:
 
     def __init__(self, model: ScoreModel, options: ObjectiveOptions) -> None:
         self.model, self.options = model, options
+        last = torch.tensor([round(max(options.time.high) * (model.schedule.steps - 1))])
+        if options.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
+            raise UserError("the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1")
         self.needed = tuple(dict.fromkeys(name for term in options.terms for name in term.conditions))
 
     def __call__(self, latents: Tensor, conditions: Conditions, progress: float, generator: torch.Generator) -> Distilled:

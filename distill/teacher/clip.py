@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from distill.augmentation import add_noise, move, soften
 from distill.data import Captioned, grey_levels
 from distill.run import Run, batches
 
@@ -29,6 +30,8 @@ class ClipOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     image_to_text: float = 0.5
+    negatives: int = 256  # further captions each image is told from in a step: a batch alone rarely holds two views of one thing
+    mirror: bool = True  # half of the images mirrored in training; false where captions say left or right
 
 
 def build_clip(options: ClipOptions, tokenizer: CLIPTokenizer, resolution: int) -> CLIPModel:
@@ -77,21 +80,21 @@ def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, log_scale: Tensor, image_to_text: float) -> Tensor:
-    """Weighted symmetric cross-entropy over unit features (B, D); `same` (B, B) marks equal captions, all of them positives.
+    """Weighted symmetric cross-entropy over unit features (B, D) and (B + N, D), the last N texts without an image.
 
+    `same` (B, B + N) marks equal captions, all of them positives.
     loss = w CE(image to text) + (1 - w) CE(text to image), with the positives of a row sharing its target mass equally.
     """
     logits = log_scale.exp() * image @ text.T
-    target = same / same.sum(1, keepdim=True)  # `same` is symmetric, and so are both directions' targets
-    return image_to_text * F.cross_entropy(logits, target) + (1 - image_to_text) * F.cross_entropy(logits.T, target)
+    paired = slice(0, len(image))
+    forward, backward = (target / target.sum(1, keepdim=True) for target in (same, same[:, paired]))  # the paired part is symmetric
+    return image_to_text * F.cross_entropy(logits, forward) + (1 - image_to_text) * F.cross_entropy(logits[:, paired].T, backward)
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur or noise a part of the images, so that CLIP is a fair judge of reconstructions and samples too."""
-    kind = torch.rand(len(images), 1, 1, 1, generator=generator)
-    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    noisy = images + torch.randn(images.shape, generator=generator) * torch.rand(len(images), 1, 1, 1, generator=generator) * 0.1
-    return torch.where(kind < 0.25, soft, torch.where(kind < 0.5, noisy, images))
+def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
+    """Moved, mirrored, softened or made noisy, so that CLIP is a fair judge of reconstructions and samples too."""
+    images = soften(move(images, generator, 0.5 if mirror else 0.0), generator)
+    return add_noise(images, generator, 0.08).clamp(0, 1)
 
 
 def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
@@ -103,13 +106,17 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.1)
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     ids = tokenize(tokenizer, data.texts)
+    distinct = ids.unique(dim=0)
     for step in run.steps():
         index = batches(len(data), options.batch, step, run.options.seed)
-        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator).to(run.device)
+        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror).to(run.device)
+        others = distinct[torch.randint(len(distinct), (options.negatives,), generator=run.generator)].to(run.device)
         words = ids[index].to(run.device)
-        same = (words[:, None] == words[None]).all(-1).float()
-        features = image_features(model, images), text_features(model, words)
-        loss = contrastive_loss(*features, same, model.logit_scale, options.image_to_text)
+        same = (words[:, None] == torch.cat([words, others])[None]).all(-1).float()
+        with torch.no_grad():  # they are targets to be told from; texts learn from the paired part
+            far = text_features(model, others)
+        text = torch.cat([text_features(model, words), far])
+        loss = contrastive_loss(image_features(model, images), text, same, model.logit_scale, options.image_to_text)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,8 +129,7 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
 
 
 @torch.no_grad()
-def classify(model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, prompts: Sequence[str], batch: int = 250) -> Tensor:
-    """Zero-shot: for each image (N, 3, H, W) the index (N,) of the prompt nearest to it."""
-    device = model.logit_scale.device
-    text = text_features(model, tokenize(tokenizer, prompts).to(device))
-    return torch.cat([(image_features(model, chunk.to(device)) @ text.T).argmax(1).cpu() for chunk in images.split(batch)])
+def caption_features(model: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], batch: int = 512) -> Tensor:
+    """Unit features (N, D) of captions."""
+    ids = tokenize(tokenizer, captions).to(model.device)
+    return torch.cat([text_features(model, part) for part in ids.split(batch)])

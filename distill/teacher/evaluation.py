@@ -1,6 +1,6 @@
 """How good a teacher is, on held-out images and captions, graded by an independent judge."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from distill.judge import Judge, judge_features, predict
 from distill.metrics import frechet_distance, moments
 from distill.sampling import sample_ddim
 from distill.score import Guided
-from distill.teacher.clip import classify, image_features, text_features, tokenize
+from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import load_clip
 from distill.teacher.frozen import Teacher
 from distill.teacher.vae import psnr, reconstruct
+from distill.teacher.vocabulary import phrase
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EvaluationOptions:
 
 def evaluate_teacher(teacher: Teacher, judge: Judge, data: Captioned, options: EvaluationOptions) -> tuple[dict[str, Any], Tensor]:
     """All figures of a teacher on a test split with object and colour columns, and samples (S, 3, H, W) at the best guidance."""
-    single = data.select([i for i, row in enumerate(data.rows) if row.get("relation") is None])
+    single = data.select([i for i, row in enumerate(data.rows) if not row.get("relation")])
     if len(single) < 2:
         raise UserError("the test split has no rows with one object: the evaluation needs object and colour columns")
     images = single.composite(slice(None))
@@ -97,43 +98,39 @@ def graded(judge: Judge, images: Tensor, rows: Sequence[dict[str, Any]]) -> dict
         "view": named,
         "held_out_combinations": unseen,
     }
-    return {name: sum(values) / max(len(values), 1) for name, values in lists.items()}
+    return {name: _share(values) for name, values in lists.items()}
 
 
 @torch.no_grad()
 def zero_shot(teacher: Teacher, data: Captioned, images: Tensor) -> dict[str, float]:
-    """CLIP's zero-shot accuracy over all object-colour captions, of the view given the rest, and text retrieval among captions."""
+    """CLIP's zero-shot accuracy over all pairs of object and colour, of the view given the pair, and text retrieval among captions.
+
+    A pair's class is the mean over its captions without a view and with each (prompt ensembling, arXiv:2103.00020, section 3.1.4).
+    """
     clip = load_clip(Path(teacher.place))
     rows = data.rows
-    pairs = sorted({(row["object"], row["colour"]) for row in rows})
-    told = classify(clip, teacher.tokenizer, images, [caption(*pair) for pair in pairs])
-    seen = [pairs[int(i)] for i in told]
+    pairs = sorted({(row["colour"], row["object"]) for row in rows})
     views = sorted({row["view"] for row in rows if row["view"]})
-    fronted = [i for i, row in enumerate(rows) if row["has_front"] and row["view"]]
+    endings = ["", *(f", {view} view" for view in views)]
+    prompts = [phrase(*pair) + ending for pair in pairs for ending in endings]
     features = torch.cat([image_features(clip, part) for part in images.split(250)])
-    place = {view: index for index, view in enumerate(views)}
-    hits = []
-    for i in fronted:
-        prompts = [f"{caption(rows[i]['object'], rows[i]['colour'])}, {view} view" for view in views]
-        text = text_features(clip, tokenize(teacher.tokenizer, prompts))
-        hits.append(int((text @ features[i]).argmax()) == place[rows[i]["view"]])
+    table = caption_features(clip, teacher.tokenizer, prompts).unflatten(0, (len(pairs), len(endings)))
+    told = [pairs[i] for i in (features @ table.mean(1).T).argmax(1).tolist()]
+    place = [pairs.index((row["colour"], row["object"])) for row in rows]
+    turned = torch.einsum("nd,nvd->nv", features, table[place, 1:]).argmax(1).tolist()
     texts = sorted(set(data.texts))
-    table = text_features(clip, tokenize(teacher.tokenizer, texts))
-    nearest = (features @ table.T).argmax(1).tolist()
+    nearest = (features @ caption_features(clip, teacher.tokenizer, texts).T).argmax(1).tolist()
     return {
-        "object": _share(pair[0] == row["object"] for pair, row in zip(seen, rows, strict=True)),
-        "colour": _share(pair[1] == row["colour"] for pair, row in zip(seen, rows, strict=True)),
-        "view_with_a_front": sum(hits) / max(len(hits), 1),
+        "object": _share(pair[1] == row["object"] for pair, row in zip(told, rows, strict=True)),
+        "colour": _share(pair[0] == row["colour"] for pair, row in zip(told, rows, strict=True)),
+        "view_with_a_front": _share(
+            views[turn] == row["view"] for turn, row in zip(turned, rows, strict=True) if row["has_front"] and row["view"]
+        ),
         "retrieval_top1": _share(texts[n] == row["text"] for n, row in zip(nearest, rows, strict=True)),
         "retrieval_captions": float(len(texts)),
     }
 
 
-def caption(name: str, colour: str) -> str:
-    """`an orange car`."""
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}"
-
-
-def _share(hits: Any) -> float:
+def _share(hits: Iterable[bool]) -> float:
     values = list(hits)
-    return sum(values) / len(values)
+    return sum(values) / max(len(values), 1)

@@ -21,7 +21,7 @@ from distill.teacher.vocabulary import build_tokenizer, words_of
 class Steps:
     """Training steps of each part."""
 
-    clip: int = 3000
+    clip: int = 4500
     vae: int = 9000
     unet: int = 8000
 

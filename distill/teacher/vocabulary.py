@@ -53,6 +53,11 @@ def _model_of(backend: object) -> dict:
     return json.loads(backend.to_str())["model"]  # type: ignore[attr-defined]
 
 
+def phrase(colour: str, name: str) -> str:
+    """`an orange car`."""
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}"
+
+
 def save_vocabulary(folder: Path | str, tokenizer: CLIPTokenizer, words: list[str]) -> None:
     """The tokenizer's files and the word list into a folder."""
     tokenizer.save_pretrained(folder)
