@@ -17,7 +17,8 @@ from distill.teacher.clip import image_features, text_features, tokenize
 from distill.teacher.folder import CLIP, load_clip
 from distill.teacher.frozen import Teacher
 from sds3d.cameras import ring
-from sds3d.mesh import MeshOptions, extract_mesh, save_mesh
+from sds3d.mesh import MeshOptions, extract_mesh
+from sds3d.mesh_files import save_mesh
 from sds3d.prompts import view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions
 from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views, save_gif, save_video

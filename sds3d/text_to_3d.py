@@ -1,6 +1,7 @@
 """The optimisation: cameras -> renders -> latents -> objective -> step (DreamFusion, arXiv:2209.14988, algorithm 1)."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from distill.errors import UserError
 from distill.objectives.algebra import Conditions, Distilled, ObjectiveOptions, ScoreDistillation, text_conditions
 from distill.run import Run
 from distill.teacher.frozen import Teacher
+from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
@@ -48,6 +50,7 @@ class TextTo3dOptions:
     background: tuple[float, float] = BACKGROUND  # grey levels behind the object, one a view: what the teacher knows
     coarse_resolution: int = 32  # renders of the warm-up, enlarged for the teacher
     coarse_until: float = 0.3
+    coarse_latents: Literal["vae", "linear"] = "vae"  # linear: the warm-up leaves the encoder out (distill/teacher/linear.py)
     learning_rate: float = 0.01
     mlp_learning_rate: float = 0.002
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
@@ -115,6 +118,7 @@ class TextTo3d:
         self.run, self.teacher, self.options = run, teacher, options
         self.scene = Scene(scene, run.device)
         self.objective = ScoreDistillation(teacher, objective)
+        self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
         rest = [parameter for parameter in self.scene.parameters() if id(parameter) not in known]
@@ -133,6 +137,13 @@ class TextTo3d:
                 run.preview("views", shown.rgb)
         return self.scene
 
+    def encode(self, images: Tensor, coarse: bool) -> Tensor:
+        """Latents of renders (B, 3, H, W); coarse ones are enlarged for the VAE, or go through the linear encoder."""
+        if coarse and self.linear is not None:
+            return self.linear(images)
+        size = (self.teacher.resolution,) * 2
+        return self.teacher.encode_images(F.interpolate(images, size=size, mode="bilinear", align_corners=False) if coarse else images)
+
     def step(self, progress: float, step: int) -> tuple[Distilled, Views]:
         """One update at a share of the run in [0, 1)."""
         options, generator = self.options, self.run.generator
@@ -142,9 +153,8 @@ class TextTo3d:
         drawn = cameras.at(options.coarse_resolution if coarse else self.teacher.resolution).to(self.run.device)
         behind = grey_backgrounds(options, options.views, generator).to(self.run.device)
         views = self.scene.render(drawn, behind, generator, training=True)
-        size = self.teacher.resolution
-        images = views.rgb if not coarse else F.interpolate(views.rgb, size=(size, size), mode="bilinear", align_corners=False)
-        outcome = self.objective(self.teacher.encode_images(images), conditions_for(self.teacher, options, cameras), progress, generator)
+        latents = self.encode(views.rgb, coarse)
+        outcome = self.objective(latents, conditions_for(self.teacher, options, cameras), progress, generator)
         loss = outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -167,3 +167,12 @@ def test_refuses_impossible_times(given: dict[str, Any]) -> None:
 def test_refuses_no_terms() -> None:
     with pytest.raises(UserError, match="at least one term"):
         ObjectiveOptions(())
+
+
+def test_an_infinite_weight_is_refused(gaussian: Any) -> None:
+    """On a schedule with zero terminal SNR, sigma / alpha at the last level divides by 0."""
+    model = gaussian(0.5)
+    model.schedule = NoiseSchedule(torch.linspace(0.99, 0.0, 1000))
+    with pytest.raises(UserError, match="sigma_over_alpha is infinite"):
+        ScoreDistillation(model, sds(1.0, "sigma_over_alpha", 1.0))
+    ScoreDistillation(model, sds(1.0, "sigma_over_alpha", 0.98))

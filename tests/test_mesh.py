@@ -15,7 +15,8 @@ from torch import Tensor
 from distill.errors import UserError
 from sds3d import mesh as meshes
 from sds3d.cameras import Cameras
-from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, load_mesh, save_mesh, separate_pinches
+from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, separate_pinches
+from sds3d.mesh_files import load_mesh, save_mesh, to_linear, to_srgb
 from sds3d.turntable import Frames, render_mesh, render_views
 
 SMALL = MeshOptions(resolution=64, max_faces=4000, views=4)
@@ -201,7 +202,7 @@ def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:
     assert len(back.faces) == len(pair.mesh.faces)
     colours = np.asarray(back.visual.vertex_colors)[:, :3]
     front = back.vertices[:, 0] > 0.05
-    law = meshes.to_linear if suffix == "glb" else np.asarray  # a GLB keeps eight bits of linear light: coarse in the dark
+    law = to_linear if suffix == "glb" else np.asarray  # a GLB keeps eight bits of linear light: coarse in the dark
     assert np.abs(law(colours[front] / 255) - law(np.array(RED))).max() <= 2 / 255
 
 
@@ -238,9 +239,9 @@ def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:
 def test_linear_light_is_that_of_the_standard() -> None:
     """IEC 61966-2-1: sRGB 0.5 is 0.2140 in linear light, the two pieces meet, and the way back is exact."""
     values = np.linspace(0, 1, 256)
-    assert float(meshes.to_linear(np.array(0.5))) == pytest.approx(0.21404, abs=1e-5)
-    assert float(meshes.to_linear(np.array(0.04))) == pytest.approx(0.04 / 12.92)
-    assert np.abs(meshes.to_srgb(meshes.to_linear(values)) - values).max() < 1e-6
+    assert float(to_linear(np.array(0.5))) == pytest.approx(0.21404, abs=1e-5)
+    assert float(to_linear(np.array(0.04))) == pytest.approx(0.04 / 12.92)
+    assert np.abs(to_srgb(to_linear(values)) - values).max() < 1e-6
 
 
 def test_failed_write_leaves_nothing(pair: ExtractedMesh, tmp_path, monkeypatch) -> None:

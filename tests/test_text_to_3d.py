@@ -1,6 +1,7 @@
 """The optimisation: what drives it, and that it resumes to the same scene."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from distill.noise import NoiseSchedule
 from distill.objectives.algebra import ObjectiveOptions, Term
 from distill.run import Run, RunOptions
 from distill.score import Prediction, ScoreModel
+from distill.teacher.frozen import Teacher
 from sds3d.cameras import CameraOptions, orbit
 from sds3d.encoding import HashEncodingOptions
 from sds3d.field import FieldOptions
@@ -140,3 +142,23 @@ def test_mistakes_are_told():
         replace(OPTIONS, views=0)
     with pytest.raises(UserError, match="background"):
         replace(OPTIONS, background=(0.9, 0.1))
+
+
+def test_a_linear_warm_up_leaves_the_encoder_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: Teacher) -> None:
+    options = replace(OPTIONS, prompt="a red cube", coarse_resolution=16, coarse_latents="linear")
+    run = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "warm-up")
+    task = TextTo3d(run, tiny_teacher, SMALL, SDS, options)
+    encoded: list[int] = []
+    plain = tiny_teacher.encode_images
+    monkeypatch.setattr(tiny_teacher, "encode_images", lambda images: encoded.append(images.shape[-1]) or plain(images))
+    task.step(0.0, 0)
+    assert encoded == []
+    assert max(float(parameter.grad.abs().max()) for parameter in task.scene.field.encoding.parameters()) > 0
+    task.step(0.9, 1)
+    assert encoded == [64]
+
+
+def test_coarse_renders_are_enlarged_for_the_encoder(tmp_path: Path) -> None:
+    task = TextTo3d(Run(RunOptions(str(tmp_path), 1, trackers=()), {}, "x"), OneImage(disc()), SMALL, SDS, OPTIONS)
+    images = torch.rand(2, 3, 8, 8)
+    assert task.encode(images, coarse=True).shape[-1] == OneImage.resolution

@@ -1,0 +1,45 @@
+"""A linear stand-in for a VAE's encoder: cheap to differentiate, true to colour, blind to detail.
+
+Latents are close to an affine function of the colours they stand for (the preview decoders of Stable Diffusion rest on
+it), so a warm-up can leave the encoder out, as Latent-NeRF (Metzer et al. 2022, arXiv:2211.07600) does by rendering latents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.teacher.frozen import Teacher
+
+
+@dataclass(frozen=True)
+class LinearEncoder:
+    """z = matrix (mean colour of the latent's cell) + bias; matrix (C, 3), bias (C,), latents of side `side`."""
+
+    matrix: Tensor
+    bias: Tensor
+    side: int
+    explained: float  # share of the latents' variance over the images of the fit, in [0, 1]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Latents (B, C, side, side) of images (B, 3, H, W) in [0, 1], whose side need not be the teacher's."""
+        cells = F.adaptive_avg_pool2d(images, self.side)
+        return torch.einsum("cd,bdhw->bchw", self.matrix, cells) + self.bias[:, None, None]
+
+
+@torch.no_grad()
+def fit_linear_encoder(teacher: Teacher, count: int = 64, seed: int = 0) -> LinearEncoder:
+    """Least squares between the teacher's latents and the colours of `count` smooth random images."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, side = teacher.latent_shape[:2]
+    coarse = torch.rand(count, 3, max(side // 2, 2), max(side // 2, 2), generator=generator)
+    images = F.interpolate(coarse, size=(teacher.resolution,) * 2, mode="bilinear", align_corners=False).to(teacher.device)
+    latents = teacher.encode_images(images).permute(0, 2, 3, 1).reshape(-1, channels)
+    cells = F.adaptive_avg_pool2d(images, side).permute(0, 2, 3, 1).reshape(-1, 3)
+    inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], 1).double().cpu()
+    outputs = latents.double().cpu()
+    solution = torch.linalg.lstsq(inputs, outputs).solution
+    left = (outputs - inputs @ solution).square().sum() / (outputs - outputs.mean(0)).square().sum()
+    matrix, bias = solution[:3].T.to(images), solution[3].to(images)
+    return LinearEncoder(matrix.contiguous(), bias, side, float(1 - left))

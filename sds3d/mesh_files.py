@@ -1,0 +1,76 @@
+"""The files of a coloured mesh, GLB and OBJ.
+
+Axes: a scene is z-up with its front at +x. Files follow glTF, y-up with the front at +z (and the object's left at +x):
+(x, y, z) in the scene is (y, z, x) in `mesh.glb` and `mesh.obj`. `load_mesh` turns a file back.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import trimesh
+
+from distill.data import atomic_path
+from distill.errors import UserError
+
+TO_FILE = np.eye(4)[[1, 2, 0, 3]]  # (x, y, z) -> (y, z, x), a rotation
+
+
+def save_mesh(mesh: trimesh.Trimesh, folder: Path | str, name: str = "mesh") -> tuple[Path, Path]:
+    """Write `name`.glb and `name`.obj, with vertex colours and axes as at the top of this file, and return their paths.
+
+    The OBJ has sRGB colours in its lines ('v x y z r g b'); the GLB linear ones, as glTF 2.0 section 3.7.2.1 has them, normals
+    and a matt material (without one, glTF's default is a metal).
+    """
+    turned = mesh.copy()
+    turned.apply_transform(TO_FILE)
+    glb, obj = Path(folder) / f"{name}.glb", Path(folder) / f"{name}.obj"
+    with atomic_path(obj) as temporary:
+        turned.export(temporary)
+    turned.visual.vertex_colors = _recolour(turned.visual.vertex_colors, to_linear)
+    with atomic_path(glb) as temporary:
+        turned.export(temporary, include_normals=True, tree_postprocessor=_matt)
+    return glb, obj
+
+
+def _matt(tree: dict[str, Any]) -> None:
+    tree["materials"] = [{"pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
+    for mesh in tree["meshes"]:
+        for primitive in mesh["primitives"]:
+            primitive["material"] = 0
+
+
+def _recolour(colours: np.ndarray, law: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Colours (V, 4) uint8 with a law applied to RGB in [0, 1]."""
+    changed = np.array(colours, np.uint8)
+    changed[:, :3] = np.round(law(changed[:, :3] / 255) * 255)
+    return changed
+
+
+def to_linear(srgb: np.ndarray) -> np.ndarray:
+    """Linear light of sRGB values, both in [0, 1] (IEC 61966-2-1)."""
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(linear: np.ndarray) -> np.ndarray:
+    """The inverse of `to_linear`."""
+    return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def load_mesh(path: Path | str) -> trimesh.Trimesh:
+    """A mesh that `save_mesh` wrote, back in scene axes. Raises `UserError` for a file that is missing or holds no mesh."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist: expected a .glb or .obj file")
+    try:
+        parts = trimesh.load_scene(path)
+        mesh = parts.to_mesh()
+    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+        raise UserError(f"{path} cannot be read as a mesh ({error})") from None
+    mesh.apply_transform(TO_FILE.T)
+    whole = next(iter(parts.geometry.values())) if len(parts.geometry) == 1 else mesh
+    kept = getattr(whole.visual, "vertex_attributes", {})  # where trimesh has the colours of a GLB with a material; joining loses them
+    if "color" in kept:
+        linear = kept["color"]
+        mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=_recolour(linear, to_srgb))
+    return mesh
