@@ -115,7 +115,7 @@ def train_unet(run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOp
     unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
     averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
     decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.05)
     run.track(model=unet, optimizer=optimizer, schedule=decay, ema=ema)
     shown = torch.arange(32) * (len(cache.states) - 1) // 32  # captions of the previews
