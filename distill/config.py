@@ -38,6 +38,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         return build(typing.cast(type, hint), value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} is {value!r}: expected names with values")
+        return {str(key): _convert(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
     if origin is tuple:
         return _sequence(arguments, value, where)
     if origin in (typing.Union, types.UnionType):
@@ -62,8 +66,9 @@ def _sequence(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
 def _union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in arguments:
         return None
+    hints = [a for a in arguments if a is not type(None) and (dataclasses.is_dataclass(a) or not isinstance(value, Mapping))]
     reasons = []
-    for hint in (a for a in arguments if a is not type(None)):
+    for hint in hints or arguments[:1]:
         try:
             return _convert(hint, value, where)
         except UserError as error:

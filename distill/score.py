@@ -41,6 +41,16 @@ class Prediction:
         fields = (self.x0, self.eps, self.alpha, self.sigma)
         return [Prediction(*part) for part in zip(*(value.chunk(count) for value in fields), strict=True)]
 
+    def with_eps(self, eps: Tensor) -> "Prediction":
+        """The prediction at the same x_t that answers this eps."""
+        x_t = self.alpha * self.x0 + self.sigma * self.eps
+        return Prediction((x_t - self.sigma * eps) / self.alpha, eps, self.alpha, self.sigma)
+
+    def with_x0(self, x0: Tensor) -> "Prediction":
+        """The prediction at the same x_t that answers this x0."""
+        x_t = self.alpha * self.x0 + self.sigma * self.eps
+        return Prediction(x0, (x_t - self.alpha * x0) / self.sigma, self.alpha, self.sigma)
+
     def toward(self, other: "Prediction", scale: float) -> "Prediction":
         """self + scale (other - self): guidance, when self is unconditional. x0, eps and v are linear in one another."""
         mix = [a + scale * (b - a) for a, b in ((self.x0, other.x0), (self.eps, other.eps))]

@@ -7,7 +7,7 @@ from entry import entry
 
 def main(config: dict[str, Any]) -> None:
     from distill.config import build
-    from distill.objectives.algebra import ObjectiveOptions
+    from distill.objectives.options import ObjectiveOptions
     from distill.report import machine_facts, pick_device
     from distill.run import Run, RunOptions
     from distill.teacher.frozen import Teacher

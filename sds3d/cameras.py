@@ -66,6 +66,10 @@ class Cameras:
         """The same views at another resolution."""
         return Cameras(self.position, self.azimuth, self.elevation, self.rotation, self.fovy, resolution)
 
+    def poses(self) -> Tensor:
+        """Rotation and position as numbers (B, 12)."""
+        return torch.cat([self.rotation.flatten(1), self.position], 1)
+
     def rays(self) -> tuple[Tensor, Tensor]:
         """Origins and unit directions through the pixel centres, (B, H, W, 3) each, row 0 on top."""
         steps = (torch.arange(self.resolution, device=self.position.device) + 0.5) / self.resolution * 2 - 1

@@ -21,6 +21,11 @@ def margin(azimuth: float, elevation: float) -> float:
     return min(abs(turn - FRONT), abs(turn - BACK), OVERHEAD - elevation)
 
 
+def other_views(view: str) -> tuple[str, str]:
+    """The two views that a prompt of this view should be kept from (Perp-Neg, arXiv:2304.04968), the likeliest mistake first."""
+    return {"front": ("side", "back"), "side": ("front", "back"), "back": ("front", "side"), "overhead": ("front", "side")}[view]
+
+
 def view_prompt(prompt: str, view: str) -> str:
     """`a red teapot` and `front` make `a red teapot, front view`."""
     return f"{prompt}, {view} view"

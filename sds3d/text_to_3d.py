@@ -9,14 +9,16 @@ from torch.nn import functional as F
 
 from distill.data import BACKGROUND
 from distill.errors import UserError
-from distill.objectives.algebra import Conditions, Distilled, ObjectiveOptions, ScoreDistillation, text_conditions
+from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
+from distill.objectives.critic import Critic
+from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions
 from distill.run import Run
 from distill.teacher.frozen import Teacher
 from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
-from sds3d.prompts import view_of, view_prompt
+from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions, Views
 
 
@@ -71,11 +73,16 @@ def check_prompts(teacher: Teacher, options: TextTo3dOptions) -> None:
         check_prompt(options.negative_prompt, teacher.words)
 
 
-def conditions_for(teacher: Teacher, options: TextTo3dOptions, cameras: Cameras) -> Conditions:
-    """The text states of each camera's prompt, with its view word where they are switched on."""
-    places = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
-    prompts = [view_prompt(options.prompt, view_of(*place)) if options.view_words else options.prompt for place in places]
-    return text_conditions(teacher.encode_text, prompts, options.negative_prompt)
+def conditions_for(teacher: Teacher, options: TextTo3dOptions, objective: ObjectiveOptions, cameras: Cameras) -> Conditions:
+    """The text states the objective asks for: of each camera's prompt, with its view word where they are switched on."""
+    views = [view_of(*place) for place in zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)]
+    prompts = [view_prompt(options.prompt, view) if options.view_words else options.prompt for view in views]
+    conditions = text_conditions(teacher.encode_text, prompts, objective, options.negative_prompt)
+    if OTHER_VIEWS[0] not in objective.names:
+        return conditions
+    others = [[view_prompt(options.prompt, other_views(view)[i]) for view in views] for i in range(len(OTHER_VIEWS))]
+    turned = {name: teacher.encode_text(texts) for name, texts in zip(OTHER_VIEWS, others, strict=True)}
+    return Conditions({**conditions.states, **turned})
 
 
 def grey_backgrounds(options: TextTo3dOptions, count: int, generator: torch.Generator) -> Tensor:
@@ -117,7 +124,8 @@ class TextTo3d:
     def __init__(self, run: Run, teacher: Teacher, scene: SceneOptions, objective: ObjectiveOptions, options: TextTo3dOptions) -> None:
         self.run, self.teacher, self.options = run, teacher, options
         self.scene = Scene(scene, run.device)
-        self.objective = ScoreDistillation(teacher, objective)
+        self.critic = Critic(teacher, objective.critic) if objective.critic is not None else None
+        self.objective = ScoreDistillation(teacher, objective, self.critic, teacher.decode)
         self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
@@ -129,6 +137,8 @@ class TextTo3d:
         """Optimise to the end of the run, previews on the way; returns the scene."""
         run = self.run
         run.track(scene=self.scene, optimizer=self.optimizer)
+        if self.critic is not None:
+            run.track(critic=self.critic)
         for step in run.steps():
             outcome, views = self.step(step / run.options.steps, step)
             run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
@@ -154,9 +164,16 @@ class TextTo3d:
         behind = grey_backgrounds(options, options.views, generator).to(self.run.device)
         views = self.scene.render(drawn, behind, generator, training=True)
         latents = self.encode(views.rgb, coarse)
-        outcome = self.objective(latents, conditions_for(self.teacher, options, cameras), progress, generator)
+        conditions = conditions_for(self.teacher, options, self.objective.options, cameras)
+        poses = drawn.poses()
+        if self.critic is not None:
+            text = conditions.states["conditional"]
+            conditions = Conditions({**conditions.states, "critic": self.critic.states(text, poses)})
+        outcome = self.objective(latents, conditions, progress, generator, images=None if coarse else views.rgb)
         loss = outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        if self.critic is not None:
+            self.critic.train_on(latents, conditions.states["conditional"], poses, generator)
         return outcome, views

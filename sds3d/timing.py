@@ -41,7 +41,7 @@ def time_step(task: TextTo3d, runs: int) -> list[Timing]:
     options, generator = task.options, torch.Generator().manual_seed(0)
     cameras = sample_cameras(options.camera, options.views, generator).at(teacher.resolution).to(task.run.device)
     behind = grey_backgrounds(options, options.views, generator).to(task.run.device)
-    conditions = conditions_for(teacher, options, cameras)
+    conditions = conditions_for(teacher, options, task.objective.options, cameras)
     images = task.scene.render(cameras, behind, generator, training=True).rgb.detach()
     latents = teacher.encode_images(images)
 

@@ -8,18 +8,8 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
-from distill.objectives.algebra import (
-    Conditions,
-    Distilled,
-    ObjectiveOptions,
-    ScoreDistillation,
-    Term,
-    TimeLaw,
-    Weight,
-    surrogate_loss,
-    text_conditions,
-    time_weight,
-)
+from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, surrogate_loss, text_conditions, time_weight
+from distill.objectives.options import ObjectiveOptions, Ramp, Term, TimeLaw, Weight
 
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")
 
@@ -30,11 +20,16 @@ def at(share: float) -> TimeLaw:
 
 def means(conditional: float, unconditional: float, count: int, negative: float | None = None) -> Conditions:
     one = torch.ones(1, 1, 1)
-    return Conditions(one.expand(count, 1, 1) * conditional, one * unconditional, None if negative is None else one * negative)
+    states = {"conditional": one.expand(count, 1, 1) * conditional, "unconditional": one * unconditional}
+    return Conditions(states if negative is None else {**states, "negative": one * negative})
+
+
+def teacher(prompt: str = "conditional", coefficient: float | Ramp = 1.0) -> Term:
+    return Term("teacher", coefficient, prompt)
 
 
 def sds(scale: float = 1.0, weight: Weight = "sigma_squared", share: float = 0.5, clip: float = 0.0) -> ObjectiveOptions:
-    return ObjectiveOptions((Term("guided", 1.0, scale), Term("noise", -1.0)), weight, at(share), clip)
+    return ObjectiveOptions((Term("teacher", guidance=scale), Term("noise", -1.0)), weight, at(share), clip=clip)
 
 
 def distilled(model: Any, options: ObjectiveOptions, latents: Tensor, conditions: Conditions, seed: int = 0) -> Distilled:
@@ -72,8 +67,8 @@ def test_one_call_a_step_and_only_what_is_needed(gaussian: Any) -> None:
     latents, conditions = torch.zeros(3, 1, 2, 2), means(1, 5, 3, 7)
     model = gaussian(0.5)
     distilled(model, sds(1.0), latents, conditions)
-    assert len(model.asked) == 1 and model.asked[0].equal(conditions.conditional)
-    every = (Term("guided", 1.0, 7.5), Term("negative", -0.5), Term("unconditional", 0.2), Term("noise", -1.0))
+    assert len(model.asked) == 1 and model.asked[0].equal(conditions.states["conditional"])
+    every = (Term("teacher", guidance=7.5), teacher("negative", -0.5), teacher("unconditional", 0.2), Term("noise", -1.0))
     result = distilled(model, ObjectiveOptions(every), latents, conditions)
     assert len(model.asked) == 2 and sorted(model.asked[1].flatten().tolist()) == [1] * 3 + [5] * 3 + [7] * 3
     assert set(result.predictions) == {"conditional", "unconditional", "negative"}
@@ -97,29 +92,32 @@ def test_each_term_takes_its_own_condition(gaussian: Any, schedule: NoiseSchedul
     latents, conditions = torch.zeros(2, 1, 1, 1), means(1.0, 2.0, 2, 4.0)
     told = {}
     for name in ("conditional", "unconditional", "negative"):
-        told[name] = distilled(gaussian(0.5), ObjectiveOptions((Term(name, 1.0),), "one", at(0.4)), latents, conditions)  # type: ignore[arg-type]
+        told[name] = distilled(gaussian(0.5), ObjectiveOptions((teacher(name),), "one", at(0.4)), latents, conditions)
     t = told["negative"].t
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     per_mean = -sigma * alpha / (alpha**2 * 0.25 + sigma**2)
     torch.testing.assert_close(told["unconditional"].gradient - told["conditional"].gradient, per_mean)
     torch.testing.assert_close(told["negative"].gradient - told["conditional"].gradient, 3 * per_mean)
-    mixed = (Term("conditional", 3.0), Term("negative", -0.5))
+    mixed = (teacher("conditional", 3.0), teacher("negative", -0.5))
     got = distilled(gaussian(0.5), ObjectiveOptions(mixed, "one", at(0.4)), latents, conditions).gradient
     torch.testing.assert_close(got, 3 * told["conditional"].gradient - 0.5 * told["negative"].gradient)
 
 
 def test_a_negative_term_needs_a_negative_prompt(gaussian: Any) -> None:
     with pytest.raises(UserError, match="negative_prompt"):
-        distilled(gaussian(0.5), ObjectiveOptions((Term("negative", 1.0),)), torch.zeros(1, 1, 2, 2), means(1, 0, 1))
+        distilled(gaussian(0.5), ObjectiveOptions((teacher("negative"),)), torch.zeros(1, 1, 2, 2), means(1, 0, 1))
 
 
-def test_text_conditions_encode_the_empty_and_the_negative_prompt() -> None:
+def test_text_conditions_are_those_asked_for() -> None:
     def encode(prompts: Any) -> Tensor:
         return torch.tensor([float(len(prompt)) for prompt in prompts])[:, None, None]
 
-    plain, full = text_conditions(encode, ["ab", "abc"]), text_conditions(encode, ["ab"], "abcd")
-    assert plain.conditional.flatten().tolist() == [2, 3] and plain.unconditional.flatten().tolist() == [0] and plain.negative is None
-    assert full.negative is not None and full.negative.flatten().tolist() == [4]
+    asked = ObjectiveOptions((Term("teacher", guidance=3.0), teacher("negative"), teacher("bad")), prompts={"bad": "{prompt}!"})
+    plain = text_conditions(encode, ["ab", "abc"], ObjectiveOptions((teacher(),)))
+    assert {name: states.flatten().tolist() for name, states in plain.states.items()} == {"conditional": [2, 3]}
+    full = text_conditions(encode, ["ab", "abc"], asked, "abcd")
+    told = {name: states.flatten().tolist() for name, states in full.states.items()}
+    assert told == {"conditional": [2, 3], "unconditional": [0], "negative": [4], "bad": [3, 4]}
 
 
 @pytest.mark.parametrize("limit", [0.05, 1e6])

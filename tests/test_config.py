@@ -7,7 +7,7 @@ import pytest
 
 from distill.config import build
 from distill.errors import UserError
-from distill.objectives.algebra import ObjectiveOptions, Term, TimeLaw
+from distill.objectives.options import ObjectiveOptions, Ramp, Term, TimeLaw
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,10 @@ def test_mistakes(values: dict[str, Any], words: str) -> None:
 
 
 def test_an_objective_as_its_yaml_reads() -> None:
-    terms = [{"predict": "guided", "coefficient": 1, "scale": 7.5}, {"predict": "noise", "coefficient": -1}]
-    got = build(ObjectiveOptions, {"terms": terms, "time": {"high": [0.98, 0.5], "anneal": "sqrt"}})
-    assert got == ObjectiveOptions((Term("guided", 1.0, 7.5), Term("noise", -1.0)), time=TimeLaw(high=(0.98, 0.5), anneal="sqrt"))
+    terms = [{"predict": "teacher", "guidance": 7.5}, {"predict": "teacher", "prompt": "bad", "coefficient": {"start": 0, "end": -1}}]
+    given = {"terms": terms, "time": {"high": [0.98, 0.5], "anneal": "sqrt"}, "prompts": {"bad": "{prompt}, bad"}}
+    expected = (Term("teacher", guidance=7.5), Term("teacher", Ramp(0.0, -1.0), "bad"))
+    law = TimeLaw(high=(0.98, 0.5), anneal="sqrt")
+    assert build(ObjectiveOptions, given) == ObjectiveOptions(expected, time=law, prompts={"bad": "{prompt}, bad"})
+    with pytest.raises(UserError, match="^prompts is 3: expected names with values"):
+        build(ObjectiveOptions, {**given, "prompts": 3})

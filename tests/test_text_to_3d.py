@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from distill.config import build
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
-from distill.objectives.algebra import ObjectiveOptions, Term
+from distill.objectives.options import ObjectiveOptions, Term
 from distill.run import Run, RunOptions
 from distill.score import Prediction, ScoreModel
 from distill.teacher.frozen import Teacher
@@ -20,7 +22,8 @@ from sds3d.renderer import RenderOptions
 from sds3d.scene import GridOptions, SceneOptions
 from sds3d.text_to_3d import RegularizerOptions, TextTo3d, TextTo3dOptions, check_prompts, conditions_for, grey_backgrounds
 
-SDS = ObjectiveOptions((Term("guided", 1.0, 1.0), Term("noise", -1.0)))
+OBJECTIVES = Path(__file__).parent.parent / "configs" / "objective"
+SDS = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
 SMALL = SceneOptions(
     FieldOptions(HashEncodingOptions(n_levels=2, n_features_per_level=2, log2_hashmap_size=12, base_resolution=8), hidden_width=16),
     GridOptions(resolution=16, every=4),
@@ -46,6 +49,9 @@ class OneImage(ScoreModel):
 
     def encode_images(self, images: Tensor) -> Tensor:
         return images
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
@@ -107,11 +113,21 @@ def test_each_camera_asks_for_its_view():
     teacher = OneImage(disc())
     angles = torch.tensor([0.0, 90.0, 180.0, 0.0]), torch.tensor([10.0, 10.0, 10.0, 75.0])
     cameras = orbit(*angles, torch.full((4,), 3.0), torch.full((4,), 35.0), 8)
-    conditions = conditions_for(teacher, OPTIONS, cameras)
-    assert teacher.asked == [f"a red ball, {view} view" for view in ("front", "side", "back", "overhead")] + [""]
-    assert conditions.negative is None and len(conditions.conditional) == 4
-    conditions_for(teacher, replace(OPTIONS, view_words=False), cameras)
-    assert teacher.asked[5:9] == ["a red ball"] * 4
+    guided = ObjectiveOptions((Term("teacher", guidance=7.5),))
+    conditions = conditions_for(teacher, OPTIONS, guided, cameras)
+    assert sorted(teacher.asked) == sorted([f"a red ball, {view} view" for view in ("front", "side", "back", "overhead")] + [""])
+    assert set(conditions.states) == {"conditional", "unconditional"} and len(conditions.states["conditional"]) == 4
+    conditions_for(teacher, replace(OPTIONS, view_words=False), SDS, cameras)
+    assert teacher.asked[5:] == ["a red ball"] * 4
+
+
+def test_perp_neg_asks_for_two_other_views() -> None:
+    teacher = OneImage(disc())
+    cameras = orbit(torch.tensor([0.0, 180.0]), torch.tensor([10.0, 10.0]), torch.full((2,), 3.0), torch.full((2,), 35.0), 8)
+    conditions = conditions_for(teacher, OPTIONS, ObjectiveOptions((Term("teacher", guidance=7.5, perp_neg=0.5),)), cameras)
+    views = [["front", "back"], ["side", "front"], ["back", "side"]]
+    assert sorted(teacher.asked) == sorted([f"a red ball, {view} view" for both in views for view in both] + [""])
+    assert {"other_view_0", "other_view_1"} < set(conditions.states)
 
 
 def test_backgrounds_are_grey_and_within_the_range():
@@ -162,3 +178,20 @@ def test_coarse_renders_are_enlarged_for_the_encoder(tmp_path: Path) -> None:
     task = TextTo3d(Run(RunOptions(str(tmp_path), 1, trackers=()), {}, "x"), OneImage(disc()), SMALL, SDS, OPTIONS)
     images = torch.rand(2, 3, 8, 8)
     assert task.encode(images, coarse=True).shape[-1] == OneImage.resolution
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in OBJECTIVES.glob("*.yaml") if path.stem != "dds"))
+def test_every_objective_drives_a_scene(name: str, tmp_path: Path, tiny_teacher: Teacher) -> None:
+    """Two steps, one coarse and one full; what is counted is what the loss says it costs, the critic's training apart."""
+    objective = build(ObjectiveOptions, yaml.safe_load((OBJECTIVES / f"{name}.yaml").read_text()), "objective")
+    task = TextTo3d(Run(options(tmp_path, 4), {}, "t"), tiny_teacher, SMALL, objective, replace(OPTIONS, prompt="a red cube"))
+    before = {key: value.clone() for key, value in task.scene.state_dict().items()}
+    for progress, step in ((0.0, 0), (0.75, 3)):
+        outcome, _ = task.step(progress, step)
+        assert outcome.gradient.isfinite().all()
+    assert float(outcome.gradient.abs().max()) > 0  # at the first step a critic is the teacher, and Diff-Instruct's g is 0
+    assert any(not torch.equal(value, before[key]) for key, value in task.scene.state_dict().items())
+    critic = objective.critic is not None
+    path = objective.noise.steps + objective.noise.has_gap if objective.noise.kind == "inversion" else 0
+    assert tiny_teacher.score.calls == 2 * (1 + path)
+    assert task.critic is None or task.critic.score.calls == 2 * critic

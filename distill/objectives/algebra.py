@@ -1,152 +1,201 @@
-"""One algebra of first-order score distillation: g = w(t) * sum_i c_i prediction_i(z_t; condition_i).
+"""One algebra of first-order score distillation: g = w(t) * sum_i c_i eps_i(x; prompt_i), evaluated from data (`ObjectiveOptions`).
 
 The loss handed to autograd is 1/2 |z - stopgrad(z - g)|^2, summed over a sample's elements and averaged over the batch,
 so that its gradient on each sample's latent is g / batch: image-space weights then mean the same at every resolution.
-A method is data (`ObjectiveOptions`, a YAML file); SDS is `+guided -noise` with w = sigma^2.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.objectives.inversion import invert
+from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions, Part, Place, Term, Weight, number
 from distill.score import Prediction, ScoreModel
 
-Predicted = Literal["noise", "conditional", "unconditional", "negative", "guided"]
-Weight = Literal["sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """coefficient * prediction; `scale` is the guidance of `guided`: eps_0 + scale (eps_c - eps_0)."""
-
-    predict: Predicted
-    coefficient: float
-    scale: float = 1.0
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Which of the teacher's conditions the term needs; none for the noise, no unconditional one at scale 1."""
-        if self.predict == "noise":
-            return ()
-        if self.predict == "guided":
-            return ("conditional",) if self.scale == 1 else ("unconditional", "conditional")
-        return (self.predict,)
-
-
-@dataclass(frozen=True)
-class TimeLaw:
-    """t / T is uniform in [low, high], where high goes from high[0] to high[1] over the share `until` of a run.
-
-    `anneal`: linear, or sqrt (HiFA, arXiv:2305.18766, section 3.3), or none (high[0] throughout). `one_time` draws one t a
-    batch instead of one a sample.
-    """
-
-    low: float = 0.02
-    high: tuple[float, float] = (0.98, 0.98)
-    anneal: Literal["none", "linear", "sqrt"] = "linear"
-    until: float = 1.0
-    one_time: bool = False
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.low <= min(self.high) and max(self.high) <= 1 and 0 < self.until <= 1):
-            said = f"times from {self.low} to {list(self.high)} until {self.until}"
-            raise UserError(f"{said}: expected 0 <= low <= high <= 1 and 0 < until <= 1")
-
-    def upper(self, progress: float) -> float:
-        """The upper end at a share of the run in [0, 1]."""
-        share = min(progress / self.until, 1.0)
-        share = {"none": 0.0, "linear": share, "sqrt": math.sqrt(share)}[self.anneal]
-        return self.high[0] + (self.high[1] - self.high[0]) * share
-
-    def draw(self, count: int, steps: int, progress: float, generator: torch.Generator) -> Tensor:
-        """Integer times (count,) on the CPU."""
-        share = torch.rand(1 if self.one_time else count, generator=generator).expand(count)
-        return ((self.low + (self.upper(progress) - self.low) * share) * (steps - 1)).round().long()
-
-
-@dataclass(frozen=True)
-class ObjectiveOptions:
-    """A score-based loss as data. `clip` bounds the norm of each sample's gradient per element's root mean square; 0 is off."""
-
-    terms: tuple[Term, ...]
-    weight: Weight = "sigma_squared"
-    time: TimeLaw = TimeLaw()
-    clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.terms:
-            raise UserError("an objective needs at least one term")
+Known = dict[tuple[Place, str], Prediction]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """Text states (B, L, D) of the prompts; (1, L, D) of the empty and, where a term asks for it, the negative prompt."""
+    """Text states by prompt name: (B, L, D), or (1, L, D) where all samples share one."""
 
-    conditional: Tensor
-    unconditional: Tensor
-    negative: Tensor | None = None
+    states: Mapping[str, Tensor]
 
-    def select(self, name: str) -> Tensor:
-        """The states of one kind, one a sample. Raises `UserError` where a term needs a negative prompt and none is given."""
-        chosen = {"conditional": self.conditional, "unconditional": self.unconditional, "negative": self.negative}[name]
-        if chosen is None:
-            raise UserError("the objective has a term with a negative prompt: give negative_prompt")
-        return chosen.expand_as(self.conditional)
+    def select(self, name: str, count: int) -> Tensor:
+        """The states of one prompt, one a sample. Raises `UserError` where a term needs a prompt that is not given."""
+        if name not in self.states:
+            given = {"negative": "give negative_prompt", "reference": "give the reference's prompt"}
+            fix = given.get(name, f"add it to the objective's prompts, or use one of {', '.join(self.states)}")
+            raise UserError(f"the objective has a term with the prompt {name!r}: {fix}")
+        return self.states[name].expand(count, *self.states[name].shape[1:])
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A part's draw: times (B,), the noise, and x at each place with its times."""
+
+    t: Tensor
+    noise: Tensor
+    places: dict[Place, tuple[Tensor, Tensor]]
+    known: Known  # what was predicted on the way
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """A step's outcome: the loss to call backward on, g (B, C, H, W), the times (B,) and the teacher's predictions by condition."""
+    """A step's outcome: the loss to call backward on; g, of the first part the times, x_t, noise, and predictions by prompt at x_t.
+
+    `terms` are the parts' weighted terms, in the order of the config: they add up to g before it is clipped.
+    """
 
     loss: Tensor
     gradient: Tensor
     t: Tensor
+    noise: Tensor
+    x_t: Tensor
     predictions: dict[str, Prediction]
+    terms: tuple[Tensor, ...] = field(default=())
 
 
 class ScoreDistillation:
     """An objective on a frozen score model; call it on latents that are being optimised."""
 
-    def __init__(self, model: ScoreModel, options: ObjectiveOptions) -> None:
-        self.model, self.options = model, options
-        last = torch.tensor([round(max(options.time.high) * (model.schedule.steps - 1))])
-        if options.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
-            raise UserError("the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1")
-        self.needed = tuple(dict.fromkeys(name for term in options.terms for name in term.conditions))
+    def __init__(
+        self,
+        model: ScoreModel,
+        options: ObjectiveOptions,
+        critic: ScoreModel | None = None,
+        decode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`critic` answers the critic's terms; `decode` turns latents into images where the objective weighs them."""
+        for part in options.parts:
+            _check_weight(part, model)
+        if options.needs_critic and critic is None:
+            raise UserError("the objective has a term of the critic: give a critic (a LoRA or a copy of the teacher)")
+        if options.image and decode is None:
+            raise UserError("the objective weighs images: give a decoder")
+        self.model, self.options, self.critic, self.decode = model, options, critic, decode
 
-    def __call__(self, latents: Tensor, conditions: Conditions, progress: float, generator: torch.Generator) -> Distilled:
-        """latents (B, C, h, w) with gradient; progress in [0, 1]; noise and times come from the CPU `generator`. One teacher call."""
-        schedule = self.model.schedule
-        t = self.options.time.draw(len(latents), schedule.steps, progress, generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
+    def __call__(
+        self,
+        latents: Tensor,
+        conditions: Conditions,
+        progress: float,
+        generator: torch.Generator,
+        reference: Tensor | None = None,
+        images: Tensor | None = None,
+    ) -> Distilled:
+        """latents (B, C, h, w) with gradient; progress in [0, 1]; noise and times come from the CPU `generator`.
+
+        One teacher call, and one a step of an inversion path. `reference` (B, C, h, w) is what DDS compares with; `images`
+        (B, 3, H, W) in [0, 1] are what the latents encode, where the objective weighs them.
+        """
+        if self.options.needs_reference and reference is None:
+            raise UserError("the objective has a term at the reference: give the reference's latents")
+        clean = latents.detach()
         with torch.no_grad():
-            x_t = schedule.add_noise(latents, noise, t)
-            predictions = self._predict(x_t, t, conditions)
-            total = sum(term.coefficient * _value(term, noise, predictions) for term in self.options.terms)
-            gradient = _clip(time_weight(self.options.weight, schedule.alpha(t), schedule.sigma(t)) * total, self.options.clip)
-        return Distilled(surrogate_loss(latents, gradient), gradient, t, predictions)
+            draws = [self._draw(part, clean, conditions, progress, generator, reference) for part in self.options.parts]
+            known = self._predict(self.model, "teacher", draws, conditions, progress)
+            judged = self._predict(self.critic, "critic", draws, conditions, progress) if self.critic is not None else [{} for _ in draws]
+            terms: list[Tensor] = []
+            for part, drawn, told, critic in zip(self.options.parts, draws, known, judged, strict=True):
+                terms += self._terms(part, drawn, told, critic, clean, progress)
+            gradient = _clip(sum(terms, torch.zeros_like(clean)), self.options.clip)
+        loss = surrogate_loss(latents, gradient)
+        if self.options.image and images is not None:
+            loss = loss + self._image_loss(images, draws[0], known[0], progress)
+        first = {name: prediction for (place, name), prediction in known[0].items() if place == "now"}
+        return Distilled(loss, gradient, draws[0].t, draws[0].noise, draws[0].places["now"][0], first, tuple(terms))
 
-    def _predict(self, x_t: Tensor, t: Tensor, conditions: Conditions) -> dict[str, Prediction]:
-        if not self.needed:
-            return {}
-        count = len(self.needed)
-        states = torch.cat([conditions.select(name) for name in self.needed])
-        together = self.model.predict(x_t.repeat(count, 1, 1, 1), t.repeat(count), states)
-        return dict(zip(self.needed, together.chunk(count), strict=True))
+    def _draw(
+        self, part: Part, clean: Tensor, conditions: Conditions, progress: float, generator: torch.Generator, reference: Tensor | None
+    ) -> Drawn:
+        schedule, law, count = self.model.schedule, part.noise, len(clean)
+        t = part.time.draw(count, schedule.steps, progress, generator).to(clean.device)
+        if law.kind == "inversion":
+            states = {name: conditions.select(name, count) for name in part.path_prompts}
+            gap = round(number(law.gap, progress) * schedule.steps)
+            path = invert(self.model, clean, t, states, law.guidance, law.steps, gap)
+            noise = (path.x_t - schedule.alpha(t) * clean) / schedule.sigma(t)
+            known: Known = {key: path.prediction for key in part.reused()}
+            return Drawn(t, noise, {"now": (path.x_t, t), "earlier": (path.x_s, path.s)}, known)
+        source = torch.Generator().manual_seed(law.seed) if law.kind == "fixed" else generator
+        noise = torch.randn(clean.shape, generator=source).to(clean)
+        places: dict[Place, tuple[Tensor, Tensor]] = {"now": (schedule.add_noise(clean, noise, t), t)}
+        if reference is not None:
+            places["reference"] = (schedule.add_noise(reference, noise, t), t)
+        return Drawn(t, noise, places, {})
+
+    def _predict(
+        self, model: ScoreModel, of: Literal["teacher", "critic"], draws: Sequence[Drawn], conditions: Conditions, progress: float
+    ) -> list[Known]:
+        """Everything the parts ask of a model, in one call."""
+        known = [dict(drawn.known) if of == "teacher" else {} for drawn in draws]
+        asked = [part.asked(of, progress) for part in self.options.parts]
+        wanted = [(index, key) for index, keys in enumerate(asked) for key in keys if key not in known[index]]
+        if not wanted:
+            return known
+        places = [draws[index].places[place] for index, (place, _) in wanted]
+        count = len(places[0][0])
+        states = torch.cat([conditions.select(name, count) for _, (_, name) in wanted])
+        together = model.predict(torch.cat([x for x, _ in places]), torch.cat([t for _, t in places]), states)
+        for (index, key), prediction in zip(wanted, together.chunk(len(wanted)), strict=True):
+            known[index][key] = prediction
+        return known
+
+    def _terms(self, part: Part, drawn: Drawn, told: Known, critic: Known, clean: Tensor, progress: float) -> list[Tensor]:
+        schedule = self.model.schedule
+        factor = time_weight(part.weight, schedule.alpha(drawn.t), schedule.sigma(drawn.t))
+        if part.normalise:
+            factor = factor / (clean - combined(part.teacher, told, progress).x0).abs().mean((1, 2, 3), keepdim=True)
+        share = drawn.t[:, None, None, None] / schedule.steps
+        values = []
+        for term in part.active(progress):
+            eps = drawn.noise if term.predict == "noise" else combined(term, told if term.predict == "teacher" else critic, progress).eps
+            counts = (share >= term.times[0]) & (share < term.times[1] + (term.times[1] == 1.0))
+            values.append(factor * number(term.coefficient, progress) * counts * eps)
+        return values
+
+    def _image_loss(self, images: Tensor, drawn: Drawn, told: Known, progress: float) -> Tensor:
+        assert self.decode is not None
+        schedule = self.model.schedule
+        alpha, sigma = schedule.alpha(drawn.t), schedule.sigma(drawn.t)
+        with torch.no_grad():
+            target = self.decode(combined(self.options.teacher, told, progress).x0)
+            factor = self.options.image * time_weight(self.options.weight, alpha, sigma) * alpha / sigma
+        return surrogate_loss(images, (factor * (images - target)).detach())
 
 
-def _value(term: Term, noise: Tensor, predictions: dict[str, Prediction]) -> Tensor:
-    if term.predict == "noise":
-        return noise
-    if term.predict == "guided":
-        bound = predictions["conditional"].eps
-        return bound if term.scale == 1 else predictions["unconditional"].eps.lerp(bound, term.scale)
-    return predictions[term.predict].eps
+def _check_weight(part: Part, model: ScoreModel) -> None:
+    last = torch.tensor([round(max(part.time.high) * (model.schedule.steps - 1))])
+    if part.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
+        raise UserError("the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1")
+
+
+def combined(term: Term, known: Known, progress: float) -> Prediction:
+    """A term's prediction from those it is made of: guidance, Perp-Neg, rescale."""
+    bound = known[term.at, term.prompt]
+    if not term.guided:
+        return bound
+    free, scale = known[term.at, term.away_from], number(term.guidance, progress)
+    guided = free.toward(bound, scale)
+    if term.perp_neg:
+        toward = bound.eps - free.eps
+        away = sum(_perpendicular(known[term.at, name].eps - free.eps, toward) for name in OTHER_VIEWS)
+        guided = bound.with_eps(guided.eps - scale * term.perp_neg * away)
+    if term.rescale:
+        spread = bound.x0.std((1, 2, 3), keepdim=True) / guided.x0.std((1, 2, 3), keepdim=True)
+        guided = bound.with_x0(guided.x0 * (term.rescale * spread + 1 - term.rescale))
+    return guided
+
+
+def _perpendicular(vector: Tensor, onto: Tensor) -> Tensor:
+    """The part of each sample's vector (B, C, H, W) that is perpendicular to another."""
+    along = (vector * onto).sum((1, 2, 3), keepdim=True) / onto.square().sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    return vector - along * onto
 
 
 def time_weight(name: Weight, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -171,6 +220,20 @@ def surrogate_loss(latents: Tensor, gradient: Tensor) -> Tensor:
     return 0.5 * (latents - target).square().sum() / len(latents)
 
 
-def text_conditions(encode: Callable[[Sequence[str]], Tensor], prompts: Sequence[str], negative: str = "") -> Conditions:
-    """Conditions of prompts, one a sample, through a teacher's `encode_text`."""
-    return Conditions(encode(prompts), encode([""]), encode([negative]) if negative else None)
+def text_conditions(
+    encode: Callable[[Sequence[str]], Tensor], prompts: Sequence[str], options: ObjectiveOptions, negative: str = "", reference: str = ""
+) -> Conditions:
+    """Conditions of prompts, one a sample, through a teacher's `encode_text`: what the objective asks for, and no more.
+
+    A negative or reference prompt that is empty is not given.
+    """
+    shared = {"unconditional": "", "negative": negative, "reference": reference}
+    states = {}
+    for name in options.names:
+        if name == "conditional":
+            states[name] = encode(prompts)
+        elif name in options.prompts:
+            states[name] = encode([options.prompts[name].replace("{prompt}", prompt) for prompt in prompts])
+        elif name in shared and (shared[name] or name == "unconditional"):
+            states[name] = encode([shared[name]])
+    return Conditions(states)
