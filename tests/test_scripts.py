@@ -102,7 +102,7 @@ def test_a_mistake_is_one_sentence(tiny_teacher_folder, tmp_path, arguments, tol
 
 def test_help_is_readable():
     told = script("text_to_3d", "--help")
-    assert "objective: sds" in told and "coarse_until" in told
+    assert "objective: csd, " in told and ", sds, " in told and "coarse_until" in told
 
 
 def test_configs_build_the_options_they_name():
