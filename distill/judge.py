@@ -36,8 +36,8 @@ class JudgeOptions:
     attributes: tuple[str, ...] = ("object", "colour", "view")
     only_if: tuple[tuple[str, str], ...] = (("view", "has_front"),)
     width: int = 48
-    batch: int = 128
-    learning_rate: float = 4e-3
+    batch: int = 64
+    learning_rate: float = 3e-3
     weight_decay: float = 0.02
     label_smoothing: float = 0.05
 

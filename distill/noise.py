@@ -37,9 +37,36 @@ class NoiseSchedule:
         """x_t of clean (B, C, H, W) and standard normal noise of the same shape at times (B,)."""
         return self.alpha(t) * clean + self.sigma(t) * noise
 
+    def nearest(self, level: Tensor) -> Tensor:
+        """The times (B,) whose noise level sigma / alpha is nearest, on a log scale, to `level` (B,): where another SDE meets this one."""
+        own = (self._sigma.double() / self._alpha.double().clamp_min(1e-12)).log().to(level.device)
+        return (own[None] - level.double().log()[:, None]).abs().argmin(1)
+
     def velocity(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, section 4)."""
         return self.alpha(t) * noise - self.sigma(t) * clean
+
+
+def to_variance_exploding(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """x0 + level eps, and its level sigma / alpha, of x_t = alpha x0 + sigma eps (Karras et al. 2022, arXiv:2206.00364, section 4)."""
+    return x_t / alpha, sigma / alpha
+
+
+def from_variance_exploding(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The variance-preserving x_t with its alpha and sigma, of x0 + level eps."""
+    alpha = (1 + level.square()).rsqrt()
+    return alpha * x, alpha, level * alpha
+
+
+def to_flow(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 - time) x0 + time eps, and its time in [0, 1] (Lipman et al. 2023, arXiv:2210.02747, the straight path)."""
+    return x_t / (alpha + sigma), sigma / (alpha + sigma)
+
+
+def from_flow(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The variance-preserving x_t with its alpha and sigma, of (1 - time) x0 + time eps."""
+    norm = ((1 - time).square() + time.square()).sqrt()
+    return x / norm, (1 - time) / norm, time / norm
 
 
 def clean_and_noise(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:

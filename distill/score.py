@@ -32,6 +32,11 @@ class Prediction:
         return self.alpha * self.eps - self.sigma * self.x0
 
     @property
+    def flow(self) -> Tensor:
+        """Velocity eps - x0 of the straight path (1 - time) x0 + time eps."""
+        return self.eps - self.x0
+
+    @property
     def score(self) -> Tensor:
         """Gradient of log p_t: -eps / sigma."""
         return -self.eps / self.sigma

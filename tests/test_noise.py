@@ -6,7 +6,16 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.noise import Kind, NoiseSchedule, clean_and_noise
+from distill.noise import (
+    Kind,
+    NoiseSchedule,
+    clean_and_noise,
+    from_flow,
+    from_variance_exploding,
+    to_flow,
+    to_variance_exploding,
+)
+from distill.score import Prediction
 
 KINDS: tuple[Kind, ...] = ("epsilon", "v_prediction", "sample")
 TIMES = torch.tensor([0, 1, 250, 500, 998, 999])
@@ -72,3 +81,22 @@ def test_refuses_an_unknown_kind() -> None:
     one = torch.ones(1)
     with pytest.raises(UserError, match="'flow'.*epsilon"):
         clean_and_noise(one, one, one, one, "flow")  # type: ignore[arg-type]
+
+
+def test_the_three_forms_of_diffusion_round_trip(schedule: NoiseSchedule) -> None:
+    """Variance preserving, exploding and flow: each holds the same x0 and eps, and leads back."""
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.tensor([0, 200, 600, 999])
+    alpha, sigma = schedule.alpha(t).double(), schedule.sigma(t).double()
+    x_t = alpha * x0 + sigma * eps
+    exploding, level = to_variance_exploding(x_t, alpha, sigma)
+    torch.testing.assert_close(exploding, x0 + level * eps)
+    straight, time = to_flow(x_t, alpha, sigma)
+    torch.testing.assert_close(straight, (1 - time) * x0 + time * eps)
+    for back in (from_variance_exploding(exploding, level), from_flow(straight, time)):
+        torch.testing.assert_close(back[0], x_t, atol=1e-6, rtol=1e-6)  # alpha and sigma of the schedule are float32
+        torch.testing.assert_close(back[1], alpha, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(back[2], sigma, atol=1e-6, rtol=1e-6)
+    assert schedule.nearest(level.flatten()).equal(t)
+    assert Prediction(x0, eps, alpha, sigma).flow.equal(eps - x0)
