@@ -8,10 +8,10 @@ from entry import entry
 
 def main(config: dict[str, Any]) -> None:
     from distill.config import build
+    from distill.film import save_gif
     from distill.report import image_grid, pick_device, save_png
     from distill.teacher.frozen import Teacher
     from distill.text_to_image import TextToImageOptions, text_to_image
-    from sds3d.turntable import save_gif
 
     keys = ("prompts", "negative_prompt", "count", "guidance", "steps", "sampler", "seed", "animation")
     options = build(TextToImageOptions, {key: config[key] for key in keys})

@@ -11,6 +11,7 @@ from distill.checkpoint import load_newest
 from distill.config import build
 from distill.data import read_json
 from distill.errors import UserError
+from distill.film import save_gif, save_video
 from distill.report import image_grid, pick_device, save_png
 from distill.run import Run
 from distill.teacher.clip import image_features, text_features, tokenize
@@ -21,7 +22,7 @@ from sds3d.mesh import MeshOptions, extract_mesh
 from sds3d.mesh_files import save_mesh
 from sds3d.prompts import view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions
-from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views, save_gif, save_video
+from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views
 
 GREY = (0.85, 0.85, 0.85)
 

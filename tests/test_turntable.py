@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from distill.errors import UserError
+from distill.film import save_gif, save_video
 from sds3d.cameras import Cameras, ring
-from sds3d.turntable import Frames, contact_sheet, render_mesh, render_turntable, save_gif, save_video
+from sds3d.turntable import Frames, contact_sheet, render_mesh, render_turntable
 
 
 class Compass:

@@ -1,0 +1,62 @@
+"""Frames to files that every player takes."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from distill.data import atomic_path
+from distill.errors import UserError
+
+
+def _pixels(frames: Tensor, fps: float) -> np.ndarray:
+    """Frames as (F, H, W, 3) bytes. Raises `UserError` for another shape, no frame, or a rate that is not above zero."""
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0:
+        raise UserError(f"frames have shape {tuple(frames.shape)}: expected (frames, 3, height, width) with at least one frame")
+    if not fps > 0:
+        raise UserError(f"fps is {fps}: give a number above zero")
+    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def save_video(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
+    """H.264 in an .mp4 that every player takes (yuv420p, index first); an odd height or width grows by one repeated line.
+
+    Raises `UserError` for wrong frames, another suffix, and where imageio-ffmpeg finds no ffmpeg.
+    """
+    from imageio_ffmpeg import get_ffmpeg_exe, write_frames
+
+    pixels = _pixels(frames, fps)
+    if Path(path).suffix != ".mp4":
+        raise UserError(f"{path} is no video file name: it must end in .mp4")
+    try:
+        get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise UserError(f"no ffmpeg for {path} ({error}): pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE") from None
+    pixels = np.pad(pixels, ((0, 0), (0, pixels.shape[1] % 2), (0, pixels.shape[2] % 2), (0, 0)), mode="edge")
+    options = ["-crf", "16", "-movflags", "+faststart"]  # crf 16 is visually lossless; file size does not matter here
+    with atomic_path(path) as temporary:
+        size = (pixels.shape[2], pixels.shape[1])
+        writer = write_frames(str(temporary), size, fps=fps, codec="libx264", macro_block_size=2, output_params=options)
+        writer.send(None)
+        for frame in pixels:
+            writer.send(frame)
+        writer.close()
+        if not temporary.is_file():
+            raise OSError(f"ffmpeg wrote nothing for {path}")
+    return Path(path)
+
+
+def save_gif(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
+    """An endless .gif, each frame with its own octree palette (fast; the format counts hundredths of a second).
+
+    Raises `UserError` for wrong frames or another suffix.
+    """
+    from PIL import Image
+
+    if Path(path).suffix != ".gif":
+        raise UserError(f"{path} is no animation file name: it must end in .gif")
+    images = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in _pixels(frames, fps)]
+    duration = max(round(100 / fps), 2) * 10  # players slow anything below 20 ms down
+    with atomic_path(path) as temporary:
+        images[0].save(temporary, save_all=True, append_images=images[1:], duration=duration, loop=0, disposal=1)
+    return Path(path)
