@@ -73,6 +73,20 @@ class ScoreModel(ABC):
 
 
 @final
+class Counted(ScoreModel):
+    """A model that counts what it is asked: `forwards` samples so far, in network calls `calls`."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        self.model, self.schedule = model, model.schedule
+        self.calls = self.forwards = 0
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """As the contract says."""
+        self.calls, self.forwards = self.calls + 1, self.forwards + len(x_t)
+        return self.model.predict(x_t, t, condition)
+
+
+@final
 class Guided(ScoreModel):
     """Classifier-free guidance eps_0 + s (eps_c - eps_0) (Ho & Salimans 2022, arXiv:2207.12598, this project's s), in one batched call."""
 

@@ -11,6 +11,7 @@ from distill.data import BACKGROUND
 from distill.errors import UserError
 from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
 from distill.objectives.critic import Critic
+from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions
 from distill.run import Run
 from distill.teacher.frozen import Teacher
@@ -56,6 +57,7 @@ class TextTo3dOptions:
     learning_rate: float = 0.01
     mlp_learning_rate: float = 0.002
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
+    diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -135,12 +137,15 @@ class TextTo3d:
 
     def train(self) -> Scene:
         """Optimise to the end of the run, previews on the way; returns the scene."""
-        run = self.run
+        run, options = self.run, self.options
         run.track(scene=self.scene, optimizer=self.optimizer)
         if self.critic is not None:
             run.track(critic=self.critic)
         for step in run.steps():
             outcome, views = self.step(step / run.options.steps, step)
+            if options.diagnostics.every and run.due(options.diagnostics.every):
+                diagnosis, strips = diagnose(self.objective, outcome, step / run.options.steps, options.diagnostics)
+                save_diagnosis(run.directory, step + 1, diagnosis, torch.stack([self.teacher.decode(level) for level in strips]))
             run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
             if run.due(run.options.preview_every):
                 shown = self.scene.render(ring(4, resolution=self.teacher.resolution), torch.full((4, 3), 0.85))

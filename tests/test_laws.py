@@ -16,7 +16,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.parts[len(ROOT.parts)] != "scripts"]
 MODULES = [name.removesuffix(".__init__") for name in MODULES]
 LONGEST = 310
-NEVER = ("hydra", "omegaconf", "nerfacc", "skimage", "imageio", "tinycudann", "datasets")
+NEVER = ("hydra", "omegaconf", "matplotlib", "nerfacc", "skimage", "imageio", "tinycudann", "datasets")
 OPTIONAL = (*NEVER, "accelerate", "trimesh", "embreex", "diffusers")
 IMPORT = """
 import importlib, json, sys, torch

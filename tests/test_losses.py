@@ -17,7 +17,7 @@ from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation
 from distill.objectives.options import NoiseLaw, ObjectiveOptions, Part, Ramp, Term, TimeLaw
-from distill.score import Prediction, ScoreModel
+from distill.score import Counted, Prediction, ScoreModel
 from distill.teacher.mixture import Mixture, MixtureTeacher
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "objective"
@@ -233,31 +233,27 @@ def test_hifa_pulls_the_image_too(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(images.grad, 0.01 * sigma**2 * alpha / sigma * (1 - 2 * x0) / 2, atol=1e-6, rtol=1e-5)
 
 
-class Counting(ScoreModel):
-    """Counts calls and samples."""
-
-    def __init__(self, model: ScoreModel) -> None:
-        self.model, self.schedule, self.calls, self.samples = model, model.schedule, 0, 0
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        self.calls, self.samples = self.calls + 1, self.samples + len(x_t)
-        return self.model.predict(x_t, t, condition)
-
-
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_costs_what_it_says(name: str, progress: float, schedule: NoiseSchedule) -> None:
     """One batched call of the teacher a step, and one a step of a path; F as `cost` counts it, critic updates apart."""
     plain = MixtureTeacher(wide_mixture(), schedule)
-    teacher, critic = Counting(plain), Counting(plain)
+    teacher, critic = Counted(plain), Counted(plain)
     options = load(name, None)
     loss = ScoreDistillation(teacher, options, critic if options.needs_critic else None, decode=lambda x: x)
     z = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
     loss(z, states(plain, 3), progress, torch.Generator().manual_seed(0), reference=z)
     updates = 0 if options.critic is None else 3 * options.critic.updates
-    assert teacher.samples + critic.samples == 3 * (options.cost(progress) - updates)
+    assert teacher.forwards + critic.forwards == 3 * (options.cost(progress) - updates)
     path = options.noise.steps + options.noise.has_gap if options.noise.kind == "inversion" else 0
     assert (teacher.calls, critic.calls) == (1 + path, int(options.needs_critic))
+
+
+def test_a_loss_that_costs_something_else_stops(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = MixtureTeacher(wide_mixture(), schedule)
+    monkeypatch.setattr(Part, "forwards", lambda part, progress: 3)
+    with pytest.raises(RuntimeError, match=r"took 2.0 forward passes a sample where it states 3"):
+        run(teacher, load("sds"), torch.zeros(3, 1, 4, 4, dtype=torch.float64), states(teacher, 3))
 
 
 def test_stated_costs() -> None:
@@ -267,10 +263,10 @@ def test_stated_costs() -> None:
 
 
 def test_guidance_one_never_asks_the_unconditional(schedule: NoiseSchedule) -> None:
-    teacher = Counting(MixtureTeacher(wide_mixture(), schedule))
+    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
     plain = replace(load("sds"), terms=(Term("teacher"), Term("noise", -1.0)))
     told = run(teacher, plain, torch.zeros(3, 1, 4, 4, dtype=torch.float64), states(cast(MixtureTeacher, teacher.model), 3))
-    assert teacher.samples == 3 and set(told.predictions) == {"conditional"}
+    assert teacher.forwards == 3 and set(told.predictions) == {"conditional"}
 
 
 def test_identities(schedule: NoiseSchedule) -> None:
@@ -328,12 +324,12 @@ def test_a_critic_that_is_the_teacher_leaves_nothing(schedule: NoiseSchedule) ->
 
 def test_two_parts_have_their_own_times_and_share_one_call(schedule: NoiseSchedule) -> None:
     """Decoupled laws of t: the sum of what each part alone would give."""
-    teacher = Counting(MixtureTeacher(wide_mixture(), schedule))
+    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
     z, conditions = torch.zeros(3, 1, 4, 4, dtype=torch.float64), states(cast(MixtureTeacher, teacher.model), 3)
     fixed = NoiseLaw("fixed", seed=5)
     early, late = (Part((Term("teacher", c),), "one", TimeLaw(s, (s, s)), fixed) for c, s in ((2.0, 0.2), (-1.0, 0.8)))
     both = run(teacher, ObjectiveOptions(early.terms, "one", early.time, fixed, second=late), z, conditions)
-    assert teacher.calls == 1 and teacher.samples == 6
+    assert teacher.calls == 1 and teacher.forwards == 6
     alone = [run(teacher, ObjectiveOptions(part.terms, "one", part.time, fixed), z, conditions).gradient for part in (early, late)]
     torch.testing.assert_close(both.gradient, alone[0] + alone[1])
     assert len(both.terms) == 2

@@ -5,7 +5,7 @@ so that its gradient on each sample's latent is g / batch: image-space weights t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.objectives.inversion import invert
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions, Part, Place, Term, Weight, number
-from distill.score import Prediction, ScoreModel
+from distill.score import Counted, Prediction, ScoreModel
 
 Known = dict[tuple[Place, str], Prediction]
 
@@ -57,7 +57,9 @@ class Distilled:
     noise: Tensor
     x_t: Tensor
     predictions: dict[str, Prediction]
-    terms: tuple[Tensor, ...] = field(default=())
+    terms: tuple[Tensor, ...]
+    clean: Tensor  # the latents it was asked about
+    conditions: Conditions
 
 
 class ScoreDistillation:
@@ -77,7 +79,13 @@ class ScoreDistillation:
             raise UserError("the objective has a term of the critic: give a critic (a LoRA or a copy of the teacher)")
         if options.image and decode is None:
             raise UserError("the objective weighs images: give a decoder")
-        self.model, self.options, self.critic, self.decode = model, options, critic, decode
+        self.options, self.decode = options, decode
+        self.model, self.critic = Counted(model), None if critic is None else Counted(critic)
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes so far, in samples; a critic's training is not among them."""
+        return self.model.forwards + (0 if self.critic is None else self.critic.forwards)
 
     def __call__(
         self,
@@ -95,7 +103,7 @@ class ScoreDistillation:
         """
         if self.options.needs_reference and reference is None:
             raise UserError("the objective has a term at the reference: give the reference's latents")
-        clean = latents.detach()
+        clean, before = latents.detach(), self.forwards
         with torch.no_grad():
             draws = [self._draw(part, clean, conditions, progress, generator, reference) for part in self.options.parts]
             known = self._predict(self.model, "teacher", draws, conditions, progress)
@@ -104,11 +112,18 @@ class ScoreDistillation:
             for part, drawn, told, critic in zip(self.options.parts, draws, known, judged, strict=True):
                 terms += self._terms(part, drawn, told, critic, clean, progress)
             gradient = _clip(sum(terms, torch.zeros_like(clean)), self.options.clip)
+        self._check_cost((self.forwards - before) / len(clean), progress)
         loss = surrogate_loss(latents, gradient)
         if self.options.image and images is not None:
             loss = loss + self._image_loss(images, draws[0], known[0], progress)
         first = {name: prediction for (place, name), prediction in known[0].items() if place == "now"}
-        return Distilled(loss, gradient, draws[0].t, draws[0].noise, draws[0].places["now"][0], first, tuple(terms))
+        return Distilled(loss, gradient, draws[0].t, draws[0].noise, draws[0].places["now"][0], first, tuple(terms), clean, conditions)
+
+    def _check_cost(self, counted: float, progress: float) -> None:
+        """Comparisons at equal compute rest on the stated cost: a loss that costs something else must not go on."""
+        stated = sum(part.forwards(progress) for part in self.options.parts)
+        if counted != stated:
+            raise RuntimeError(f"the objective took {counted} forward passes a sample where it states {stated}: mend Part.forwards")
 
     def _draw(
         self, part: Part, clean: Tensor, conditions: Conditions, progress: float, generator: torch.Generator, reference: Tensor | None
