@@ -51,3 +51,29 @@ def _root(covariance: Tensor) -> Tensor:
     """The symmetric root of a positive semi-definite matrix; eigenvalues rounded below 0 count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def wasserstein_2(a: Tensor, b: Tensor) -> float:
+    """The 2-Wasserstein distance of two sets of N points (N, D) each, exact, by optimal assignment; N of a few thousand at most.
+
+    Raises `UserError` for sets of unequal shape.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if a.shape != b.shape or a.ndim != 2:
+        raise UserError(f"points have the shapes {tuple(a.shape)} and {tuple(b.shape)}; expected (N, D) twice")
+    cost = torch.cdist(a.double(), b.double()).square()
+    rows, columns = linear_sum_assignment(cost.numpy())
+    return float(cost[rows, columns].mean().sqrt())
+
+
+def divergence_from(points: Tensor, log_density: Tensor) -> float:
+    """An estimate of KL(q | p), nats, from N points (N, D) of q and log p at them (N,).
+
+    Minus the entropy by nearest neighbours (Kozachenko & Leonenko 1987) minus the mean of log p; minus infinity where points coincide.
+    """
+    count, dimension = points.shape
+    distance = torch.cdist(points.double(), points.double()).fill_diagonal_(torch.inf).amin(1)
+    ball = dimension / 2 * torch.log(torch.tensor(torch.pi)) - torch.lgamma(torch.tensor(dimension / 2 + 1))
+    entropy = dimension * distance.log().mean() + ball + torch.log(torch.tensor(count - 1.0)) + 0.5772156649015329
+    return float(-entropy - log_density.double().mean())

@@ -41,6 +41,11 @@ class Mixture:
             raise UserError(f"the mixture has no class {label!r}: it has {', '.join(sorted(set(self.labels)))}")
         return chosen / chosen.sum()
 
+    def log_density(self, x: Tensor, weights: Tensor) -> Tensor:
+        """log p (B,) of clean points (B, C, H, W) for component weights (K,), float64."""
+        one = torch.ones(len(x), 1, 1, 1, dtype=torch.float64)
+        return _log_parts(self, x.double(), one, 0 * one, weights[None])[0].logsumexp(1)
+
 
 def ring(modes: int = 8, radius: float = 1.0, std: float = 0.08, classes: int = 4) -> Mixture:
     """Points in the plane, shaped (2, 1, 1): equal modes on a circle, the class `c0`, `c1`, ... going round."""

@@ -1,0 +1,89 @@
+"""An ablation's rows as files: JSON and CSV of every run, a Markdown table, and one HTML page with plots and pictures."""
+
+import base64
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from distill.ablation import Summary, summarise
+from distill.data import atomic_path, write_json
+
+
+def save_report(folder: Path, title: str, rows: Sequence[Mapping[str, object]], pictures: Mapping[str, Path], facts: object) -> None:
+    """Write rows.json, rows.csv, table.md and index.html; `pictures` are PNGs by caption, shown as they are."""
+    table = summarise(rows)
+    write_json(folder / "rows.json", {"facts": facts, "rows": list(rows)})
+    with atomic_path(folder / "rows.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with atomic_path(folder / "table.md") as temporary:
+        temporary.write_text(markdown(table), encoding="utf-8")
+    with atomic_path(folder / "index.html") as temporary:
+        temporary.write_text(_page(title, table, pictures, facts), encoding="utf-8")
+
+
+def shown(mean: float, width: float) -> str:
+    """`0.812 ± 0.031`, to four figures; without an interval where there is none."""
+    return f"{mean:.4g}" if math.isnan(width) or width == 0 else f"{mean:.4g} ± {width:.2g}"
+
+
+def markdown(table: Sequence[Summary]) -> str:
+    """A loss at a guidance a row: mean and 95 % interval of each figure."""
+    names = list(table[0].figures)
+    head = ["loss", "guidance", "runs", *(name.replace("_", " ") for name in names)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in table:
+        scale = "own" if row.guidance is None else f"{row.guidance:g}"
+        lines.append("| " + " | ".join([row.loss, scale, str(row.runs), *(shown(*row.figures[name]) for name in names)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+STYLE = """body{font:15px sans-serif;margin:2em} td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
+figure{display:inline-block}"""
+
+
+def _page(title: str, table: Sequence[Summary], pictures: Mapping[str, Path], facts: object) -> str:
+    cells = [line.strip("| \n").split(" | ") for line in markdown(table).splitlines() if not line.startswith("|---")]
+    body = [f"<h1>{html.escape(title)}</h1>", "<table>"]
+    body += [_row("td" if number else "th", row) for number, row in enumerate(cells)]
+    body += ["</table>", *(f"<img src='{_data(image)}'>" for image in _plots(table))]
+    for name, path in pictures.items():
+        body.append(f"<figure><img src='{_data(path.read_bytes())}'><figcaption>{html.escape(name)}</figcaption></figure>")
+    body.append(f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>")
+    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    return head + "\n".join(body)
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _data(image: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def _plots(table: Sequence[Summary]) -> list[bytes]:
+    """One bar chart a figure, with its intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    labels = [row.loss if row.guidance is None else f"{row.loss} s={row.guidance:g}" for row in table]
+    drawn = []
+    for name in table[0].figures:
+        figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
+        widths = [0.0 if math.isnan(row.figures[name][1]) else row.figures[name][1] for row in table]
+        axis.bar(range(len(labels)), [row.figures[name][0] for row in table], yerr=widths, color="#58a", capsize=3)
+        axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+        axis.set_title(name.replace("_", " "), fontsize=10)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=80, format="png")
+        pyplot.close(figure)
+        drawn.append(buffer.getvalue())
+    return drawn
