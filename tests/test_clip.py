@@ -21,6 +21,7 @@ from distill.teacher.clip import (
     text_features,
     tokenize,
     train_clip,
+    train_vision,
 )
 from distill.teacher.folder import text_encoder_of
 from distill.teacher.vocabulary import build_tokenizer
@@ -135,3 +136,18 @@ def test_the_temperature_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tokenizer, _ = build_tokenizer(PROMPTS)
     model = train_clip(Run(RunOptions(str(tmp_path), 1, trackers=()), {}, "clip"), toy(12), tokenizer, TINY)
     assert float(model.logit_scale.detach().exp()) == pytest.approx(100, rel=1e-3)
+
+
+def test_the_image_tower_learns_alone(tmp_path: Path) -> None:
+    """From an untrained model: the toy is told apart while not a number of the text tower moves."""
+    data = toy(24)
+    tokenizer, _ = build_tokenizer(PROMPTS)
+    torch.manual_seed(0)
+    model = build_clip(TINY, tokenizer, 16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = train_vision(Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "vision"), model, data, tokenizer, TINY)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("vision_model", "visual_projection", "logit_scale")) for name in moved)
+    with torch.no_grad():
+        similar = image_features(model, data.composite(slice(None))) @ caption_features(model, tokenizer, PROMPTS).T
+    assert similar.argmax(1).tolist() == [number % 3 for number in range(24)]

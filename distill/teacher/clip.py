@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from distill.augmentation import add_noise, move, soften
+from distill.augmentation import add_noise, move, soften, some
 from distill.data import Captioned, grey_levels
 from distill.run import Run, batches
 
@@ -31,7 +31,8 @@ class ClipOptions:
     weight_decay: float = 0.05
     image_to_text: float = 0.5
     negatives: int = 256  # further captions each image is told from in a step: a batch alone rarely holds two views of one thing
-    mirror: bool = True  # half of the images mirrored in training; false where captions say left or right
+    mirror: bool = True  # half of the images mirrored while both towers train; false where captions say left or right
+    vision_learning_rate: float = 6e-4  # of the image tower's own part
 
 
 def build_clip(options: ClipOptions, tokenizer: CLIPTokenizer, resolution: int) -> CLIPModel:
@@ -124,6 +125,39 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # ln 100, as in the paper; transformers does not
+        run.log(loss=loss.detach())
+    return model.eval()
+
+
+def train_vision(run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
+    """Train the image tower on, the text tower locked: each image is told from every distinct caption of the split at once.
+
+    A batch's own captions are poor negatives for a view; all of them cost one matrix product when their features stand still
+    (the other way round of locked-image tuning, Zhai et al. 2022, arXiv:2111.07991). Returns the model in evaluation mode.
+    """
+    model = model.to(run.device)
+    distinct, label = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
+    with torch.no_grad():
+        text = torch.cat([text_features(model, part.to(run.device)) for part in distinct.split(512)])
+    tower = [*model.vision_model.parameters(), *model.visual_projection.parameters(), model.logit_scale]
+    rate = options.vision_learning_rate
+    optimizer = torch.optim.AdamW(tower, lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=run.options.steps, pct_start=0.1)
+    run.track(model=model, optimizer=optimizer, schedule=schedule)
+    for step in run.steps():
+        index = batches(len(data), options.batch, step, run.options.seed + 1)
+        images = data.composite(index, grey_levels(len(index), run.generator))
+        # half as they are; none mirrored, as the light that is fixed to the world tells a side from the other
+        images = torch.where(some(images, run.generator, 0.5), augment(images, run.generator, False), images)
+        logits = model.logit_scale.exp() * image_features(model, images.to(run.device)) @ text.T
+        loss = F.cross_entropy(logits, label[index].to(run.device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=4.6052)
         run.log(loss=loss.detach())
     return model.eval()
 
