@@ -32,6 +32,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "run"
 
 
+def load_group(group: str, name: str) -> dict[str, Any]:
+    """One config of a group, by name. Raises `UserError` where there is none."""
+    from omegaconf import OmegaConf
+
+    path = CONFIGS / group / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"{group} {name!r} is none of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+
+
 def _check(name: str, overrides: list[str]) -> None:
     """Compose once to meet mistakes before hydra's own many-line report does."""
     from hydra import compose, initialize_config_dir
