@@ -1,4 +1,4 @@
-"""Losses against each other at equal compute: python scripts/ablate.py on=images "losses=[sds, csd, vsd]" """
+"""Losses against each other at equal compute: python scripts/ablate.py subject=images "losses=[sds, csd, vsd]" """
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ def main(config: dict[str, Any]) -> None:
     cells = list(plan(options, losses, folder))
     rows = run_cells(cells, bench(config))
     pictures = {f"{cell.loss}, {cell.prompt}, seed {cell.seed}": picture(cell) for cell in cells if picture(cell).is_file()}
-    facts = {"on": config["on"], "budget_F": options.budget, **machine_facts()}
-    save_report(folder, f"Losses on {config['on']} at {options.budget} F a sample", rows, pictures, facts)
+    facts = {"subject": config["subject"], "budget_F": options.budget, **machine_facts()}
+    save_report(folder, f"Losses on {config['subject']} at {options.budget} F a sample", rows, pictures, facts)
     print((folder / "table.md").read_text())
     print(f"written: {folder}: rows.json, rows.csv, table.md, index.html")
 
@@ -30,7 +30,7 @@ def bench(config: dict[str, Any]) -> Any:
     from distill.config import build
     from distill.errors import UserError
 
-    if config["on"] == "particles":
+    if config["subject"] == "particles":
         from diffusers import DDPMScheduler
 
         from distill.noise import NoiseSchedule
@@ -53,11 +53,11 @@ def bench(config: dict[str, Any]) -> Any:
     image = build(OptimiseImageOptions, {**config["optimise_image"], "prompt": ""}, "optimise_image")
     made = build(TextTo3dOptions, {**config["text_to_3d"], "prompt": ""}, "text_to_3d")
     scene = build(SceneOptions, config["scene"], "scene")
-    if config["on"] == "images":
+    if config["subject"] == "images":
         return lambda cell: run_images(cell, teacher, graders, image)
-    if config["on"] == "scenes":
+    if config["subject"] == "scenes":
         return lambda cell: run_scene(cell, teacher, graders, scene, made)
-    raise UserError(f"on is {config['on']!r}: expected particles, images or scenes")
+    raise UserError(f"subject is {config['subject']!r}: expected particles, images or scenes")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_a_cell_leaves_its_row_and_picture(subject: str, graders: Graders, tiny_
 
 
 def test_the_script_compares_losses_on_the_oracle(tmp_path: Path) -> None:
-    given = ["on=particles", "losses=[sds, csd]", "ablation.prompts=[c0]", "ablation.seeds=[0, 1]", "ablation.budget=8"]
+    given = ["subject=particles", "losses=[sds, csd]", "ablation.prompts=[c0]", "ablation.seeds=[0, 1]", "ablation.budget=8"]
     told = script("ablate", *given, "particles.particles=8", f"output={tmp_path}")
     assert "| sds | own | 2 | 4 | 8 |" in told and "| csd | own | 2 | 4 | 8 |" in told
     assert sorted(p.name for p in tmp_path.iterdir()) == ["csd", "index.html", "rows.csv", "rows.json", "sds", "table.md"]
