@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from distill.errors import UserError
 from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
 from distill.objectives.critic import Critic
-from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
+from distill.objectives.diagnostics import DiagnosticOptions, look
 from distill.objectives.options import ObjectiveOptions
 from distill.report import image_grid
 from distill.run import Run
@@ -124,9 +124,7 @@ class OptimiseImage:
         every = max(run.options.steps // options.frames, 1)
         for step in run.steps():
             outcome = self.step(step / run.options.steps)
-            if options.diagnostics.every and run.due(options.diagnostics.every):
-                diagnosis, strips = diagnose(self.objective, outcome, step / run.options.steps, options.diagnostics)
-                save_diagnosis(run.directory, step + 1, diagnosis, torch.stack([self.teacher.decode(level) for level in strips]))
+            look(run, self.objective, outcome, options.diagnostics)
             run.log(g=outcome.gradient.square().mean().sqrt())
             with torch.no_grad():
                 if step % every == 0:

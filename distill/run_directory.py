@@ -55,7 +55,9 @@ def truncate_metrics(directory: Path, step: int) -> None:
 
 def _remove(directory: Path) -> None:
     """Delete what an earlier run has written here and nothing else."""
-    for pattern in ("config.json", "metrics.jsonl", "result.json", "previews/*_" + 8 * "[0-9]" + ".png"):
+    numbered = 8 * "[0-9]"
+    pictures = (f"previews/*_{numbered}.png", f"diagnostics/*_{numbered}.png", f"diagnostics/*_{numbered}.json")
+    for pattern in ("config.json", "metrics.jsonl", "result.json", *pictures):
         for path in directory.glob(pattern):
             path.unlink()
     for path in checkpoints(directory / "checkpoints"):

@@ -11,7 +11,7 @@ from distill.data import BACKGROUND
 from distill.errors import UserError
 from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
 from distill.objectives.critic import Critic
-from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
+from distill.objectives.diagnostics import DiagnosticOptions, look
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions
 from distill.run import Run
 from distill.teacher.frozen import Teacher
@@ -143,9 +143,7 @@ class TextTo3d:
             run.track(critic=self.critic)
         for step in run.steps():
             outcome, views = self.step(step / run.options.steps, step)
-            if options.diagnostics.every and run.due(options.diagnostics.every):
-                diagnosis, strips = diagnose(self.objective, outcome, step / run.options.steps, options.diagnostics)
-                save_diagnosis(run.directory, step + 1, diagnosis, torch.stack([self.teacher.decode(level) for level in strips]))
+            look(run, self.objective, outcome, options.diagnostics)
             run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
             if run.due(run.options.preview_every):
                 shown = self.scene.render(ring(4, resolution=self.teacher.resolution), torch.full((4, 3), 0.85))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from distill.config import build
 from distill.errors import UserError
+from distill.objectives.diagnostics import DiagnosticOptions
 from distill.objectives.options import ObjectiveOptions, Term
 from distill.optimise_image import OptimiseImage, OptimiseImageOptions, diversity, load_image, saturation
 from distill.run import Run, RunOptions
@@ -93,3 +94,11 @@ def test_mistakes(tmp_path: Path, tiny_teacher: Teacher, picture: str) -> None:
         load_image(str(tmp_path / "no.png"), 8)
     with pytest.raises(UserError, match="needs an image"):
         replace(OPTIONS, start="source")
+
+
+def test_a_look_on_the_way_changes_nothing(tmp_path: Path, tiny_teacher: Teacher) -> None:
+    plain = OptimiseImage(run(tmp_path / "plain"), tiny_teacher, SDS, OPTIONS).train()
+    looking = replace(OPTIONS, diagnostics=DiagnosticOptions(every=2, levels=3, draws=2))
+    assert torch.equal(OptimiseImage(run(tmp_path / "seen"), tiny_teacher, SDS, looking).train(), plain)
+    names = ["step_00000002.json", "step_00000002.png", "x0_00000002.png"]
+    assert sorted(path.name for path in (tmp_path / "seen" / "diagnostics").iterdir()) == names

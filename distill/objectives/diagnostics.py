@@ -11,6 +11,7 @@ from distill.errors import UserError
 from distill.objectives.algebra import Distilled, Known, ScoreDistillation, combined
 from distill.objectives.options import ObjectiveOptions, Part, TimeLaw
 from distill.report import image_grid, save_png
+from distill.run import Run
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,16 @@ def _split(part: Part, told: Known, noise: Tensor, progress: float) -> tuple[flo
 def rms(values: Tensor) -> float:
     """Root mean square."""
     return float(values.square().mean().sqrt())
+
+
+@torch.no_grad()
+def look(run: Run, objective: ScoreDistillation, outcome: Distilled, options: DiagnosticOptions) -> None:
+    """Diagnose the step in progress and write what was seen, where it is time to."""
+    if not options.every or not run.due(options.every):
+        return
+    diagnosis, clean = diagnose(objective, outcome, run.step / run.options.steps, options)
+    strips = clean if objective.decode is None else torch.stack([objective.decode(level) for level in clean])
+    save_diagnosis(run.directory, run.step + 1, diagnosis, strips)
 
 
 def save_diagnosis(folder: Path, step: int, diagnosis: Diagnosis, strips: Tensor) -> None:
