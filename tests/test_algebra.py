@@ -1,5 +1,6 @@
 """The algebra of objectives on a teacher whose scores are known in closed form."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, surrogate_loss, text_conditions, time_weight
-from distill.objectives.options import ObjectiveOptions, Ramp, Term, TimeLaw, Weight
+from distill.objectives.options import NoiseLaw, ObjectiveOptions, Ramp, Term, TimeLaw, Weight
 
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")
 
@@ -174,3 +175,14 @@ def test_an_infinite_weight_is_refused(gaussian: Any) -> None:
     with pytest.raises(UserError, match="sigma_over_alpha is infinite"):
         ScoreDistillation(model, sds(1.0, "sigma_over_alpha", 1.0))
     ScoreDistillation(model, sds(1.0, "sigma_over_alpha", 0.98))
+
+
+def test_clamp_bounds_each_element_before_the_norm(gaussian: Any) -> None:
+    latents = torch.tensor([0.0, 1.0, 100.0]).view(1, 3, 1, 1).expand(2, 3, 1, 1)
+    options = replace(sds(), noise=NoiseLaw("fixed"))
+    free = distilled(gaussian(0.1), options, latents, means(0, 0, 2)).gradient
+    bound = distilled(gaussian(0.1), replace(options, clamp=0.3), latents, means(0, 0, 2)).gradient
+    torch.testing.assert_close(bound, free.clamp(-0.3, 0.3))
+    assert float(free.abs().max()) > 0.3
+    both = distilled(gaussian(0.1), replace(options, clamp=0.3, clip=0.01), latents, means(0, 0, 2)).gradient
+    torch.testing.assert_close(both.square().mean((1, 2, 3)).sqrt(), torch.full((2,), 0.01))

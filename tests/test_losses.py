@@ -398,3 +398,22 @@ def test_what_a_driver_must_give(schedule: NoiseSchedule) -> None:
             torch.zeros(1, 1, 4, 4),
             Conditions({"conditional": teacher.encode_text(["a"]), "unconditional": teacher.encode_text([""])}),
         )
+
+
+@pytest.mark.parametrize("ratio, overshoots", [(2.0, True), (3.0, True), (4.5, False), (6.0, False)])
+def test_a_critic_four_times_as_fast_never_overshoots(ratio: float, overshoots: bool, gaussian: Any, schedule: NoiseSchedule) -> None:
+    """Two time scales on Gaussian means: m' = -eta c f, f' = rho (m - f) swings past the teacher's mean iff rho < 4 eta c."""
+    share = 0.5
+    alpha, sigma = levels(schedule, share)
+    slope = sigma * alpha / (alpha**2 * 0.25 + sigma**2)  # c: g per unit of the critic's mean, the teacher's being 0
+    mean, belief, eta = torch.ones(1, 1, 1, 1), 1.0, 0.02
+    teacher, conditions = gaussian(0.5), Conditions({"conditional": torch.zeros(1, 1, 1)})
+    lowest = 1.0
+    for _ in range(1500):
+        critic = Switched(gaussian(0.5), torch.full((1, 1, 1), belief))
+        g = ScoreDistillation(teacher, load("diff_instruct", share), critic)(mean, conditions, 0.0, torch.Generator()).gradient
+        assert float(g) == pytest.approx(slope * belief, abs=1e-5)
+        belief += ratio * eta * slope * (float(mean) - belief)
+        mean = mean - eta * g
+        lowest = min(lowest, float(mean))
+    assert (lowest < -1e-3) is overshoots

@@ -111,7 +111,8 @@ class ScoreDistillation:
             terms: list[Tensor] = []
             for part, drawn, told, critic in zip(self.options.parts, draws, known, judged, strict=True):
                 terms += self._terms(part, drawn, told, critic, clean, progress)
-            gradient = _clip(sum(terms, torch.zeros_like(clean)), self.options.clip)
+            total = sum(terms, torch.zeros_like(clean))
+            gradient = _clip(total.clamp(-self.options.clamp, self.options.clamp) if self.options.clamp else total, self.options.clip)
         self._check_cost((self.forwards - before) / len(clean), progress)
         loss = surrogate_loss(latents, gradient)
         if self.options.image and images is not None:

@@ -212,13 +212,16 @@ class Part:
 
 @dataclass(frozen=True)
 class ObjectiveOptions(Part):
-    """A loss: one part, or two that add up (decoupled laws of t). `clip` bounds the root mean square of each sample's g; 0 is off.
+    """A loss: one part, or two that add up (decoupled laws of t).
+
+    `clamp` bounds each element of g, then `clip` the root mean square of each sample's; 0 is off.
 
     `prompts` are further prompts the terms may name, made from the sample's own: {low_quality: "{prompt}, blurry"}.
     `image` weighs the same residual in pixels, through the decoder (HiFA, arXiv:2305.18766, eq. 9).
     """
 
     clip: float = 0.0
+    clamp: float = 0.0
     image: float = 0.0
     prompts: dict[str, str] = field(default_factory=dict)
     critic: CriticOptions | None = None
