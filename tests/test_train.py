@@ -157,3 +157,20 @@ def test_reuse_of_what_cannot_serve_is_told(trained: tuple[Path, TeacherOptions]
         (strange / image.name).write_bytes(image.read_bytes())
     with pytest.raises(UserError, match="lozenge"):
         train_teacher(carried(tmp_path / "out"), replace(chosen, data=str(tmp_path / "data"), reuse=str(out / "parts")))
+
+
+def test_a_finished_unet_is_trained_on(trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path) -> None:
+    """One step from a finished U-Net stays near it, as one from a random start does not."""
+    out, chosen = trained
+    slow = replace(chosen, reuse=str(out / "teacher"), steps=replace(chosen.steps, unet=1), unet=replace(chosen.unet, learning_rate=1e-5))
+    first = weights(out / "teacher")
+    names = [name for name in first if name.startswith("unet.")]
+    for on, near in ((True, True), (False, False)):
+        own = weights(train_teacher(carried(tmp_path / str(on)), replace(slow, reuse_unet=on)))
+        assert all(torch.allclose(own[name], first[name], atol=1e-3) for name in names) is near
+    with pytest.raises(UserError, match="has another size"):
+        train_teacher(carried(tmp_path / "wide"), replace(slow, reuse_unet=True, unet=replace(slow.unet, channels=(32, 16))))
+    with pytest.raises(UserError, match="holds no U-Net"):
+        train_teacher(carried(tmp_path / "none"), replace(slow, reuse=str(out / "parts"), reuse_unet=True))
+    with pytest.raises(UserError, match=r"give teacher.reuse"):
+        replace(chosen, reuse_unet=True)

@@ -83,6 +83,14 @@ def load_parts(folder: Path | str) -> Parts:
     return tokenizer, sorted(words), load_clip(folder), vae.to(memory_format=torch.channels_last)
 
 
+def load_unet(folder: Path | str) -> UNet2DConditionModel:
+    """The U-Net of a teacher's folder, float32. Raises `UserError` where there is none."""
+    place = located(folder) / "unet"
+    if not (place / "config.json").is_file():
+        raise UserError(f"{folder} holds no U-Net: give a teacher's folder, or reuse_unet=false")
+    return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)
+
+
 def load_clip(folder: Path | str) -> CLIPModel:
     """The whole CLIP of a teacher's folder, float32, frozen. Raises `UserError` where there is none (Stable Diffusion's folders)."""
     place = Path(folder) / CLIP

@@ -11,7 +11,7 @@ from distill.data import Captioned, load_split
 from distill.errors import UserError
 from distill.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions, tokenize, train_clip, train_vision
-from distill.teacher.folder import Parts, load_parts, save_parts, save_teacher
+from distill.teacher.folder import Parts, load_parts, load_unet, save_parts, save_teacher
 from distill.teacher.unet import LatentCache, UnetOptions, cache_latents, make_scheduler, train_unet
 from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
 from distill.teacher.vocabulary import build_tokenizer, words_of
@@ -33,6 +33,7 @@ class TeacherOptions:
 
     data: str
     reuse: str | None = None  # a folder whose tokenizer, CLIP and VAE are taken as they are, so that only the U-Net is trained
+    reuse_unet: bool = False  # the reused folder's U-Net is where training starts: a finished teacher is trained on
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
     clip: ClipOptions = field(default_factory=ClipOptions)
@@ -40,6 +41,8 @@ class TeacherOptions:
     unet: UnetOptions = field(default_factory=UnetOptions)
 
     def __post_init__(self) -> None:
+        if self.reuse_unet and self.reuse is None:
+            raise UserError("reuse_unet goes on from the U-Net of a teacher: give teacher.reuse=its folder")
         if self.resolution % (self.vae.factor * 2 ** (len(self.unet.channels) - 1)) or self.resolution % self.clip.patch:
             raise UserError(f"resolution {self.resolution} must be a multiple of the VAE factor times the U-Net's, and of the CLIP patch")
 
@@ -57,7 +60,8 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
         tokenizer, words, clip, vae = load_parts(options.reuse)
         _check_captions(data, words)
     unet_run = _part(run, "unet", options.steps.unet, options.unet)
-    unet = train_unet(unet_run, prepare(clip, vae, data, tokenizer), vae, options.unet)
+    start = load_unet(options.reuse) if options.reuse is not None and options.reuse_unet else None
+    unet = train_unet(unet_run, prepare(clip, vae, data, tokenizer), vae, options.unet, start)
     unet_run.finish({})
     folder = Path(run.directory) / "teacher"
     save_teacher(folder, tokenizer, words, clip, vae, unet, make_scheduler(options.unet))

@@ -23,7 +23,7 @@ from distill.teacher.frozen import UNetScore
 class UnetOptions:
     """Size and training of the denoiser, and the noise schedule it is trained for."""
 
-    channels: tuple[int, ...] = (128, 192)
+    channels: tuple[int, ...] = (64, 128)
     layers: int = 1
     heads: int = 4
     batch: int = 64
@@ -107,12 +107,16 @@ def denoising_loss(
     return F.mse_loss(unet(x_t, t, encoder_hidden_states=states).sample, target)
 
 
-def train_unet(run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOptions) -> UNet2DConditionModel:
-    """Train on cached latents; returns the averaged weights (EMA) in evaluation mode."""
+def train_unet(
+    run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOptions, start: UNet2DConditionModel | None = None
+) -> UNet2DConditionModel:
+    """Train on cached latents, from a trained one of the same size where given; returns the averages (EMA) in evaluation mode."""
     scheduler = make_scheduler(options)
     schedule = NoiseSchedule(scheduler.alphas_cumprod)
     shape, width = cache.latents.shape[1:], cache.states.shape[-1]
     unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
+    if start is not None:
+        _take_over(unet, start)
     averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
@@ -142,6 +146,14 @@ def train_unet(run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOp
             run.preview("samples", decode(vae, latents))
     ema.copy_to(averaged)
     return averaged
+
+
+def _take_over(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
+    try:
+        unet.load_state_dict(start.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the U-Net to go on from has another size ({reason}): give its channels, layers and VAE") from None
 
 
 @torch.no_grad()
