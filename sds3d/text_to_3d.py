@@ -1,5 +1,6 @@
 """The optimisation: cameras -> renders -> latents -> objective -> step (DreamFusion, arXiv:2209.14988, algorithm 1)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,12 +57,16 @@ class TextTo3dOptions:
     coarse_latents: Literal["vae", "linear"] = "vae"  # linear: the warm-up leaves the encoder out (distill/teacher/linear.py)
     learning_rate: float = 0.01
     mlp_learning_rate: float = 0.002
+    final_rate: float = 0.1  # share of the learning rates left at the end, falling as a cosine: late gradients are mostly noise
+    adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
     diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
         if self.views < 1:
             raise UserError(f"views is {self.views}: at least 1 is needed")
+        if not 0 <= self.final_rate <= 1 or min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
+            raise UserError("final_rate must be a share in [0, 1], learning rates and adam_epsilon must be positive")
         if not 0 <= self.coarse_until <= 1:
             raise UserError(f"coarse_until is {self.coarse_until}: a share of the run in [0, 1] is expected")
         if not 0 <= self.background[0] <= self.background[1] <= 1:
@@ -132,8 +137,9 @@ class TextTo3d:
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
         rest = [parameter for parameter in self.scene.parameters() if id(parameter) not in known]
-        groups = [{"params": encoding, "lr": options.learning_rate}, {"params": rest, "lr": options.mlp_learning_rate}]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-15)
+        self.rates = (options.learning_rate, options.mlp_learning_rate)
+        groups = [{"params": part, "lr": rate} for part, rate in zip((encoding, rest), self.rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=options.adam_epsilon)
 
     def train(self) -> Scene:
         """Optimise to the end of the run, previews on the way; returns the scene."""
@@ -160,6 +166,9 @@ class TextTo3d:
     def step(self, progress: float, step: int) -> tuple[Distilled, Views]:
         """One update at a share of the run in [0, 1)."""
         options, generator = self.options, self.run.generator
+        left = options.final_rate + (1 - options.final_rate) * (1 + math.cos(math.pi * progress)) / 2
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * left
         self.scene.update(step, generator)
         cameras = sample_cameras(options.camera, options.views, generator)
         coarse = progress < options.coarse_until

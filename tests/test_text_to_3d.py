@@ -195,3 +195,12 @@ def test_every_objective_drives_a_scene(name: str, tmp_path: Path, tiny_teacher:
     path = objective.noise.steps + objective.noise.has_gap if objective.noise.kind == "inversion" else 0
     assert tiny_teacher.score.calls == 2 * (1 + path)
     assert task.critic is None or task.critic.score.calls == 2 * critic
+
+
+def test_rates_fall_as_a_cosine(tmp_path: Path) -> None:
+    task = TextTo3d(Run(options(tmp_path, 4), {}, "t"), OneImage(disc()), SMALL, SDS, replace(OPTIONS, final_rate=0.2))
+    told = []
+    for progress in (0.0, 0.5, 1.0):
+        task.step(progress, 1)
+        told.append([group["lr"] for group in task.optimizer.param_groups])
+    assert told == [pytest.approx([share * 0.01, share * 0.002]) for share in (1.0, 0.6, 0.2)]
