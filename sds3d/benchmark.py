@@ -1,0 +1,159 @@
+"""The benchmark nobody else can have: text-to-3D of prompts whose true meshes are known, graded as shape, as pictures, as files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from torch import Tensor
+
+from distill.ablation import Figures, interval
+from distill.data import read_json
+from distill.errors import UserError
+from distill.image_bench import Graders, wanted
+from distill.judge import predict
+from distill.optimise_image import saturation
+from distill.teacher.clip import caption_features, image_features
+from distill.teacher.frozen import Teacher
+from distill.teacher.vocabulary import phrase
+from sds3d.cameras import Cameras, ring
+from sds3d.export import GREY
+from sds3d.grading import Alignment, align, grade, surface
+from sds3d.mesh import mean_iou
+from sds3d.mesh_files import load_mesh
+from sds3d.prompts import VIEWS, view_of
+from sds3d.raycast import RayCaster
+from sds3d.scene import Scene
+from sds3d.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape
+from sds3d.turntable import render_views
+from sds3d.world import held_out
+
+TINY = ("a red teapot", "a blue torus", "a green duck", "a yellow chair", "a purple car")
+PAIRS = ("a red sphere on top of a blue cube", "a green cone next to a yellow cylinder", "a purple cube in front of an orange torus")
+ELEVATION, RING = 20.0, 24
+
+
+def full_suite() -> tuple[str, ...]:
+    """The tiny suite, every other object in a colour going round (some combinations never trained on), and pairs."""
+    colours = list(COLOURS)
+    told = {prompt.rsplit(" ", 1)[1] for prompt in TINY}
+    rest = [name for name in OBJECTS if name not in told]
+    picked = [next(c for c in colours if held_out(name, c) == (i % 3 == 0) and c != colours[i % 2]) for i, name in enumerate(rest)]
+    turned = [colours[i % len(colours)] if i % 3 else colour for i, colour in enumerate(picked)]
+    return (*TINY, *(phrase(colour, name) for name, colour in zip(rest, turned, strict=True)), *PAIRS)
+
+
+def truth_of(prompt: str) -> tuple[Shape, np.ndarray]:
+    """The true shape of a prompt of the world and its face colours (F, 3). Raises `UserError` for any other prompt."""
+    thing = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
+    found = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip())
+    if found is None:
+        raise UserError(f"{prompt!r} is no prompt of the world: expected 'a red teapot' or 'a blue cube on top of a green cylinder'")
+    colour, name, relation, other_colour, other = found.groups()
+    first = make_shape(name)
+    if relation is None:
+        return first, first.albedo(np.array(COLOURS[colour]))
+    pair = make_pair(first, relation, make_shape(other), (np.array(COLOURS[colour]), np.array(COLOURS[other_colour])))
+    return pair, pair.accents
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the judge told of a ring of views: names by attribute, and where each camera stood."""
+
+    told: dict[str, list[str]]
+    azimuth: list[float]
+
+
+def janus(views: Views) -> float:
+    """Share of the views from behind that the judge takes for the front: a face where none should be."""
+    behind = [told for told, azimuth in zip(views.told["view"], views.azimuth, strict=True) if view_of(azimuth, ELEVATION) == "back"]
+    return sum(told == "front" for told in behind) / max(len(behind), 1)
+
+
+def confusion(views: Views) -> dict[str, dict[str, int]]:
+    """Counts of told views by true view."""
+    table = {true: dict.fromkeys(VIEWS, 0) for true in VIEWS}
+    for told, azimuth in zip(views.told["view"], views.azimuth, strict=True):
+        table[view_of(azimuth, ELEVATION)][told] += 1
+    return table
+
+
+@torch.no_grad()
+def r_precision(images: Tensor, prompt: str, teacher: Teacher, graders: Graders) -> float:
+    """Share of images (N, 3, H, W) whose nearest caption among all of the world's single objects, and the prompt, is the prompt."""
+    captions = [phrase(colour, name) for name in OBJECTS for colour in COLOURS]
+    captions += [] if prompt in captions else [prompt]
+    nearest = (image_features(graders.clip, images) @ caption_features(graders.clip, teacher.tokenizer, captions).T).argmax(1)
+    return float((nearest == captions.index(prompt)).double().mean())
+
+
+def silhouettes(mesh: trimesh.Trimesh, cameras: Cameras) -> Tensor:
+    """Which pixels of each view (B, H, W) a mesh covers."""
+    face, _, _ = RayCaster(mesh).cast(*cameras.rays())
+    return torch.from_numpy(face >= 0).reshape(len(cameras), cameras.resolution, cameras.resolution)
+
+
+def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: np.ndarray, points: int = 6000) -> Figures:
+    """A mesh in scene axes with vertex colours against the truth: surface, solid, silhouettes; and its own making."""
+    colours = np.asarray(mesh.visual.vertex_colors, np.float64)[:, :3][mesh.faces].mean(1) / 255
+    made, true = surface(mesh, colours, points), surface(shape.mesh, albedo, points)
+    aligned = align(made.points, true.points)
+    cameras = ring(RING, ELEVATION)
+    seen = [silhouettes(each, cameras) for each in (_placed(mesh, aligned), shape.mesh)]
+    quality = {"watertight": float(mesh.is_watertight), "components": float(mesh.body_count), "triangles": float(len(mesh.faces))}
+    return {**asdict(grade(made, true, aligned)), "silhouette_iou": mean_iou(*seen), **quality}
+
+
+def _placed(mesh: trimesh.Trimesh, way: Alignment) -> trimesh.Trimesh:
+    return trimesh.Trimesh(way.apply(np.asarray(mesh.vertices)), mesh.faces, process=False)
+
+
+@torch.no_grad()
+def grade_pictures(scene: Scene, prompt: str, teacher: Teacher, graders: Graders, has_front: bool) -> tuple[Figures, Views]:
+    """A scene's ring of views by the judge and by CLIP; Janus only where the object has a front."""
+    cameras = ring(RING, ELEVATION, teacher.resolution)
+    images = render_views(scene, cameras, GREY).rgb
+    views = Views(predict(graders.judge, images), cameras.azimuth.tolist())
+    asked = wanted(prompt, graders.judge) if not any(f" {relation} " in prompt for relation in RELATIONS) else {}
+    right = {f"judge_{name}": float(np.mean([t == word for t in views.told[name]])) for name, word in asked.items() if name != "view"}
+    front = {"janus": janus(views)} if has_front else {}
+    figures = {**right, **front, "r_precision": r_precision(images, prompt, teacher, graders)}
+    return {**figures, "saturation": float(saturation(images).mean())}, views
+
+
+def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) -> dict[str, object]:
+    """Every figure of a finished text_to_3d run, pictures, mesh and cost; a run without a mesh scores 0 where a mesh would."""
+    shape, albedo = truth_of(prompt)
+    result = read_json(directory / "result.json")
+    figures, views = grade_pictures(Scene.load(directory / "scene"), prompt, teacher, graders, shape.has_front)
+    if result["mesh"] is not None:
+        figures |= grade_mesh(load_mesh(directory / "mesh.glb"), shape, albedo)
+        figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
+    else:
+        figures |= {"f_score_5": 0.0, "f_score_2": 0.0, "volume_iou": 0.0, "watertight": 0.0}
+    figures |= {"seconds": result["run"]["seconds"], "unet_calls": float(result["unet_calls"])}
+    return {"prompt": prompt, **figures, "confusion": confusion(views)}
+
+
+def averages(rows: Sequence[dict[str, object]]) -> dict[str, tuple[float, float]]:
+    """Mean and half-width of the 95 % interval of each figure over the prompts that have it."""
+    names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float)))
+    return {name: interval([float(str(row[name])) for row in rows if name in row]) for name in names}
+
+
+def paired(one: Sequence[dict[str, object]], other: Sequence[dict[str, object]]) -> dict[str, tuple[float, float]]:
+    """Of the prompts that both have: mean of other minus one with its 95 % interval, figure by figure.
+
+    Raises `UserError` where they share no prompt.
+    """
+    before = {str(row["prompt"]): row for row in one}
+    shared = [(before[str(row["prompt"])], row) for row in other if str(row["prompt"]) in before]
+    if not shared:
+        raise UserError("the two benchmarks share no prompt: compare runs of one suite")
+    names = list(averages([row for _, row in shared]))
+    both = {name: [(float(str(a[name])), float(str(b[name]))) for a, b in shared if name in a and name in b] for name in names}
+    return {name: interval([b - a for a, b in values]) for name, values in both.items() if values}
