@@ -1,7 +1,7 @@
 """The benchmark nobody else can have: text-to-3D of prompts whose true meshes are known, graded as shape, as pictures, as files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import trimesh
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.ablation import Figures, interval
-from distill.data import read_json
+from distill.data import read_json, write_json
 from distill.errors import UserError
 from distill.image_bench import Graders, wanted
 from distill.judge import predict
@@ -25,10 +26,10 @@ from sds3d.grading import Alignment, align, grade, surface
 from sds3d.mesh import mean_iou
 from sds3d.mesh_files import load_mesh
 from sds3d.prompts import VIEWS, view_of
-from sds3d.raycast import RayCaster
+from sds3d.raycast import RayCaster, render
 from sds3d.scene import Scene
 from sds3d.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape
-from sds3d.turntable import render_views
+from sds3d.turntable import chunks, render_views
 from sds3d.world import held_out
 
 TINY = ("a red teapot", "a blue torus", "a green duck", "a yellow chair", "a purple car")
@@ -157,3 +158,26 @@ def paired(one: Sequence[dict[str, object]], other: Sequence[dict[str, object]])
     names = list(averages([row for _, row in shared]))
     both = {name: [(float(str(a[name])), float(str(b[name]))) for a, b in shared if name in a and name in b] for name in names}
     return {name: interval([b - a for a, b in values]) for name, values in both.items() if values}
+
+
+def run_suite(
+    prompts: Sequence[str], folder: Path, make: Callable[[str, Path], None], grading: Callable[[Path, str], dict[str, object]]
+) -> list[dict[str, object]]:
+    """Make and grade every prompt that has no row yet, each in a directory of its own; a row a prompt, in their order."""
+    rows = []
+    for prompt in tqdm(prompts, desc="benchmark", unit="prompt"):
+        directory = folder / prompt.replace(" ", "-")
+        if not (directory / "row.json").is_file():
+            make(prompt, directory)
+            write_json(directory / "row.json", grading(directory, prompt))
+        rows.append(read_json(directory / "row.json"))
+    return rows
+
+
+def truth_strip(prompt: str, count: int = 8, resolution: int = 128) -> Tensor:
+    """The truth as the teacher's world shows it, (count, 3, H, W), to be laid beside a result's views."""
+    shape, albedo = truth_of(prompt)
+    caster, cameras = RayCaster(shape.mesh), ring(count, ELEVATION, resolution)
+    views = [torch.from_numpy(render(caster, albedo, camera).rgba).permute(2, 0, 1) for camera in chunks(cameras, 1)]
+    rgba = torch.stack(views).float()
+    return rgba[:, :3] * rgba[:, 3:] + GREY[0] * (1 - rgba[:, 3:])

@@ -1,5 +1,8 @@
 """The benchmark's figures: truths by prompt, Janus and confusion by hand, meshes in the right order, paired differences."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from sds3d import benchmark
 from sds3d.benchmark import PAIRS, TINY, Views, averages, confusion, full_suite, grade_mesh, janus, paired, truth_of
 from sds3d.shapes import COLOURS, OBJECTS, make_shape
 from sds3d.world import held_out
+from tests.test_scripts import script
 
 
 def test_the_suite_holds_every_object_held_out_combinations_and_pairs() -> None:
@@ -89,3 +93,19 @@ def test_averages_and_pairs() -> None:
     assert set(difference) == {"f"} and difference["f"][0] == pytest.approx(0.15)
     with pytest.raises(UserError, match="share no prompt"):
         paired(one, [{"prompt": "z", "f": 1.0}])
+
+
+def test_the_script_makes_grades_and_compares(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    """One prompt, two steps; a second call makes nothing anew; a comparison with itself is nil."""
+    small = ["run.steps=2", "run.trackers=[]", "export.frames=4", "export.resolution=32", "export.mesh.resolution=32"]
+    given = ["prompts=[a red torus]", f"teacher={tiny_teacher_folder}", f"output={tmp_path}", *small]
+    assert "f_score_5" in script("benchmark_3d", *given)
+    made = (tmp_path / "a-red-torus" / "mesh.glb").stat().st_mtime_ns
+    script("benchmark_3d", *given, f"compare={tmp_path}")
+    assert (tmp_path / "a-red-torus" / "mesh.glb").stat().st_mtime_ns == made
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["rows"][0]["prompt"] == "a red torus" and content["paired"]["f_score_5"][0] == 0
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<img") == 3 and "paired difference" in page
+    assert "no prompt of the world" in script("benchmark_3d", "prompts=[a red zebra]", f"output={tmp_path}", code=2)
+    assert "expected tiny or full" in script("benchmark_3d", "suite=huge", f"output={tmp_path}", code=2)
