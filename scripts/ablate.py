@@ -7,10 +7,10 @@ from entry import entry, load_group
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.ablation import AblationOptions, plan, run_cells
-    from distill.ablation_report import save_report
+    from distill.bench.ablation import AblationOptions, plan, run_cells
+    from distill.bench.images import picture
+    from distill.bench.report import save_report
     from distill.config import build
-    from distill.image_bench import picture
     from distill.objectives.options import ObjectiveOptions
     from distill.report import machine_facts
 
@@ -33,13 +33,13 @@ def bench(config: dict[str, Any]) -> Any:
     if config["subject"] == "particles":
         from diffusers import DDPMScheduler
 
+        from distill.bench.particles import ParticleOptions, run_particles
         from distill.noise import NoiseSchedule
-        from distill.particles import ParticleOptions, run_particles
 
         particles = build(ParticleOptions, config["particles"], "particles")
         stock = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         return lambda cell: run_particles(cell, particles, NoiseSchedule(stock.alphas_cumprod))
-    from distill.image_bench import Graders, run_images
+    from distill.bench.images import Graders, run_images
     from distill.judge import load_judge
     from distill.optimise_image import OptimiseImageOptions
     from distill.teacher.folder import load_clip

@@ -8,9 +8,9 @@ from text_to_3d import main as text_to_3d
 
 
 def main(config: dict[str, Any]) -> None:
+    from distill.bench.images import Graders
     from distill.data import read_json
     from distill.errors import UserError
-    from distill.image_bench import Graders
     from distill.judge import load_judge
     from distill.report import machine_facts
     from distill.teacher.folder import load_clip

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from distill.ablation import Cell, Figures
-from distill.image_bench import Graders, grade, picture
+from distill.bench.ablation import Cell, Figures
+from distill.bench.images import Graders, grade, picture
 from distill.report import image_grid, peak_memory, save_png
 from distill.run import Run, RunOptions
 from distill.teacher.frozen import Teacher

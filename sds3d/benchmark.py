@@ -11,10 +11,10 @@ import trimesh
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.ablation import Figures, interval
+from distill.bench.ablation import Figures, interval
+from distill.bench.images import Graders, wanted
 from distill.data import read_json, write_json
 from distill.errors import UserError
-from distill.image_bench import Graders, wanted
 from distill.judge import predict
 from distill.optimise_image import saturation
 from distill.teacher.clip import caption_features, image_features

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.ablation_report import shown
+from distill.bench.report import shown
 from distill.data import atomic_path, write_json
 from distill.report import image_grid, save_png
 from sds3d.benchmark import averages, truth_strip

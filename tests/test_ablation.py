@@ -10,14 +10,14 @@ import torch
 import yaml
 from PIL import Image
 
-from distill.ablation import AblationOptions, Cell, coverage, interval, plan, run_cells, summarise, with_guidance
-from distill.ablation_report import markdown, save_report
+from distill.bench.ablation import AblationOptions, Cell, coverage, interval, plan, run_cells, summarise, with_guidance
+from distill.bench.particles import ParticleOptions, run_particles
+from distill.bench.report import markdown, save_report
 from distill.config import build
 from distill.errors import UserError
 from distill.metrics import divergence_from, wasserstein_2
 from distill.noise import NoiseSchedule
 from distill.objectives.options import ObjectiveOptions
-from distill.particles import ParticleOptions, run_particles
 
 OBJECTIVES = Path(__file__).parent.parent / "configs" / "objective"
 

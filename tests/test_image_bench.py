@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 
-from distill.ablation import AblationOptions, plan, run_cells
+from distill.bench.ablation import AblationOptions, plan, run_cells
+from distill.bench.images import Graders, grade, picture, run_images, wanted
 from distill.config import build
-from distill.image_bench import Graders, grade, picture, run_images, wanted
 from distill.judge import Judge, JudgeOptions
 from distill.objectives.options import ObjectiveOptions
 from distill.optimise_image import OptimiseImageOptions
@@ -41,7 +41,7 @@ def test_prompts_tell_what_the_judge_looks_for(graders: Graders) -> None:
 
 def test_grades_are_shares_of_what_was_asked(graders: Graders, tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"object": ["duck", "duck", "cube"], "colour": ["red", "blue", "blue"]}
-    monkeypatch.setattr("distill.image_bench.predict", lambda judge, images: told)
+    monkeypatch.setattr("distill.bench.images.predict", lambda judge, images: told)
     found = grade(torch.rand(3, 3, 64, 64), ["a red duck", "a red duck", "a duck"], tiny_teacher, graders)
     assert found["judge_object"] == pytest.approx(2 / 3) and found["judge_colour"] == 0.5  # the third names no colour
     assert -1 <= found["clip_score"] <= 1 and 0 <= found["saturation"] <= 1

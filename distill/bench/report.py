@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill.ablation import Summary, summarise
+from distill.bench.ablation import Summary, summarise
 from distill.data import atomic_path, write_json
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
-from distill.ablation import Cell, Figures
+from distill.bench.ablation import Cell, Figures
 from distill.judge import Judge, predict
 from distill.optimise_image import OptimiseImage, OptimiseImageOptions, diversity, saturation
 from distill.report import image_grid, save_png

@@ -6,7 +6,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from distill.ablation import Cell, Figures, coverage
+from distill.bench.ablation import Cell, Figures, coverage
 from distill.metrics import divergence_from, wasserstein_2
 from distill.noise import NoiseSchedule
 from distill.objectives.algebra import Conditions, ScoreDistillation

@@ -1,0 +1,1 @@
+"""The bench of losses: each against the others at equal compute."""
