@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from command_line import script
 
 from distill.errors import UserError
 from distill.teacher.vocabulary import words_of
@@ -14,7 +15,6 @@ from sds3d import benchmark
 from sds3d.benchmark import PAIRS, TINY, Views, averages, confusion, full_suite, grade_mesh, janus, paired, truth_of
 from sds3d.shapes import COLOURS, OBJECTS, make_shape
 from sds3d.world import held_out
-from tests.test_scripts import script
 
 
 def test_the_suite_holds_every_object_held_out_combinations_and_pairs() -> None:

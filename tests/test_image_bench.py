@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import script
 
 from distill.bench.ablation import AblationOptions, plan, run_cells
 from distill.bench.images import Graders, grade, picture, run_images, wanted
@@ -22,7 +23,6 @@ from sds3d.encoding import HashEncodingOptions
 from sds3d.field import FieldOptions
 from sds3d.scene import GridOptions, SceneOptions
 from sds3d.text_to_3d import TextTo3dOptions
-from tests.test_scripts import script
 
 OBJECTIVES = Path(__file__).parent.parent / "configs" / "objective"
 
