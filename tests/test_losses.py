@@ -67,9 +67,9 @@ def expected(name: str, z: float, alpha: float, sigma: float) -> float:
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
     x, weights = alpha * z + sigma * nodes, weights / weights.sum()
     a, b, free = (line(key, x, alpha, sigma) for key in ("a", "b", "all"))
-    guided = {scale: free + scale * (a - free) for scale in (7.5, 10.0)}
+    guided = {scale: free + scale * (a - free) for scale in (7.5, 10.0, 20.0)}
     total = {
-        "sds": sigma**2 * guided[10.0],
+        "sds": sigma**2 * guided[20.0],
         "sjc": guided[10.0],
         "csd": sigma**2 * (a - free),
         "nfsd": sigma**2 * (7.5 * (a - free) + free - b),
@@ -270,10 +270,12 @@ def test_guidance_one_never_asks_the_unconditional(schedule: NoiseSchedule) -> N
 
 
 def test_identities(schedule: NoiseSchedule) -> None:
-    """Of the same draws: SJC is SDS / sigma^2, recon without rescale SDS with sigma / alpha, SDS = its conditional part + CSD."""
+    """Of the same draws and terms: SJC is SDS / sigma^2, recon without rescale SDS with sigma / alpha, SDS = its conditional part + CSD."""
     teacher = MixtureTeacher(wide_mixture(), schedule)
     z, conditions = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64), states(teacher, 3)
-    sds, sjc, csd = (run(teacher, load(name), z, conditions) for name in ("sds", "sjc", "csd"))
+    guided = (Term("teacher", guidance=10.0), Term("noise", -1.0))
+    sds, sjc = (run(teacher, replace(load(name), terms=guided), z, conditions) for name in ("sds", "sjc"))
+    csd = run(teacher, load("csd"), z, conditions)
     alpha, sigma = schedule.alpha(sds.t).double(), schedule.sigma(sds.t).double()
     torch.testing.assert_close(sjc.gradient * sigma**2, sds.gradient)
     options = load("recon")
