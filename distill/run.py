@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -257,6 +258,8 @@ class Run:
             self._signal = number
             for each in previous:
                 signal.signal(each, signal.SIG_DFL)
+            said = f"{self.label}: {signal.Signals(number).name}: stops with a checkpoint after this step; a second one kills"
+            os.write(2, f"\n{said}\n".encode())  # print is not reentrant
 
         previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -1,5 +1,6 @@
 """CLIP: the loss against a slow reference, the temperature's bound, learning a toy well enough to classify it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from distill.teacher.clip import (
     text_features,
     tokenize,
     train_clip,
-    train_vision,
+    train_hard,
 )
 from distill.teacher.folder import text_encoder_of
+from distill.teacher.neighbours import OneWordApart
 from distill.teacher.vocabulary import build_tokenizer
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.1, 0.1, 0.9)}
@@ -138,16 +140,44 @@ def test_the_temperature_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert float(model.logit_scale.detach().exp()) == pytest.approx(100, rel=1e-3)
 
 
-def test_the_image_tower_learns_alone(tmp_path: Path) -> None:
-    """From an untrained model: the toy is told apart while not a number of the text tower moves."""
+def test_neighbours_are_one_word_apart() -> None:
+    texts = [f"{a} {b} car, {c} view" for a in ("red", "blue") for b in ("big", "old", "low") for c in ("front", "back", "side")]
+    texts += ["a lonely caption of its own"]
+    tokenizer, _ = build_tokenizer(texts)
+    ids = tokenize(tokenizer, texts)
+    table = OneWordApart(ids)
+    drawn = table.draw(torch.arange(len(texts)), 400, torch.Generator().manual_seed(0))
+    assert drawn.shape == (19, 400)
+    apart = (ids[drawn] != ids[:, None]).sum(-1)
+    assert bool((apart[:-1] == 1).all())
+    assert drawn[-1].unique().numel() == 19  # without a neighbour: any caption
+    found = [set(row.tolist()) for row in drawn[:-1]]
+    for i, near in enumerate(found):
+        assert near == {j for j in range(18) if int((ids[i] != ids[j]).sum()) == 1}
+    colours = (ids[drawn[:-1]] != ids[:-1, None])[..., 1].float().mean()  # two choices against three and three
+    assert float(colours) == pytest.approx(math.log(2) / math.log(2 * 3 * 3), abs=0.02)
+
+
+def test_told_from_one_word_apart_the_texts_spread(tmp_path: Path) -> None:
+    """Both towers learn on: the toy is told apart, and captions that differ in one word stand further from each other."""
     data = toy(24)
     tokenizer, _ = build_tokenizer(PROMPTS)
     torch.manual_seed(0)
     model = build_clip(TINY, tokenizer, 16)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model = train_vision(Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "vision"), model, data, tokenizer, TINY)
-    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved and all(name.startswith(("vision_model", "visual_projection", "logit_scale")) for name in moved)
+    before = caption_features(model, tokenizer, PROMPTS)
+    model = train_hard(Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "hard"), model, data, tokenizer, TINY)
+    assert not model.training
+    after = caption_features(model, tokenizer, PROMPTS)
+    assert float((after @ after.T).triu(1).max()) < float((before @ before.T)[~torch.eye(3, dtype=torch.bool)].min())
     with torch.no_grad():
-        similar = image_features(model, data.composite(slice(None))) @ caption_features(model, tokenizer, PROMPTS).T
+        similar = image_features(model, data.composite(slice(None))) @ after.T
     assert similar.argmax(1).tolist() == [number % 3 for number in range(24)]
+
+
+def test_padding_is_left_out_without_a_trace() -> None:
+    tokenizer, _ = build_tokenizer([*PROMPTS, "red"])
+    model = build_clip(TINY, tokenizer, 16).eval()
+    with torch.no_grad():
+        together = caption_features(model, tokenizer, [PROMPTS[0], "red", " ".join(["red"] * 40)])
+        alone = torch.cat([caption_features(model, tokenizer, [text]) for text in (PROMPTS[0], "red", " ".join(["red"] * 40))])
+    torch.testing.assert_close(together, alone)

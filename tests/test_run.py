@@ -135,15 +135,25 @@ def test_sigterm_checkpoints_exits_143_and_resumes(tmp_path: Path, uninterrupted
     assert metrics_of(tmp_path) == metrics_of(uninterrupted)
 
 
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """What the process writes to its standard error, up to these words at least."""
+    assert process.stderr
+    said = ""
+    while words not in said:
+        new = os.read(process.stderr.fileno(), 4096).decode()
+        assert new, said
+        said += new
+    return said
+
+
 def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
-    process = start(tmp_path, pause=60.0)
-    wait_for(lambda: (tmp_path / "config.json").exists(), process)
-    time.sleep(1.0)  # into the first step
+    process = start(tmp_path, pause=600.0)
+    read_until(process, "toy:   0%")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    assert "SIGINT: stops with a checkpoint after this step" in read_until(process, "a second one kills")
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) == -signal.SIGINT
+    assert process.wait() == -signal.SIGINT
 
 
 def test_sigint_exits_130_and_restores_handlers(tmp_path: Path) -> None:

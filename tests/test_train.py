@@ -41,7 +41,7 @@ def options(data: Path) -> TeacherOptions:
     return TeacherOptions(
         str(data),
         resolution=16,
-        steps=Steps(clip=3, vision=2, vae=4, unet=5),
+        steps=Steps(clip=3, hard=2, vae=4, unet=5),
         clip=ClipOptions(width=16, layers=1, patch=8, text_width=16, text_layers=1, projection=8, batch=6),
         vae=VaeOptions(factor=4, channels=(8, 8, 8), latent_channels=3, batch=4),
         unet=UnetOptions(channels=(16, 16), heads=2, batch=4),
@@ -83,7 +83,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> None:
     out, _ = trained
-    results = {part: json.loads((out / part / "result.json").read_text()) for part in ("clip", "vision", "vae", "unet")}
+    results = {part: json.loads((out / part / "result.json").read_text()) for part in ("clip", "hard", "vae", "unet")}
     assert [result["run"]["steps"] for result in results.values()] == [3, 2, 4, 5]
     teacher = Teacher.load(str(out / "teacher"))
     assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
@@ -111,7 +111,7 @@ def test_a_training_cut_after_the_vae_goes_on(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("distill.teacher.train.prepare", cut)
         train_teacher(carried(tmp_path), chosen)
-    assert steps == {"clip": 3, "vision": 2, "vae": 4}
+    assert steps == {"clip": 3, "hard": 2, "vae": 4}
     steps.clear()
     one, whole = weights(train_teacher(carried(tmp_path), chosen)), weights(out / "teacher")
     assert steps == {"unet": 5}

@@ -1,6 +1,6 @@
 """A small CLIP (Radford et al. 2021, arXiv:2103.00020): `transformers.CLIPModel` trained on a captioned folder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from distill.augmentation import add_noise, move, soften, some
 from distill.data import Captioned, grey_levels
 from distill.run import Run, batches
+from distill.teacher.neighbours import OneWordApart
 
 MEAN = (0.5, 0.5, 0.5)  # pixel normalisation, in the image processor's files too
 STD = (0.25, 0.25, 0.25)
@@ -30,9 +31,10 @@ class ClipOptions:
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     image_to_text: float = 0.5
-    negatives: int = 256  # further captions each image is told from in a step: a batch alone rarely holds two views of one thing
-    mirror: bool = True  # half of the images mirrored while both towers train; false where captions say left or right
-    vision_learning_rate: float = 6e-4  # of the image tower's own part
+    negatives: int = 256  # further random captions each image is told from in a step
+    mirror: bool = True  # half of the images mirrored in the first part; false where captions say left or right
+    hard_negatives: int = 4  # in the second part: captions one word apart, for each image
+    hard_learning_rate: float = 1e-3
 
 
 def build_clip(options: ClipOptions, tokenizer: CLIPTokenizer, resolution: int) -> CLIPModel:
@@ -76,7 +78,9 @@ def image_features(model: CLIPModel, images: Tensor) -> Tensor:
 
 
 def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
-    """Unit features (B, D) of token ids (B, L)."""
+    """Unit features (B, D) of token ids (B, L); padding after the longest is left out, as no word looks ahead."""
+    longest = int((ids != model.config.text_config.eos_token_id).any(0).sum()) + 1
+    ids = ids[:, :longest]
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
 
 
@@ -99,25 +103,56 @@ def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
 
 
 def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
-    """Train on a split; returns the model in evaluation mode."""
-    resolution = data.images.shape[-1]
-    model = build_clip(options, tokenizer, resolution).to(run.device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    steps = run.options.steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=steps, pct_start=0.1)
-    run.track(model=model, optimizer=optimizer, schedule=schedule)
-    ids = tokenize(tokenizer, data.texts)
-    distinct = ids.unique(dim=0)
-    for step in run.steps():
-        index = batches(len(data), options.batch, step, run.options.seed)
-        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror).to(run.device)
+    """Train on a split, each image told from random captions; returns the model in evaluation mode."""
+    model = build_clip(options, tokenizer, data.images.shape[-1]).to(run.device)
+    distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
+
+    def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror)
         others = distinct[torch.randint(len(distinct), (options.negatives,), generator=run.generator)].to(run.device)
+        with torch.no_grad():  # they are targets to be told from; texts learn from the paired part
+            return images, others, text_features(model, others)
+
+    return _train(run, model, distinct[caption], options, options.learning_rate, batch)
+
+
+def train_hard(run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
+    """Train on, each image told from captions one word apart (`OneWordApart`), both towers learning from them.
+
+    Nothing is mirrored: the light that is fixed to the world tells one view from another. Half of the images stay as they are.
+    """
+    model = model.to(run.device)
+    distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
+    neighbours = OneWordApart(distinct)
+
+    def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        images = data.composite(index, grey_levels(len(index), run.generator))
+        images = torch.where(some(images, run.generator, 0.5), augment(images, run.generator, False), images)
+        others = distinct[neighbours.draw(caption[index], options.hard_negatives, run.generator).flatten()].to(run.device)
+        return images, others, text_features(model, others)
+
+    return _train(run, model, distinct[caption], options, options.hard_learning_rate, batch)
+
+
+def _train(
+    run: Run,
+    model: CLIPModel,
+    ids: Tensor,
+    options: ClipOptions,
+    rate: float,
+    batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> CLIPModel:
+    """The loop: `batch` gives the images of rows, and further captions with their features."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=run.options.steps, pct_start=0.1)
+    run.track(model=model, optimizer=optimizer, schedule=schedule)
+    for step in run.steps():
+        index = batches(len(ids), options.batch, step, run.options.seed)
+        images, others, far = batch(index)
         words = ids[index].to(run.device)
         same = (words[:, None] == torch.cat([words, others])[None]).all(-1).float()
-        with torch.no_grad():  # they are targets to be told from; texts learn from the paired part
-            far = text_features(model, others)
         text = torch.cat([text_features(model, words), far])
-        loss = contrastive_loss(image_features(model, images), text, same, model.logit_scale, options.image_to_text)
+        loss = contrastive_loss(image_features(model, images.to(run.device)), text, same, model.logit_scale, options.image_to_text)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,39 +160,6 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # ln 100, as in the paper; transformers does not
-        run.log(loss=loss.detach())
-    return model.eval()
-
-
-def train_vision(run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
-    """Train the image tower on, the text tower locked: each image is told from every distinct caption of the split at once.
-
-    A batch's own captions are poor negatives for a view; all of them cost one matrix product when their features stand still
-    (the other way round of locked-image tuning, Zhai et al. 2022, arXiv:2111.07991). Returns the model in evaluation mode.
-    """
-    model = model.to(run.device)
-    distinct, label = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
-    with torch.no_grad():
-        text = torch.cat([text_features(model, part.to(run.device)) for part in distinct.split(512)])
-    tower = [*model.vision_model.parameters(), *model.visual_projection.parameters(), model.logit_scale]
-    rate = options.vision_learning_rate
-    optimizer = torch.optim.AdamW(tower, lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=run.options.steps, pct_start=0.1)
-    run.track(model=model, optimizer=optimizer, schedule=schedule)
-    for step in run.steps():
-        index = batches(len(data), options.batch, step, run.options.seed + 1)
-        images = data.composite(index, grey_levels(len(index), run.generator))
-        # half as they are; none mirrored, as the light that is fixed to the world tells a side from the other
-        images = torch.where(some(images, run.generator, 0.5), augment(images, run.generator, False), images)
-        logits = model.logit_scale.exp() * image_features(model, images.to(run.device)) @ text.T
-        loss = F.cross_entropy(logits, label[index].to(run.device))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(tower, 1.0)
-        optimizer.step()
-        schedule.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=4.6052)
         run.log(loss=loss.detach())
     return model.eval()
 

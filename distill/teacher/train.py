@@ -10,7 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.data import Captioned, load_split
 from distill.errors import UserError
 from distill.run import Run, RunOptions
-from distill.teacher.clip import ClipOptions, tokenize, train_clip, train_vision
+from distill.teacher.clip import ClipOptions, tokenize, train_clip, train_hard
 from distill.teacher.folder import Parts, load_parts, load_unet, save_parts, save_teacher
 from distill.teacher.unet import LatentCache, UnetOptions, cache_latents, make_scheduler, train_unet
 from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
@@ -21,8 +21,8 @@ from distill.teacher.vocabulary import build_tokenizer, words_of
 class Steps:
     """Training steps of each part."""
 
-    clip: int = 4500  # both towers
-    vision: int = 4000  # the image tower alone
+    clip: int = 4500  # both towers, against random captions
+    hard: int = 4500  # both again, against captions one word apart
     vae: int = 9000
     unet: int = 8000
 
@@ -79,9 +79,9 @@ def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, vali
     clip_run = _part(run, "clip", options.steps.clip, options.clip)
     clip = train_clip(clip_run, data, tokenizer, options.clip)
     clip_run.finish({})
-    vision_run = _part(run, "vision", options.steps.vision, options.clip)
-    clip = train_vision(vision_run, clip, data, tokenizer, options.clip)
-    vision_run.finish({})
+    hard_run = _part(run, "hard", options.steps.hard, options.clip)
+    clip = train_hard(hard_run, clip, data, tokenizer, options.clip)
+    hard_run.finish({})
     vae_run = _part(run, "vae", options.steps.vae, options.vae)
     vae = train_vae(vae_run, data, validation, options.vae)
     vae_run.finish({"scaling_factor": vae.config.scaling_factor})
