@@ -18,6 +18,7 @@ from torch import Tensor
 
 from distill.data import atomic_path
 from distill.errors import UserError
+from distill.names import slug
 
 PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors", "accelerate", "nerfacc", "trimesh")
 
@@ -62,8 +63,7 @@ class Trackers:
         from accelerate import Accelerator
 
         self._accelerator = Accelerator(log_with=list(self._names), project_dir=str(self._directory))
-        slug = re.sub(r"[^\w.-]+", "-", label).strip("-") or "run"
-        self._accelerator.init_trackers(slug, init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        self._accelerator.init_trackers(slug(label), init_kwargs={"tensorboard": {"purge_step": step + 1}})
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         """Hand figures to every tracker."""

@@ -16,6 +16,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from distill.errors import UserError  # noqa: E402
+from distill.names import slug  # noqa: E402
 
 
 def quoted(argument: str) -> str:
@@ -25,11 +26,6 @@ def quoted(argument: str) -> str:
         return argument
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{escaped}"'
-
-
-def slug(text: str) -> str:
-    """`A red teapot!` as a folder's name: a-red-teapot."""
-    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "run"
 
 
 def load_group(group: str, name: str) -> dict[str, Any]:

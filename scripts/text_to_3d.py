@@ -23,7 +23,9 @@ def main(config: dict[str, Any]) -> None:
     teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
     check_prompts(teacher, options)  # before a directory is claimed
     run = Run(run_options, config, options.prompt)
-    result = finish(run, TextTo3d(run, teacher, scene, objective, options).train(), teacher, options.prompt, export)
+    made = TextTo3d(run, teacher, scene, objective, options)
+    made.train()
+    result = finish(run, made, export)
     print(f"written: {result.parent}: mesh.glb, mesh.obj, turntable.mp4, turntable.gif, renders.png, result.json")
 
 

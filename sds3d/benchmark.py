@@ -16,6 +16,7 @@ from distill.bench.images import Graders, wanted
 from distill.data import read_json, write_json
 from distill.errors import UserError
 from distill.judge import predict
+from distill.names import slug
 from distill.optimise_image import saturation
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.frozen import Teacher
@@ -136,7 +137,7 @@ def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) 
         figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
     else:
         figures |= {"f_score_5": 0.0, "f_score_2": 0.0, "volume_iou": 0.0, "watertight": 0.0}
-    figures |= {"seconds": result["run"]["seconds"], "unet_calls": float(result["unet_calls"])}
+    figures |= {"seconds": result["run"]["seconds"], "forwards": float(result["forwards"])}
     return {"prompt": prompt, **figures, "confusion": confusion(views)}
 
 
@@ -166,7 +167,7 @@ def run_suite(
     """Make and grade every prompt that has no row yet, each in a directory of its own; a row a prompt, in their order."""
     rows = []
     for prompt in tqdm(prompts, desc="benchmark", unit="prompt"):
-        directory = folder / prompt.replace(" ", "-")
+        directory = folder / slug(prompt)
         if not (directory / "row.json").is_file():
             make(prompt, directory)
             write_json(directory / "row.json", grading(directory, prompt))

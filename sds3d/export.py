@@ -14,7 +14,7 @@ from distill.errors import UserError
 from distill.film import save_gif, save_video
 from distill.report import image_grid, pick_device, save_png
 from distill.run import Run
-from distill.teacher.clip import image_features, text_features, tokenize
+from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import CLIP, load_clip
 from distill.teacher.frozen import Teacher
 from sds3d.cameras import ring
@@ -22,6 +22,7 @@ from sds3d.mesh import MeshOptions, extract_mesh
 from sds3d.mesh_files import save_mesh
 from sds3d.prompts import view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions
+from sds3d.text_to_3d import TextTo3d
 from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views
 
 GREY = (0.85, 0.85, 0.85)
@@ -55,12 +56,19 @@ def scene_of_run(directory: Path | str, device: str = "auto") -> Scene:
     return scene
 
 
-def finish(run: Run, scene: Scene, teacher: Teacher, prompt: str, options: ExportOptions) -> Path:
-    """Export a finished run's scene into its directory and write result.json, whose path is returned."""
+def finish(run: Run, made: TextTo3d, options: ExportOptions) -> Path:
+    """Export a finished run's scene into its directory and write result.json, whose path is returned.
+
+    `forwards` there is the U-Net work in forward passes of one sample.
+    """
+    scene, teacher, prompt = made.scene, made.teacher, made.options.prompt
     started = time.monotonic()
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.place}
-    figures |= {"unet_calls": teacher.score.calls, "seconds_export": round(time.monotonic() - started, 1)}
+    figures |= {
+        "forwards": made.options.views * made.objective.options.total_cost(run.options.steps),
+        "seconds_export": round(time.monotonic() - started, 1),
+    }
     if (score := clip_score(scene, teacher, prompt)) is not None:
         figures["clip_score"] = score
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})
@@ -75,7 +83,7 @@ def clip_score(scene: Scene, teacher: Teacher, prompt: str) -> float | None:
     cameras = ring(8, 20.0, teacher.resolution)
     prompts = [view_prompt(prompt, view_of(azimuth, 20.0)) for azimuth in cameras.azimuth.tolist()]
     images = image_features(clip, render_views(scene, cameras, GREY).rgb)
-    return float((images * text_features(clip, tokenize(teacher.tokenizer, prompts))).sum(1).mean())
+    return float((images * caption_features(clip, teacher.tokenizer, prompts)).sum(1).mean())
 
 
 def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> dict[str, Any]:

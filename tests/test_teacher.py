@@ -92,12 +92,6 @@ def test_mistaken_prompts_are_told(tiny_teacher: Teacher) -> None:
         tiny_teacher.encode_text(["  "])
 
 
-def test_calls_are_counted(tiny_teacher: Teacher) -> None:
-    with torch.no_grad():
-        our_image(tiny_teacher, PROMPT, noise_for(tiny_teacher))
-    assert tiny_teacher.score.calls == 4
-
-
 def sd1_unet() -> dict[str, Any]:
     return {"attention_head_dim": 8}
 

@@ -193,8 +193,8 @@ def test_every_objective_drives_a_scene(name: str, tmp_path: Path, tiny_teacher:
     assert any(not torch.equal(value, before[key]) for key, value in task.scene.state_dict().items())
     critic = objective.critic is not None
     path = objective.noise.steps + objective.noise.has_gap if objective.noise.kind == "inversion" else 0
-    assert tiny_teacher.score.calls == 2 * (1 + path)
-    assert task.critic is None or task.critic.score.calls == 2 * critic
+    assert task.objective.model.calls == 2 * (1 + path)
+    assert task.objective.critic is None or task.objective.critic.calls == 2 * critic
 
 
 def test_rates_fall_as_a_cosine(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from distill.data import read_json, write_json
 from distill.errors import UserError
+from distill.names import slug
 from distill.objectives.options import ObjectiveOptions, Part, Term
 
 Figures = dict[str, float]
@@ -76,7 +77,7 @@ def plan(options: AblationOptions, losses: Mapping[str, ObjectiveOptions], folde
             scaled = with_guidance(objective, scale)
             for prompt in options.prompts:
                 for seed in options.seeds:
-                    place = folder / f"{name}{'' if scale is None else f'-s{scale:g}'}" / f"{prompt.replace(' ', '-')}-seed{seed}"
+                    place = folder / f"{name}{'' if scale is None else f'-s{scale:g}'}" / f"{slug(prompt)}-seed{seed}"
                     yield Cell(name, scaled, scale, prompt, seed, steps_within(scaled, options.budget), place)
 
 
@@ -88,7 +89,7 @@ def run_cells(cells: Sequence[Cell], bench: Bench) -> list[dict[str, object]]:
         if not path.is_file():
             figures = bench(cell)
             names = {"loss": cell.loss, "guidance": cell.guidance, "prompt": cell.prompt, "seed": cell.seed}
-            cost = {"steps": cell.steps, "forwards": sum(cell.objective.cost(i / cell.steps) for i in range(cell.steps))}
+            cost = {"steps": cell.steps, "forwards": cell.objective.total_cost(cell.steps)}
             write_json(path, {**names, **cost, **figures})
         rows.append(read_json(path))
     return rows

@@ -1,14 +1,12 @@
 """An ablation's rows as files: JSON and CSV of every run, a Markdown table, and one HTML page with plots and pictures."""
 
-import base64
 import csv
-import html
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from distill.bench import page
 from distill.bench.ablation import Summary, summarise
 from distill.data import atomic_path, write_json
 
@@ -23,8 +21,7 @@ def save_report(folder: Path, title: str, rows: Sequence[Mapping[str, object]], 
         writer.writerows(rows)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(markdown(table), encoding="utf-8")
-    with atomic_path(folder / "index.html") as temporary:
-        temporary.write_text(_page(title, table, pictures, facts), encoding="utf-8")
+    page.save_html(folder / "index.html", title, _body(table, pictures), facts)
 
 
 def shown(mean: float, width: float) -> str:
@@ -43,28 +40,10 @@ def markdown(table: Sequence[Summary]) -> str:
     return "\n".join(lines) + "\n"
 
 
-STYLE = """body{font:15px sans-serif;margin:2em} td,th{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}
-figure{display:inline-block}"""
-
-
-def _page(title: str, table: Sequence[Summary], pictures: Mapping[str, Path], facts: object) -> str:
+def _body(table: Sequence[Summary], pictures: Mapping[str, Path]) -> list[str]:
     cells = [line.strip("| \n").split(" | ") for line in markdown(table).splitlines() if not line.startswith("|---")]
-    body = [f"<h1>{html.escape(title)}</h1>", "<table>"]
-    body += [_row("td" if number else "th", row) for number, row in enumerate(cells)]
-    body += ["</table>", *(f"<img src='{_data(image)}'>" for image in _plots(table))]
-    for name, path in pictures.items():
-        body.append(f"<figure><img src='{_data(path.read_bytes())}'><figcaption>{html.escape(name)}</figcaption></figure>")
-    body.append(f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>")
-    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return head + "\n".join(body)
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _data(image: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(image).decode()
+    plots = [page.picture(image) for image in _plots(table)]
+    return [page.table(cells), *plots, *(page.picture(path.read_bytes(), name) for name, path in pictures.items())]
 
 
 def _plots(table: Sequence[Summary]) -> list[bytes]:

@@ -237,6 +237,10 @@ class ObjectiveOptions(Part):
         updates = 0 if self.critic is None else 3 * self.critic.updates
         return sum(part.forwards(progress) for part in self.parts) + updates
 
+    def total_cost(self, steps: int) -> int:
+        """Of a whole run, a sample, in F."""
+        return sum(self.cost(step / steps) for step in range(steps))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Every prompt that is ever asked for."""

@@ -21,11 +21,9 @@ class UNetScore(ScoreModel):
 
     def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, kind: Kind) -> None:
         self.unet, self.schedule, self.kind = unet, schedule, kind
-        self.calls = 0  # network calls so far, for those who count the cost
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """As the contract says; the network runs in its own dtype, the conversions in float32."""
-        self.calls += 1
         output = self.unet(x_t.to(self.unet.dtype), t, encoder_hidden_states=condition.to(self.unet.dtype)).sample
         return Prediction.of(output, x_t, t, self.schedule, self.kind)
 

@@ -61,7 +61,6 @@ class MixtureTeacher(ScoreModel):
 
     def __init__(self, mixture: Mixture, schedule: NoiseSchedule) -> None:
         self.mixture, self.schedule = mixture, schedule
-        self.calls = 0
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -75,7 +74,6 @@ class MixtureTeacher(ScoreModel):
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """As the contract says, computed in float64 and exact at every level, the first and the last included."""
-        self.calls += 1
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         wide = torch.promote_types(x_t.dtype, torch.float32)
         x0, eps = posterior_means(self.mixture, x_t.double(), alpha.double(), sigma.double(), condition[:, 0])
