@@ -52,8 +52,8 @@ class Samples:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What R rays saw. `weights` (M,), `points` (M, 3), `rays` (M,) int64 are the samples behind it, for
-    regularisers.
+    """What R rays saw. `weights` (M,), `points` (M, 3), `albedo` (M, 3), `rays` (M,) int64 are the samples behind
+    it, for regularisers.
 
     depth is the mean distance along the ray of what was hit, 0 where nothing was. `evaluations` counts field
     evaluations (M).
@@ -64,6 +64,7 @@ class Rendered:
     depth: Tensor  # (R,)
     weights: Tensor
     points: Tensor
+    albedo: Tensor
     rays: Tensor
 
     @property
@@ -73,6 +74,12 @@ class Rendered:
     def gather(self, values: Tensor) -> Tensor:
         """Weighted sums (R, D) along the rays of values (M, D) at the samples."""
         return _along_rays(self.weights, values, self.rays, len(self.rgb))
+
+    def parted(self) -> tuple[Tensor, Tensor]:
+        """The same colours (R, 3) twice: their gradient reaches the density only, and the albedo only."""
+        colour = _along_rays(self.weights.detach(), self.albedo, self.rays, len(self.rgb))
+        painted = colour - colour.detach()  # zero, with the gradient of the albedo
+        return self.rgb - painted, self.rgb.detach() + painted
 
 
 def render(
@@ -101,7 +108,7 @@ def render(
     rgb = _along_rays(weights, albedo, samples.ray, len(origins)) + (1 - opacity[:, None]) * background
     distance = samples.start + jitter[samples.ray] * options.step
     depth = _along_rays(weights, distance[:, None], samples.ray, len(origins)).squeeze(-1)
-    return Rendered(rgb, opacity, depth / opacity.clamp(min=1e-6), weights, samples.point, samples.ray)
+    return Rendered(rgb, opacity, depth / opacity.clamp(min=1e-6), weights, samples.point, albedo, samples.ray)
 
 
 def _along_rays(weights: Tensor, values: Tensor | None, rays: Tensor, count: int) -> Tensor:

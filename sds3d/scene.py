@@ -82,6 +82,13 @@ class Views:
     rendered: Rendered | None
     directions: Tensor  # (B * H * W, 3) unit
 
+    def parted(self) -> tuple[Tensor, Tensor]:
+        """`rgb` twice, with a gradient to the density only and to the albedo only. For views rendered in training."""
+        assert self.rendered is not None
+        count, _, height, width = self.rgb.shape
+        shaped, painted = (part.view(count, height, width, 3).permute(0, 3, 1, 2) for part in self.rendered.parted())
+        return shaped, painted
+
 
 class Background(nn.Module):
     """Colours behind the scene, for directions (R, 3) -> (R, 3) in [0, 1]."""

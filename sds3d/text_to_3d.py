@@ -55,6 +55,7 @@ class TextTo3dOptions:
     coarse_resolution: int = 32  # renders of the warm-up, enlarged for the teacher
     coarse_until: float = 0.3
     coarse_latents: Literal["vae", "linear"] = "vae"  # linear: the warm-up leaves the encoder out (distill/teacher/linear.py)
+    image_moves: Literal["albedo", "scene"] = "albedo"  # by a residual in pixels; albedo: the latents' then shapes and does not colour
     learning_rate: float = 0.01
     mlp_learning_rate: float = 0.002
     final_rate: float = 0.1  # share of the learning rates left at the end, falling as a cosine: late gradients are mostly noise
@@ -175,13 +176,15 @@ class TextTo3d:
         drawn = cameras.at(options.coarse_resolution if coarse else self.teacher.resolution).to(self.run.device)
         behind = grey_backgrounds(options, options.views, generator).to(self.run.device)
         views = self.scene.render(drawn, behind, generator, training=True)
-        latents = self.encode(views.rgb, coarse)
+        parts = options.image_moves == "albedo" and self.objective.options.image and not coarse
+        shaped, painted = views.parted() if parts else (views.rgb, views.rgb)
+        latents = self.encode(shaped, coarse)
         conditions = conditions_for(self.teacher, options, self.objective.options, cameras)
         poses = drawn.poses()
         if self.critic is not None:
             text = conditions.states["conditional"]
             conditions = Conditions({**conditions.states, "critic": self.critic.states(text, poses)})
-        outcome = self.objective(latents, conditions, progress, generator, images=None if coarse else views.rgb)
+        outcome = self.objective(latents, conditions, progress, generator, images=None if coarse else painted)
         loss = outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

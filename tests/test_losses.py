@@ -233,6 +233,35 @@ def test_hifa_pulls_the_image_too(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(images.grad, 0.01 * sigma**2 * alpha / sigma * (1 - 2 * x0) / 2, atol=1e-6, rtol=1e-5)
 
 
+def test_pixels_have_a_guidance_of_their_own(schedule: NoiseSchedule) -> None:
+    """sds_pixels: the latents' gradient is that of SDS at 20, the pixels are pulled to x0 at 3, from the same two predictions."""
+    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
+    z, conditions = torch.zeros(2, 1, 4, 4, dtype=torch.float64), states(cast(MixtureTeacher, teacher.model), 2)
+    images = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    loss = ScoreDistillation(teacher, load("sds_pixels"), decode=lambda latents: latents)
+    told = loss(z, conditions, 0.0, torch.Generator().manual_seed(0), images=images)
+    told.loss.backward()
+    plain = ScoreDistillation(teacher, load("sds"))(z, conditions, 0.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(told.gradient, plain.gradient)
+    x0 = told.predictions["unconditional"].toward(told.predictions["conditional"], 3.0).x0
+    alpha, sigma = schedule.alpha(told.t).double(), schedule.sigma(told.t).double()
+    torch.testing.assert_close(images.grad, 10.0 * sigma * alpha * (1 - x0) / 2, atol=1e-6, rtol=1e-5)
+    assert teacher.calls == 2
+
+
+def test_pixels_alone_are_predicted_too(schedule: NoiseSchedule) -> None:
+    """A coefficient of 0 leaves the latents alone; the residual in pixels still asks the teacher, and counts."""
+    options = ObjectiveOptions((Term("teacher", 0.0, guidance=7.5), Term("noise", 0.0)), image=1.0)
+    assert options.cost() == 2
+    teacher = MixtureTeacher(wide_mixture(), schedule)
+    z = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
+    images = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
+    loss = ScoreDistillation(teacher, options, decode=lambda latents: latents)
+    told = loss(z, states(teacher, 2), 0.0, torch.Generator().manual_seed(0), images=images)
+    told.loss.backward()
+    assert float(told.gradient.abs().max()) == 0 and images.grad is not None and float(images.grad.abs().min()) > 0
+
+
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_costs_what_it_says(name: str, progress: float, schedule: NoiseSchedule) -> None:
@@ -379,6 +408,10 @@ def test_terms_count_in_their_times_only(schedule: NoiseSchedule) -> None:
         ({"terms": [{"predict": "noise"}], "normalise": True}, "no term of the teacher"),
         ({"terms": [{"predict": "noise", "coefficient": {"start": 0.0, "end": 1.0, "begin": 0.5, "until": 0.5}}]}, "begin < until"),
         ({"terms": [{"predict": "noise"}], "critic": {"rank": 0}}, "rank and updates"),
+        ({"terms": [{"predict": "noise"}], "image": 1.0}, "no term of the teacher"),
+        ({"terms": [{"predict": "teacher"}], "image": -1.0}, "at least 0"),
+        ({"terms": [{"predict": "teacher"}], "image": 1.0, "image_guidance": 3.0}, "image_guidance needs"),
+        ({"terms": [{"predict": "teacher", "guidance": 7.5}], "image_guidance": 3.0}, "image_guidance needs"),
         ({"terms": [{"predict": "noise"}], "noise": {"kind": "inversion", "steps": 0}}, "at least 1 is needed"),
     ],
 )

@@ -31,7 +31,7 @@ def generator() -> torch.Generator:
 def rendered(weights: list[float], rays: list[int], count: int) -> Rendered:
     points = torch.zeros(len(weights), 3)
     zero = torch.zeros(count)
-    return Rendered(torch.zeros(count, 3), zero, zero, torch.tensor(weights), points, torch.tensor(rays, dtype=torch.long))
+    return Rendered(torch.zeros(count, 3), zero, zero, torch.tensor(weights), points, points, torch.tensor(rays, dtype=torch.long))
 
 
 def test_opacity_penalty() -> None:

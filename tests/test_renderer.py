@@ -167,6 +167,24 @@ def test_weights_and_gather_belong_to_the_rays() -> None:
     torch.testing.assert_close(rendered.gather(torch.ones(rendered.evaluations, 1))[:, 0], rendered.opacity)
 
 
+def test_parted_colours_are_the_same_and_share_the_gradient() -> None:
+    """One image twice: what moves matter does not paint, what paints does not move; together they are the whole gradient."""
+    field = Sphere()
+    rendered = shoot(field, exact_grid(), 64)
+    leaves = (field.sigma, field.colour)
+    target = torch.rand(rendered.rgb.shape, generator=torch.Generator().manual_seed(0))
+    whole = torch.autograd.grad((rendered.rgb * target).sum(), leaves, retain_graph=True)
+    shaped, painted = rendered.parted()
+    torch.testing.assert_close(shaped, rendered.rgb, atol=0, rtol=0)
+    torch.testing.assert_close(painted, rendered.rgb, atol=0, rtol=0)
+    moves = torch.autograd.grad((shaped * target).sum(), leaves, retain_graph=True)
+    paints = torch.autograd.grad((painted * target).sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(moves[0], whole[0])
+    torch.testing.assert_close(moves[1], torch.zeros(3), atol=1e-3, rtol=0)  # of a gradient of hundreds
+    assert paints[0] is None and float(whole[1].min()) > 10
+    torch.testing.assert_close(paints[1], whole[1])
+
+
 def test_gradients_match_finite_differences() -> None:
     torch.manual_seed(0)
     encoding = HashEncodingOptions(2, 2, 5, 3, 1.7)

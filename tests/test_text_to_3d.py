@@ -11,6 +11,7 @@ from torch import Tensor
 from distill.config import build
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
+from distill.objectives.algebra import Distilled, ScoreDistillation
 from distill.objectives.options import ObjectiveOptions, Term
 from distill.run import Run, RunOptions
 from distill.score import Prediction, ScoreModel
@@ -195,6 +196,29 @@ def test_every_objective_drives_a_scene(name: str, tmp_path: Path, tiny_teacher:
     path = objective.noise.steps + objective.noise.has_gap if objective.noise.kind == "inversion" else 0
     assert task.objective.model.calls == 2 * (1 + path)
     assert task.objective.critic is None or task.objective.critic.calls == 2 * critic
+
+
+@pytest.mark.parametrize("moves", ["albedo", "scene"])
+def test_pixels_paint_and_latents_shape(moves: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the warm-up the objective meets the two halves of the render, in the warm-up and without a residual in pixels the whole."""
+    met = []
+
+    def look(self: ScoreDistillation, latents: Tensor, *given: object, images: Tensor | None = None) -> Distilled:
+        met.append((latents, images))
+        return call(self, latents, *given, images=images)
+
+    call = ScoreDistillation.__call__
+    monkeypatch.setattr(ScoreDistillation, "__call__", look)
+    for name, objective in (("with", replace(SDS, image=1.0)), ("without", SDS)):
+        task = TextTo3d(Run(options(tmp_path / name, 4), {}, "t"), OneImage(disc()), SMALL, objective, replace(OPTIONS, image_moves=moves))
+        for progress, step in ((0.0, 0), (0.75, 3)):
+            _, views = task.step(progress, step)
+        assert met[0][1] is None
+        latents, images = met[1]
+        torch.testing.assert_close(latents, views.rgb)
+        torch.testing.assert_close(images, views.rgb)
+        assert (latents is views.rgb) == (images is views.rgb) == (name == "without" or moves == "scene")
+        met.clear()
 
 
 def test_rates_fall_as_a_cosine(tmp_path: Path) -> None:

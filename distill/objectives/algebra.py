@@ -5,7 +5,7 @@ so that its gradient on each sample's latent is g / batch: image-space weights t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -179,8 +179,10 @@ class ScoreDistillation:
         assert self.decode is not None
         schedule = self.model.schedule
         alpha, sigma = schedule.alpha(drawn.t), schedule.sigma(drawn.t)
+        guidance = self.options.image_guidance
+        term = self.options.teacher if guidance is None else replace(self.options.teacher, guidance=guidance)
         with torch.no_grad():
-            target = self.decode(combined(self.options.teacher, told, progress).x0)
+            target = self.decode(combined(term, told, progress).x0)
             factor = self.options.image * time_weight(self.options.weight, alpha, sigma) * alpha / sigma
         return surrogate_loss(images, (factor * (images - target)).detach())
 

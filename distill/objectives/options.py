@@ -169,8 +169,13 @@ class Part:
             raise UserError("an objective needs at least one term")
         if any(term.at == "earlier" for term in self.terms) and not self.noise.has_gap:
             raise UserError("a term at earlier needs a path to be earlier on: give noise.kind=inversion and a noise.gap")
-        if self.normalise:
+        if self.needs_teacher:
             _ = self.teacher
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the first teacher term's prediction is used apart from its share in the sum."""
+        return self.normalise
 
     def active(self, progress: float) -> tuple[Term, ...]:
         """The terms whose coefficient is not 0 at a share of the run: what the others would need is not evaluated."""
@@ -179,7 +184,7 @@ class Part:
     def asked(self, of: Literal["teacher", "critic"], progress: float) -> tuple[tuple[Place, str], ...]:
         """What must be predicted: each place and prompt once."""
         terms = [term for term in self.active(progress) if term.predict == of]
-        if self.normalise and of == "teacher":
+        if self.needs_teacher and of == "teacher":
             terms.append(self.teacher)
         return tuple(dict.fromkeys((term.at, name) for term in terms for name in term.prompts))
 
@@ -217,15 +222,29 @@ class ObjectiveOptions(Part):
     `clamp` bounds each element of g, then `clip` the root mean square of each sample's; 0 is off.
 
     `prompts` are further prompts the terms may name, made from the sample's own: {low_quality: "{prompt}, blurry"}.
-    `image` weighs the same residual in pixels, through the decoder (HiFA, arXiv:2305.18766, eq. 9).
+    `image` weighs the same residual in pixels, through the decoder (HiFA, arXiv:2305.18766, eq. 9), at a guidance scale of
+    its own where `image_guidance` gives one: what shapes best colours too strongly.
     """
 
     clip: float = 0.0
     clamp: float = 0.0
     image: float = 0.0
+    image_guidance: float | Ramp | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     critic: CriticOptions | None = None
     second: Part | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image < 0:
+            raise UserError(f"image is {self.image}: a weight of at least 0 is expected")
+        if self.image_guidance is not None and not (self.image and self.teacher.guided):
+            raise UserError("image_guidance needs a weight image and a guided first term of the teacher, whose two predictions it mixes")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """As of the part, and for the residual in pixels."""
+        return self.normalise or self.image > 0
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -8,9 +8,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from distill.data import read_json
 from distill.errors import UserError
 from distill.shipped import located
-from distill.teacher.vocabulary import load_words, save_vocabulary
+from distill.teacher.vocabulary import WORDS, save_vocabulary
 
 Parts = tuple[CLIPTokenizer, list[str], CLIPModel, AutoencoderKL]
 CLIP = "clip"  # the whole CLIP, image tower too, for scores and zero-shot labels
@@ -75,12 +76,12 @@ def load_parts(folder: Path | str) -> Parts:
     Raises `UserError` where one of them is missing.
     """
     folder = located(folder)
-    words = load_words(folder / "tokenizer")
-    if words is None or not (folder / "vae" / "config.json").is_file():
+    words = folder / "tokenizer" / WORDS
+    if not words.is_file() or not (folder / "vae" / "config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote")
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return tokenizer, sorted(words), load_clip(folder), vae.to(memory_format=torch.channels_last)
+    return tokenizer, read_json(words), load_clip(folder), vae.to(memory_format=torch.channels_last)
 
 
 def load_unet(folder: Path | str) -> UNet2DConditionModel:

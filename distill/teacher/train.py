@@ -24,7 +24,7 @@ class Steps:
     clip: int = 4500  # both towers, against random captions
     hard: int = 4500  # both again, against captions one word apart
     vae: int = 9000
-    unet: int = 8000
+    unet: int = 13500
 
 
 @dataclass(frozen=True)
