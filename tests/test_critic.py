@@ -40,6 +40,21 @@ def test_a_lora_trains_few_numbers_and_shares_the_rest(tiny_teacher: Teacher) ->
     assert not any(value.requires_grad for value in tiny_teacher.unet.parameters() if id(value) not in own)
 
 
+def test_a_new_critic_takes_the_place_of_the_last(tiny_teacher: Teacher) -> None:
+    """A bench makes one after the other on one teacher: each starts as the teacher, and trains."""
+    x_t, t, text = asked(tiny_teacher)
+    before = tiny_teacher.predict(x_t, t, text).eps
+    trained = []
+    for rank in (2, 4, 4):
+        critic = Critic(tiny_teacher, CriticOptions(rank=rank, updates=2, learning_rate=1e-2))
+        torch.testing.assert_close(critic.predict(x_t, t, text).eps, before)
+        critic.train_on(x_t, text, None, torch.Generator().manual_seed(1))
+        assert float((critic.predict(x_t, t, text).eps - before).abs().max()) > 1e-3
+        assert torch.equal(tiny_teacher.predict(x_t, t, text).eps, before)
+        trained.append(sum(value.numel() for value in critic.parameters()))
+    assert trained[1] == trained[2] == 2 * trained[0]  # nothing of the last is left
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_learns_what_is_made(kind: Literal["lora", "copy"], tiny_teacher: Teacher) -> None:
     """On one latent over and over, the critic's denoising of it beats the teacher's."""

@@ -20,7 +20,10 @@ CAMERA = 12  # numbers that tell a view: the upper three rows of camera to world
 
 @final
 class Critic(ScoreModel):
-    """A LoRA on a teacher's U-Net, or a copy of it. Starts as the teacher, exactly; the teacher itself is never changed."""
+    """A LoRA on a teacher's U-Net, or a copy of it. Starts as the teacher, exactly; the teacher itself is never changed.
+
+    A teacher carries one LoRA at a time: a new critic takes the place of the last.
+    """
 
     def __init__(self, teacher: Teacher, options: CriticOptions) -> None:
         """Raises `UserError` where peft is needed and not installed."""
@@ -83,7 +86,7 @@ class Critic(ScoreModel):
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """The trained parameters, in order, and the optimizer."""
@@ -102,6 +105,8 @@ def _add_lora(unet: Any, rank: int) -> Any:
         from peft import LoraConfig
     except ImportError:
         raise UserError("a LoRA critic needs peft: pip install peft, or set objective.critic.kind=copy") from None
+    if ADAPTER in getattr(unet, "peft_config", {}):
+        unet.delete_adapters(ADAPTER)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True), adapter_name=ADAPTER)
     return unet
