@@ -25,7 +25,7 @@ def main(config: dict[str, Any]) -> None:
     run = Run(run_options, config, options.prompt)
     made = TextTo3d(run, teacher, scene, objective, options)
     made.train()
-    result = finish(run, made, export)
+    result = finish(made, export)
     print(f"written: {result.parent}: mesh.glb, mesh.obj, turntable.mp4, turntable.gif, renders.png, result.json")
 
 

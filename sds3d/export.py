@@ -13,7 +13,6 @@ from distill.data import read_json
 from distill.errors import UserError
 from distill.film import save_gif, save_video
 from distill.report import image_grid, pick_device, save_png
-from distill.run import Run
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import CLIP, load_clip
 from distill.teacher.frozen import Teacher
@@ -56,12 +55,12 @@ def scene_of_run(directory: Path | str, device: str = "auto") -> Scene:
     return scene
 
 
-def finish(run: Run, made: TextTo3d, options: ExportOptions) -> Path:
+def finish(made: TextTo3d, options: ExportOptions) -> Path:
     """Export a finished run's scene into its directory and write result.json, whose path is returned.
 
     `forwards` there is the U-Net work in forward passes of one sample.
     """
-    scene, teacher, prompt = made.scene, made.teacher, made.options.prompt
+    run, scene, teacher, prompt = made.run, made.scene, made.teacher, made.options.prompt
     started = time.monotonic()
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.place}

@@ -66,7 +66,7 @@ def test_learns_what_is_made(kind: Literal["lora", "copy"], tiny_teacher: Teache
     t, noise = torch.full((8,), 400), torch.randn(latent.shape, generator=torch.Generator().manual_seed(9))
     x_t = critic.schedule.add_noise(latent, noise, t)
     errors = [float((model.predict(x_t, t, text).x0 - latent).square().mean()) for model in (tiny_teacher, critic)]
-    assert errors[1] < 0.85 * errors[0]
+    assert errors[1] < 0.8 * errors[0], errors
 
 
 def test_a_camera_is_one_more_token(tiny_teacher: Teacher) -> None:

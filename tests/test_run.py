@@ -153,7 +153,7 @@ def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
     assert "SIGINT: stops with a checkpoint after this step" in read_until(process, "a second one kills")
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    assert process.wait() == -signal.SIGINT
+    assert process.wait(timeout=10) == -signal.SIGINT
 
 
 def test_sigint_exits_130_and_restores_handlers(tmp_path: Path) -> None:

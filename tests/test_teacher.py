@@ -92,6 +92,17 @@ def test_mistaken_prompts_are_told(tiny_teacher: Teacher) -> None:
         tiny_teacher.encode_text(["  "])
 
 
+def test_guidance_is_one_call_a_step(tiny_teacher: Teacher) -> None:
+    calls = []
+    hook = tiny_teacher.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with torch.no_grad():
+            our_image(tiny_teacher, PROMPT, noise_for(tiny_teacher))
+    finally:
+        hook.remove()
+    assert len(calls) == 4
+
+
 def sd1_unet() -> dict[str, Any]:
     return {"attention_head_dim": 8}
 
