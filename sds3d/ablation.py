@@ -1,16 +1,21 @@
-"""Scenes as the subject of the bench of losses: one text-to-3D run a cell, graded on a ring of views."""
+"""Scenes as the subject of the bench of losses: one text-to-3D run a cell, graded on a ring of views, and against the true mesh."""
 
 from dataclasses import replace
 
+from trimesh import Trimesh
+
 from distill.bench.ablation import Cell, Figures
 from distill.bench.images import Graders, grade, picture
+from distill.errors import UserError
 from distill.report import image_grid, peak_memory, save_png
 from distill.run import Run, RunOptions
 from distill.teacher.frozen import Teacher
+from sds3d.benchmark import grade_scene, knows_truth
 from sds3d.cameras import ring
 from sds3d.export import GREY
+from sds3d.mesh import MeshOptions, extract_mesh
 from sds3d.prompts import view_of, view_prompt
-from sds3d.scene import SceneOptions
+from sds3d.scene import Scene, SceneOptions
 from sds3d.text_to_3d import TextTo3d, TextTo3dOptions
 from sds3d.turntable import render_views
 
@@ -18,7 +23,10 @@ ELEVATION = 20.0
 
 
 def run_scene(cell: Cell, teacher: Teacher, graders: Graders, scene: SceneOptions, options: TextTo3dOptions, views: int = 8) -> Figures:
-    """Optimise a scene by the cell's loss and grade `views` renders of it, each against the prompt of its view."""
+    """Optimise a scene by the cell's loss and grade `views` renders of it, each against the prompt of its view.
+
+    Where the prompt is of the world, the scene and its mesh are graded against the truth as well.
+    """
     run_options = RunOptions(str(cell.directory), cell.steps, cell.seed, trackers=(), preview_every=10**9, checkpoint_every=10**9)
     run = Run(run_options, {"prompt": cell.prompt, "loss": cell.loss}, cell.loss)
     made = TextTo3d(run, teacher, scene, cell.objective, replace(options, prompt=cell.prompt)).train()
@@ -28,5 +36,15 @@ def run_scene(cell: Cell, teacher: Teacher, graders: Graders, scene: SceneOption
     save_png(picture(cell), image_grid(images, views))
     prompts = [view_prompt(cell.prompt, view_of(azimuth, ELEVATION)) for azimuth in cameras.azimuth.tolist()]
     figures = {**grade(images, prompts, teacher, graders), "seconds": seconds, **peak_memory()}
+    if knows_truth(cell.prompt):
+        figures |= grade_scene(made, mesh_of(made), cell.prompt, teacher, graders)[0]
     run.finish(figures)
     return figures
+
+
+def mesh_of(scene: Scene) -> Trimesh | None:
+    """The scene's mesh with vertex colours; None where it has no surface."""
+    try:
+        return extract_mesh(scene, MeshOptions()).mesh
+    except UserError:
+        return None

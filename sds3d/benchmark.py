@@ -48,10 +48,19 @@ def full_suite() -> tuple[str, ...]:
     return (*TINY, *(phrase(colour, name) for name, colour in zip(rest, turned, strict=True)), *PAIRS)
 
 
+def _match(prompt: str) -> re.Match[str] | None:
+    thing = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
+    return re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip())
+
+
+def knows_truth(prompt: str) -> bool:
+    """Whether the prompt is of the world: an object in a colour, or a pair of them."""
+    return _match(prompt) is not None
+
+
 def truth_of(prompt: str) -> tuple[Shape, np.ndarray]:
     """The true shape of a prompt of the world and its face colours (F, 3). Raises `UserError` for any other prompt."""
-    thing = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
-    found = re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip())
+    found = _match(prompt)
     if found is None:
         raise UserError(f"{prompt!r} is no prompt of the world: expected 'a red teapot' or 'a blue cube on top of a green cylinder'")
     colour, name, relation, other_colour, other = found.groups()
@@ -127,16 +136,21 @@ def grade_pictures(scene: Scene, prompt: str, teacher: Teacher, graders: Graders
     return {**figures, "saturation": float(saturation(images).mean())}, views
 
 
-def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) -> dict[str, object]:
-    """Every figure of a finished text_to_3d run, pictures, mesh and cost; a run without a mesh scores 0 where a mesh would."""
+def grade_scene(scene: Scene, mesh: trimesh.Trimesh | None, prompt: str, teacher: Teacher, graders: Graders) -> tuple[Figures, Views]:
+    """A scene and its mesh against the truth of a prompt of the world; without a mesh it scores 0 where a mesh would."""
     shape, albedo = truth_of(prompt)
+    figures, views = grade_pictures(scene, prompt, teacher, graders, shape.has_front)
+    solid = {"f_score_5": 0.0, "f_score_2": 0.0, "volume_iou": 0.0, "watertight": 0.0} if mesh is None else grade_mesh(mesh, shape, albedo)
+    return {**figures, **solid}, views
+
+
+def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) -> dict[str, object]:
+    """Every figure of a finished text_to_3d run, pictures, mesh and cost."""
     result = read_json(directory / "result.json")
-    figures, views = grade_pictures(Scene.load(directory / "scene"), prompt, teacher, graders, shape.has_front)
-    if result["mesh"] is not None:
-        figures |= grade_mesh(load_mesh(directory / "mesh.glb"), shape, albedo)
+    mesh = None if result["mesh"] is None else load_mesh(directory / "mesh.glb")
+    figures, views = grade_scene(Scene.load(directory / "scene"), mesh, prompt, teacher, graders)
+    if mesh is not None:
         figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
-    else:
-        figures |= {"f_score_5": 0.0, "f_score_2": 0.0, "volume_iou": 0.0, "watertight": 0.0}
     figures |= {"seconds": result["run"]["seconds"], "forwards": float(result["forwards"])}
     return {"prompt": prompt, **figures, "confusion": confusion(views)}
 

@@ -85,6 +85,20 @@ def test_the_report_holds_every_row(tmp_path: Path) -> None:
     assert markdown(summarise(rows)) == told
 
 
+def test_a_figure_that_some_lack_has_a_dash(tmp_path: Path) -> None:
+    """A torus has no front to be told from behind: its rows lack a figure, and its loss's mean is over the others."""
+    names = {"guidance": None, "prompt": "a", "seed": 0, "steps": 5}
+    rows: list[dict[str, object]] = [
+        {"loss": "sds", **names, "score": 1.0},
+        {"loss": "sds", **names, "score": 3.0, "janus": 0.5},
+        {"loss": "csd", **names, "score": 2.0},
+    ]
+    assert markdown(summarise(rows)).splitlines()[2:] == ["| sds | own | 2 | 5 | 2 ± 13 | 0.5 |", "| csd | own | 1 | 5 | 2 | - |"]
+    save_report(tmp_path, "title", rows, {}, {})
+    assert [row["janus"] for row in csv.DictReader((tmp_path / "rows.csv").open())] == ["", "0.5", ""]
+    assert (tmp_path / "index.html").read_text().count("<img") == 3
+
+
 def test_distances_by_hand() -> None:
     a = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     assert wasserstein_2(a, a.flip(0)) == 0

@@ -65,6 +65,7 @@ def test_a_cell_leaves_its_row_and_picture(subject: str, graders: Graders, tiny_
     for cell in cells:
         assert picture(cell).is_file() and json.loads((cell.directory / "row.json").read_text())["seed"] == 0
     assert {"clip_score", "judge_object", "judge_colour", "saturation", "seconds"} <= set(rows[0])
+    assert ("f_score_2" in rows[0] and "janus" in rows[0]) == (subject == "scenes")  # of the world, so graded against its mesh
 
 
 def test_the_script_compares_losses_on_the_oracle(tmp_path: Path) -> None:

@@ -105,6 +105,11 @@ class Summary:
     figures: dict[str, tuple[float, float]]
 
 
+def columns(rows: Sequence[Mapping[str, object]]) -> list[str]:
+    """Every name that a row has, in their order: not all prompts have every figure (a torus has no front)."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def summarise(rows: Sequence[Mapping[str, object]]) -> list[Summary]:
     """Rows by loss and guidance, in their order."""
     groups: dict[tuple[object, object], list[Mapping[str, object]]] = {}
@@ -112,8 +117,8 @@ def summarise(rows: Sequence[Mapping[str, object]]) -> list[Summary]:
         groups.setdefault((row["loss"], row["guidance"]), []).append(row)
     found = []
     for (loss, guidance), members in groups.items():
-        names = [name for name in members[0] if name not in ("loss", "guidance", "prompt", "seed")]
-        figures = {name: interval([float(str(member[name])) for member in members]) for name in names}
+        names = [name for name in columns(members) if name not in ("loss", "guidance", "prompt", "seed")]
+        figures = {name: interval([float(str(member[name])) for member in members if name in member]) for name in names}
         found.append(Summary(str(loss), None if guidance is None else float(str(guidance)), len(members), figures))
     return found
 

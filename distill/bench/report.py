@@ -6,9 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from distill.bench import page
-from distill.bench.ablation import Summary, summarise
+from distill.bench.ablation import Summary, columns, summarise
 from distill.data import atomic_path, write_json
+
+MISSING = (math.nan, math.nan)  # the mean and interval of a figure that a loss has not
 
 
 def save_report(folder: Path, title: str, rows: Sequence[Mapping[str, object]], pictures: Mapping[str, Path], facts: object) -> None:
@@ -16,7 +20,7 @@ def save_report(folder: Path, title: str, rows: Sequence[Mapping[str, object]], 
     table = summarise(rows)
     write_json(folder / "rows.json", {"facts": facts, "rows": list(rows)})
     with atomic_path(folder / "rows.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, columns(rows))
         writer.writeheader()
         writer.writerows(rows)
     with atomic_path(folder / "table.md") as temporary:
@@ -25,18 +29,26 @@ def save_report(folder: Path, title: str, rows: Sequence[Mapping[str, object]], 
 
 
 def shown(mean: float, width: float) -> str:
-    """`0.812 ± 0.031`, to four figures; without an interval where there is none."""
+    """`0.812 ± 0.031`, to four figures; without an interval where there is none, a dash where there is no figure."""
+    if math.isnan(mean):
+        return "-"
     return f"{mean:.4g}" if math.isnan(width) or width == 0 else f"{mean:.4g} ± {width:.2g}"
+
+
+def figure_names(table: Sequence[Summary]) -> list[str]:
+    """Every figure that a row has, in their order."""
+    return list(dict.fromkeys(name for row in table for name in row.figures))
 
 
 def markdown(table: Sequence[Summary]) -> str:
     """A loss at a guidance a row: mean and 95 % interval of each figure."""
-    names = list(table[0].figures)
+    names = figure_names(table)
     head = ["loss", "guidance", "runs", *(name.replace("_", " ") for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
         scale = "own" if row.guidance is None else f"{row.guidance:g}"
-        lines.append("| " + " | ".join([row.loss, scale, str(row.runs), *(shown(*row.figures[name]) for name in names)]) + " |")
+        told = [shown(*row.figures.get(name, MISSING)) for name in names]
+        lines.append("| " + " | ".join([row.loss, scale, str(row.runs), *told]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -55,10 +67,10 @@ def _plots(table: Sequence[Summary]) -> list[bytes]:
 
     labels = [row.loss if row.guidance is None else f"{row.loss} s={row.guidance:g}" for row in table]
     drawn = []
-    for name in table[0].figures:
+    for name in figure_names(table):
         figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
-        widths = [0.0 if math.isnan(row.figures[name][1]) else row.figures[name][1] for row in table]
-        axis.bar(range(len(labels)), [row.figures[name][0] for row in table], yerr=widths, color="#58a", capsize=3)
+        means, widths = zip(*(row.figures.get(name, MISSING) for row in table), strict=True)
+        axis.bar(range(len(labels)), np.nan_to_num(means), yerr=np.nan_to_num(widths), color="#58a", capsize=3)
         axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
         axis.set_title(name.replace("_", " "), fontsize=10)
         buffer = io.BytesIO()
