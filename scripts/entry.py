@@ -41,13 +41,18 @@ def load_group(group: str, name: str) -> dict[str, Any]:
 def _check(name: str, overrides: list[str]) -> None:
     """Compose once to meet mistakes before hydra's own many-line report does."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            missing = sorted(OmegaConf.missing_keys(compose(name, overrides)), key=len)
+            config = compose(name, overrides, return_hydra_config=True)
+            HydraConfig.instance().set_config(config)  # what ${hydra:...} in a directory's name reads
+            with open_dict(config):
+                del config["hydra"]
+            missing = sorted(OmegaConf.missing_keys(config), key=len)
     except (HydraException, OmegaConfBaseException) as error:
         absent = re.search(r"Missing mandatory value: (\S+)", str(error))
         if absent:

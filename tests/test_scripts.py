@@ -27,6 +27,18 @@ def test_text_to_3d_leaves_everything(run_directory):
     assert result["run"]["steps"] == 2 and result["run"]["seconds"] > 0
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "directory"),
+    [
+        ("optimise_image", ["prompt=a red teapot", "objective=csd"], "outputs/optimise_image/a-red-teapot-csd-seed0"),
+        ("distill_one_step", ["method=sid", "run.seed=3"], "outputs/one_step/sid-seed3"),
+        ("text_to_3d", ["prompt=a blue torus"], "outputs/text_to_3d/a-blue-torus-seed0"),
+    ],
+)
+def test_runs_are_named_after_what_they_do(name, given, directory):
+    assert f"directory: {directory}\n" in script(name, *given, "--cfg", "job", "--resolve")
+
+
 def test_export_again(run_directory, tmp_path):
     script(
         "export",

@@ -37,7 +37,7 @@ def our_image(teacher: Teacher, prompt: str, noise: Tensor) -> Tensor:
 
 
 def test_the_stock_pipeline_draws_the_same_image(tiny_teacher: Teacher, tiny_teacher_folder: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher_folder, torch_dtype=torch.float32, local_files_only=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_teacher_folder, local_files_only=True)  # no dtype: as a user would
     noise = noise_for(tiny_teacher)
     ours = our_image(tiny_teacher, PROMPT, noise)
     torch.testing.assert_close(ours, stock_image(pipeline, PROMPT, noise), atol=1e-3, rtol=0)

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from distill.data import read_json
+from distill.data import read_json, write_json
 from distill.errors import UserError
 from distill.shipped import located
 from distill.teacher.vocabulary import WORDS, save_vocabulary
@@ -44,22 +44,34 @@ def save_teacher(
         raise UserError(f"{folder} holds something other than a teacher: choose another folder")
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(vae),  # the caller's parts keep their precision
-        text_encoder=text_encoder_of(clip),
-        tokenizer=tokenizer,
-        unet=copy.deepcopy(unet),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    save_pipeline(
+        temporary,
+        StableDiffusionPipeline(
+            vae=copy.deepcopy(vae),  # the caller's parts keep their precision
+            text_encoder=text_encoder_of(clip),
+            tokenizer=tokenizer,
+            unet=copy.deepcopy(unet),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ),
     )
-    pipeline.to(torch.float16).save_pretrained(temporary)
     copy.deepcopy(clip).half().save_pretrained(temporary / CLIP)
     save_vocabulary(temporary / "tokenizer", tokenizer, words)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
+
+
+def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline) -> None:
+    """A pipeline's parts in fp16, in which they are left; loaded without a dtype they are all float32.
+
+    transformers takes the dtype of its config where diffusers takes float32: unlike, they do not run together.
+    """
+    pipeline.to(torch.float16).save_pretrained(folder)
+    config = folder / "text_encoder" / "config.json"
+    write_json(config, {**read_json(config), "dtype": "float32"})
 
 
 def save_parts(folder: Path | str, tokenizer: CLIPTokenizer, words: list[str], clip: CLIPModel, vae: AutoencoderKL) -> None:
