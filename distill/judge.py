@@ -86,6 +86,13 @@ class Judge(nn.Module):
         centred = (images * 4 - 2).contiguous(memory_format=torch.channels_last)
         return self.trunk(centred).mean((2, 3))
 
+    def layers(self, images: Tensor) -> list[Tensor]:
+        """The activations (N, C, h, w) of every block, with gradient, for perceptual distances."""
+        values = [(images * 4 - 2).contiguous(memory_format=torch.channels_last)]
+        for block in self.trunk:
+            values.append(block(values[-1]))
+        return values[1:]
+
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits (N, number of labels) of each attribute for images (N, 3, H, W) in [0, 1]."""
         features = self.features(images)

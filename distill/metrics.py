@@ -21,11 +21,7 @@ def moments(features: Tensor) -> Moments:
 
     Raises `UserError` for another shape, N < 2 and values that are not finite.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise UserError(f"features have the shape {tuple(features.shape)}; expected (N, D) with N of at least 2")
-    if not features.isfinite().all():
-        raise UserError("features hold NaN or infinity; expected finite numbers, check the images they come from")
-    features = features.detach().double().cpu()
+    features = _features(features)
     mean = features.mean(0)
     centred = features - mean
     return Moments(mean, centred.T @ centred / (len(features) - 1))
@@ -51,6 +47,51 @@ def _root(covariance: Tensor) -> Tensor:
     """The symmetric root of a positive semi-definite matrix; eigenvalues rounded below 0 count as 0."""
     values, vectors = torch.linalg.eigh(covariance)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Kernel inception distance (Binkowski et al. 2018, arXiv:1801.01401, section 4): mean and standard deviation over random subsets.
+
+    The unbiased squared maximum mean discrepancy of features (N, D), kernel (x . y / D + 1)^3; subsets have `size` points, or all.
+    """
+    a, b = _features(a), _features(b)
+    count = min(size, len(a), len(b))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(subsets):
+        x, y = (v[torch.randperm(len(v), generator=generator)[:count]] for v in (a, b))
+        within = [(_cubic(v, v).sum() - _cubic(v, v).diagonal().sum()) / (count * (count - 1)) for v in (x, y)]
+        found.append(within[0] + within[1] - 2 * _cubic(x, y).mean())
+    values = torch.stack(found)
+    return float(values.mean()), float(values.std()) if subsets > 1 else 0.0
+
+
+def _cubic(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def precision_recall(real: Tensor, made: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 2) of features (N, D) and (M, D).
+
+    Precision: the share of made points that lie nearer to some real point than its k-th neighbour among the real; recall: reversed.
+    """
+    real, made = _features(real), _features(made)
+    if min(len(real), len(made)) <= k:
+        raise UserError(f"precision and recall with k = {k} need more than {k} points of each; given are {len(real)} and {len(made)}")
+    return _covered(made, real, k), _covered(real, made, k)
+
+
+def _covered(points: Tensor, support: Tensor, k: int) -> float:
+    radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+    return float((torch.cdist(points, support) <= radius).any(1).double().mean())
+
+
+def _features(features: Tensor) -> Tensor:
+    if features.ndim != 2 or len(features) < 2:
+        raise UserError(f"features have the shape {tuple(features.shape)}; expected (N, D) with N of at least 2")
+    if not features.isfinite().all():
+        raise UserError("features hold NaN or infinity; expected finite numbers, check the images they come from")
+    return features.detach().double().cpu()
 
 
 def wasserstein_2(a: Tensor, b: Tensor) -> float:

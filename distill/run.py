@@ -97,6 +97,7 @@ class Run:
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._peak_before: dict[str, float] = {}
+        self._rewound: list[dict[str, Any]] = []
         self._trackers = Trackers(options.trackers, self.directory / "trackers")
         self._release = claim(self.directory, config, options.resume, options.overwrite)
         weakref.finalize(self, self._release)
@@ -106,6 +107,11 @@ class Run:
     def seconds(self) -> float:
         """Wall-clock seconds spent in all sessions, without what a kill has lost."""
         return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run was rewound, in all sessions."""
+        return len(self._rewound)
 
     @property
     def _finished(self) -> int:
@@ -119,12 +125,14 @@ class Run:
                 raise UserError(f"cannot track '{name}'; expected a new name, before the first step")
             self._parts[name] = part
 
-    def steps(self) -> Iterator[int]:
-        """The indices of the steps still to do; loads the newest checkpoint first, saves along the way.
+    def steps(self, keep_start: bool = False) -> Iterator[int]:
+        """The indices of the steps still to do; loads the newest checkpoint first, saves along the way, with `keep_start` the start too.
 
         SIGTERM and SIGINT end the process after the current step and a checkpoint: SystemExit(143 or 130).
         """
         self._begin()
+        if keep_start and self.step == 0:
+            self.save()
         try:
             if self.step < self.options.steps:
                 self._trackers.start(self.label, self.step)
@@ -143,7 +151,7 @@ class Run:
             self.step += 1
             if self.due(self.options.log_every):
                 self._flush(bar)
-            bar.update()
+            bar.update(self.step - bar.n)  # back, where it was rewound
             if self._signal or self.due(self.options.checkpoint_every):
                 self.save()
             if self._signal:
@@ -178,9 +186,27 @@ class Run:
         prune(folder, self.options.keep)
         return path
 
+    def rewind(self, why: str) -> None:
+        """Within a step, give it up and go back to the newest checkpoint, noted in result.json as `rewound`; the loop goes on from there.
+
+        `rollbacks` has grown by one, for the caller to draw other numbers by. Raises `UserError` where there is no checkpoint.
+        """
+        newest = load_newest(self.directory / "checkpoints")
+        if newest is None:
+            raise UserError(f"{why} at step {self.step}, and there is no checkpoint to go back to: call steps(keep_start=True)")
+        self._rewound.append({"step": self._finished, "to": newest.state["step"], "why": why})
+        seconds, rewound = self.seconds, self._rewound
+        self._load(newest.state)
+        self._seconds_before, self._started, self._rewound = seconds, time.monotonic(), rewound
+        truncate_metrics(self.directory, self.step)
+        print(f"{self.label}: {why}: back to step {self.step}", file=sys.stderr)
+        self.step -= 1  # the step in progress, which counts one on when it ends
+        self.save()
+
     def finish(self, result: Mapping[str, Any]) -> Path:
         """Write result.json: `result` and, under `run`, steps, seconds, memory, machine, versions."""
         facts = {"steps": self.step, "seconds": round(self.seconds, 3), "seed": self.options.seed}
+        facts |= {"rewound": self._rewound} if self._rewound else {}
         facts |= {**self._peak(), "device": str(self.device), **machine_facts()}
         path = self.directory / "result.json"
         write_json(path, {**result, "run": facts})
@@ -208,6 +234,7 @@ class Run:
             "seconds": self.seconds,
             "seed": self.options.seed,
             "peak": self._peak(),
+            "rewound": self._rewound,
             "figures": self._figures,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "random": {**random_state(), "run": self.generator.get_state()},
@@ -223,6 +250,7 @@ class Run:
             part.load_state_dict(saved[name])
         self.step = state["step"]
         self._seconds_before, self._peak_before = state["seconds"], state["peak"]
+        self._rewound = state.get("rewound", [])
         self._figures = state["figures"]
         self.generator.set_state(state["random"]["run"])
         set_random_state(state["random"])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.errors import UserError
 from distill.objectives.options import CriticOptions
 from distill.score import Prediction, ScoreModel
-from distill.teacher.frozen import Teacher, UNetScore
+from distill.teacher.frozen import Distillable, UNetScore
 from distill.teacher.unet import denoising_loss
 
 ADAPTER = "critic"
@@ -25,7 +25,7 @@ class Critic(ScoreModel):
     A teacher carries one LoRA at a time: a new critic takes the place of the last.
     """
 
-    def __init__(self, teacher: Teacher, options: CriticOptions) -> None:
+    def __init__(self, teacher: Distillable, options: CriticOptions) -> None:
         """Raises `UserError` where peft is needed and not installed."""
         self.options, self.schedule = options, teacher.schedule
         self._lora = options.kind == "lora"
@@ -36,7 +36,7 @@ class Critic(ScoreModel):
         if self.embed is not None:
             nn.init.zeros_(self.embed.bias)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=0.0)
-        with self._on():
+        with self.on():
             pass  # leaves the adapter off: the teacher answers as before
 
     def parameters(self) -> list[nn.Parameter]:
@@ -45,7 +45,7 @@ class Critic(ScoreModel):
         return named + ([] if self.embed is None else list(self.embed.parameters()))
 
     @contextmanager
-    def _on(self) -> Iterator[None]:
+    def on(self) -> Iterator[None]:
         """The adapter counts, and is trained, within; a backward pass must be within too."""
         if not self._lora:
             yield
@@ -70,19 +70,23 @@ class Critic(ScoreModel):
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """As the contract says; condition from `states`."""
-        with self._on():
+        with self.on():
             return self.score.predict(x_t, t, condition)
 
-    def train_on(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> float:
-        """`updates` steps of denoising on latents (B, C, h, w) at times over all of [0, T) (VSD, algorithm 1); the last loss."""
-        loss = latents.new_zeros(())
+    def loss(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Denoising of latents (B, C, h, w) at times over all of [0, T) (VSD, algorithm 1); called and differentiated within `on`."""
         clean = latents.detach()
+        t = torch.randint(self.schedule.steps, (len(clean),), generator=generator).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        forget = (torch.rand(len(clean), generator=generator) < self.options.dropout).to(clean.device)
+        return denoising_loss(self.unet, self.schedule, (clean, noise, t, self.states(text, poses, forget)), self.score.kind)
+
+    def train_on(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> float:
+        """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last loss."""
+        loss = latents.new_zeros(())
         for _ in range(self.options.updates):
-            t = torch.randint(self.schedule.steps, (len(clean),), generator=generator).to(clean.device)
-            noise = torch.randn(clean.shape, generator=generator).to(clean)
-            forget = (torch.rand(len(clean), generator=generator) < self.options.dropout).to(clean.device)
-            with self._on():
-                loss = denoising_loss(self.unet, self.schedule, (clean, noise, t, self.states(text, poses, forget)), self.score.kind)
+            with self.on():
+                loss = self.loss(latents, text, poses, generator)
                 self.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             self.optimizer.step()

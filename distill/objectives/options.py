@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 
-Weight = Literal["sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha"]
+Weight = Literal["sigma_squared", "one", "sigma", "alpha_sigma_squared", "sigma_over_alpha"]
 Place = Literal["now", "earlier", "reference"]
 
 

@@ -1,7 +1,7 @@
 """The frozen teacher: a latent diffusion model in a diffusers folder, behind the score contract."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -26,6 +26,21 @@ class UNetScore(ScoreModel):
         """As the contract says; the network runs in its own dtype, the conversions in float32."""
         output = self.unet(x_t.to(self.unet.dtype), t, encoder_hidden_states=condition.to(self.unet.dtype)).sample
         return Prediction.of(output, x_t, t, self.schedule, self.kind)
+
+
+class Distillable(Protocol):
+    """What a critic or a student needs of a teacher besides its answers: the network it starts from."""
+
+    schedule: NoiseSchedule
+    unet: Any
+    score: UNetScore
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """As of every score model."""
 
 
 @final

@@ -1,0 +1,108 @@
+"""The adversarial part: a head on the critic's bottleneck that tells noisy real latents from noisy generated ones.
+
+DMD2, arXiv:2405.14867, section 4.3; its logit is also the density ratio that f-distill weighs by (arXiv:2502.15681).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.errors import UserError
+
+Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "squared_hellinger", "jeffreys", "softened_reverse_kl"]
+
+# h(r) = r^2 f''(r) of D_f(p | q), r = p / q real over generated: what the matching gradient is multiplied by (arXiv:2502.15681, table 1)
+WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "forward_kl": lambda r: r,
+    "jensen_shannon": lambda r: r / (1 + r),
+    "squared_hellinger": lambda r: r.sqrt() / 4,
+    "jeffreys": lambda r: 1 + r,
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+}
+
+
+@dataclass(frozen=True)
+class GanOptions:
+    """Weights on the loss of the generator (on the scale that is summed over a latent) and of the critic (on the mean scale)."""
+
+    generator: float = 1.0
+    critic: float = 0.01
+    width: int = 128
+    learning_rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if min(self.generator, self.critic) < 0 or self.learning_rate <= 0 or self.width < 8:
+            raise UserError("the adversarial weights must not be negative, its learning rate positive and its width at least 8")
+
+
+class _Reached(Exception):
+    """The bottleneck has been computed; what lies above is not needed."""
+
+
+def bottleneck(unet: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
+    """Activations (B, C, h, w) in the middle of a U-Net; its upper half is not evaluated."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        seen.append(output)
+        raise _Reached
+
+    handle = unet.mid_block.register_forward_hook(stop)
+    try:
+        unet(x_t.to(unet.dtype), t, encoder_hidden_states=states.to(unet.dtype))
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].float()
+
+
+@contextmanager
+def watched(unet: Any) -> Iterator[list[Tensor]]:
+    """Notes the bottleneck of every call within: what a denoising loss computes anyway."""
+    seen: list[Tensor] = []
+    handle = unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Their parameters take no gradient within; what flows through them does."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@final
+class Discriminator(nn.Module):
+    """Logits (B,) from a bottleneck (B, C, h, w): above 0 says real."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(channels, width, 3, padding=1)
+        self.norm = nn.GroupNorm(8, width)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """As the class says."""
+        return self.out(F.silu(self.norm(self.convolution(features))).mean((2, 3)))[:, 0]
+
+
+def divergence_weight(name: Divergence, logits: Tensor, bounds: tuple[float, float] = (0.1, 20.0)) -> Tensor:
+    """h(r) (B, 1, 1, 1) at r = exp(logit), clipped to `bounds`, no gradient."""
+    ratio = logits.detach().float().exp().clamp(*bounds)
+    return WEIGHTS[name](ratio)[:, None, None, None]

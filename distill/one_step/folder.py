@@ -1,0 +1,97 @@
+"""A student as a diffusers folder: the teacher's text encoder and VAE, the student's U-Net, a scheduler that knows its times."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from distill.data import write_json
+from distill.errors import UserError
+from distill.noise import NoiseSchedule
+from distill.one_step import pipeline as pipeline_file
+from distill.one_step.student import Student
+from distill.shipped import located
+from distill.teacher.folder import save_pipeline
+from distill.teacher.frozen import Teacher
+from distill.teacher.vocabulary import WORDS
+
+PIPELINE = "pipeline.py"  # its presence tells a student's folder from a teacher's
+
+
+def student_scheduler(student: Student) -> LCMScheduler:
+    """The stock scheduler that asks at a student's times and renoises between them.
+
+    The schedule is cut off above the first time, so that stock spacing begins there.
+    """
+    last = student.times[0]
+    product = student.schedule.alpha(torch.arange(last + 1)).flatten().double().square()
+    betas = 1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
+    return LCMScheduler(
+        num_train_timesteps=last + 1,
+        trained_betas=betas.tolist(),
+        prediction_type=student.kind,
+        original_inference_steps=len(student.times),
+        timestep_scaling=1e9,  # no blending with its input, which consistency models need at t = 0
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,  # no part in its spacing; the stock pipeline warns at 0
+    )
+
+
+def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None:
+    """Write the folder in fp16 safetensors, whole or not at all; an older student in its place is replaced.
+
+    Raises `UserError` when the folder holds something other than a student.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / PIPELINE).is_file():
+        raise UserError(f"{folder} holds something other than a student: choose another folder")
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    made = StableDiffusionPipeline(
+        vae=copy.deepcopy(teacher.vae),
+        text_encoder=copy.deepcopy(teacher.text_encoder),
+        tokenizer=teacher.tokenizer,
+        unet=copy.deepcopy(student.unet),
+        scheduler=student_scheduler(student),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    save_pipeline(temporary, made)
+    if teacher.words is not None:
+        write_json(temporary / "tokenizer" / WORDS, sorted(teacher.words))
+    shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[Student, Teacher]:
+    """A student and, as a `Teacher` for its text and images, the parts it came with; by folder or shipped name.
+
+    Raises `UserError` where there is none.
+    """
+    folder = located(name)
+    if not (folder / PIPELINE).is_file():
+        raise UserError(f"{name} is no student: give a shipped name or a folder that distill_one_step.py wrote")
+    parts = Teacher.load(str(folder), device)
+    scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
+    steps = scheduler.config.original_inference_steps
+    apart = scheduler.config.num_train_timesteps // steps
+    times = tuple(apart * k - 1 for k in range(steps, 0, -1))
+    return Student(parts.unet, NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, times), parts
+
+
+def is_student(name: Path | str) -> bool:
+    """Whether a folder or shipped name is a student's."""
+    return (located(name) / PIPELINE).is_file()
+
+
+def draw(student: Student, parts: Teacher, prompts: list[str], noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, H, W) of prompts from standard normal noise (N, C, h, w)."""
+    with torch.no_grad():
+        return parts.decode(student(noise.to(parts.device), parts.encode_text(prompts), generator)).cpu()

@@ -1,0 +1,116 @@
+"""Distillation on the oracle: a Gaussian mixture with exact scores, and a small network in the place of a U-Net for student and critic."""
+
+import math
+from types import SimpleNamespace
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from distill.bench.ablation import Figures, coverage
+from distill.metrics import divergence_from, moments, wasserstein_2
+from distill.one_step.monitor import Monitor, MonitorOptions
+from distill.one_step.student import Student
+from distill.score import Prediction, ScoreModel
+from distill.teacher.frozen import UNetScore
+from distill.teacher.mixture import MixtureTeacher
+from distill.teacher.unet import LatentCache, denoising_loss
+
+
+@final
+class PointNet(nn.Module):
+    """A denoiser of points (B, 2, 1, 1) under class weights (B, 1, K), called as diffusers calls a U-Net, with a `mid_block`."""
+
+    def __init__(self, classes: int, width: int = 128) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(cross_attention_dim=classes)
+        self.frequencies = 2.0 ** torch.arange(6) * math.pi / 1000
+        self.conv_in = nn.Linear(2 + 12 + classes, width)
+        self.down = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mid_block = nn.Sequential(nn.Flatten(), nn.SiLU(), nn.Linear(width, width), nn.Unflatten(1, (width, 1, 1)))
+        self.up = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.conv_out = nn.Linear(width, 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters."""
+        return self.conv_in.weight.dtype
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        """The answer (B, 2, 1, 1) as `.sample`."""
+        angle = timestep[:, None].to(sample) * self.frequencies.to(sample)
+        told = torch.cat([sample.flatten(1), angle.sin(), angle.cos(), encoder_hidden_states[:, 0].to(sample)], 1)
+        first = self.conv_in(told)
+        middle = self.mid_block(first + self.down(first))
+        return SimpleNamespace(sample=self.conv_out(first + self.up(middle.flatten(1)))[..., None, None])
+
+
+@final
+class MixtureStudy(ScoreModel):
+    """A mixture as a teacher to distil: exact answers, and a network fitted to it for student and critic to start from."""
+
+    def __init__(self, exact: MixtureTeacher, steps: int = 1500, seed: int = 0) -> None:
+        self.exact, self.schedule = exact, exact.schedule
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.unet = PointNet(len(exact.mixture.labels))
+        self.score = UNetScore(self.unet, self.schedule, "v_prediction")  # type: ignore[arg-type]
+        self._fit(steps, torch.Generator().manual_seed(seed))
+        self.unet.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """As the contract says, exactly, with gradient in x_t."""
+        return self.exact.predict(x_t, t, condition.double())
+
+    def _fit(self, steps: int, generator: torch.Generator) -> None:
+        cache = mixture_cache(self.exact, 4096, generator)
+        optimizer = torch.optim.Adam(self.unet.parameters(), lr=2e-3)
+        for _ in range(steps):
+            index = torch.randint(len(cache.latents), (256,), generator=generator)
+            t = torch.randint(self.schedule.steps, (256,), generator=generator)
+            noise = torch.randn(256, 2, 1, 1, generator=generator)
+            batch = (cache.latents[index], noise, t, cache.states[cache.caption[index]])
+            loss = denoising_loss(self.unet, self.schedule, batch, "v_prediction")  # type: ignore[arg-type]
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+
+def mixture_cache(exact: MixtureTeacher, count: int, generator: torch.Generator) -> LatentCache:
+    """Exact samples of every class as the data of a distillation; a caption is a class, the last state the whole mixture."""
+    labels = sorted(set(exact.mixture.labels))
+    states = exact.encode_text([*labels, ""])
+    caption = torch.randint(len(labels), (count,), generator=generator)
+    return LatentCache(exact.sample(states[caption], generator).float(), states.float(), caption)
+
+
+def point_monitor(cache: LatentCache, options: MonitorOptions) -> Monitor:
+    """Watches points as they are: the features are the coordinates."""
+    return Monitor(moments(cache.latents.flatten(1)), lambda latents: latents.flatten(1), lambda latents: 1.0, options, {})
+
+
+@torch.no_grad()
+def grade_points(student: Student, exact: MixtureTeacher, seed: int = 0, count: int = 512) -> Figures:
+    """Over the classes, the mean of: coverage of the class's modes, KL to it by nearest neighbours, W2 to exact samples, and W2's floor."""
+    rows = []
+    generator = torch.Generator().manual_seed(seed)
+    for label in sorted(set(exact.mixture.labels)):
+        states = exact.encode_text([label]).expand(count, -1, -1)
+        points = student(torch.randn(count, 2, 1, 1, generator=generator), states.float(), generator)
+        real, again = (exact.sample(states, generator).flatten(1) for _ in range(2))
+        weights = states[0, 0]
+        std = float(exact.mixture.stds.mean())
+        rows.append(
+            {
+                "coverage": coverage(points.flatten(1), exact.mixture.means.flatten(1), std, weights),
+                "kl": divergence_from(points.flatten(1), exact.mixture.log_density(points, weights)),
+                "w2": wasserstein_2(points.flatten(1), real),
+                "w2_floor": wasserstein_2(again, real),
+            }
+        )
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}

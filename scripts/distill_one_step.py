@@ -1,0 +1,36 @@
+"""A one-step generator from a frozen teacher: python scripts/distill_one_step.py method=dmd2"""
+
+from pathlib import Path
+from typing import Any
+
+from entry import entry
+
+
+def main(config: dict[str, Any]) -> None:
+    from distill.config import build
+    from distill.judge import load_judge
+    from distill.one_step.folder import save_student
+    from distill.one_step.start import start
+    from distill.one_step.student import chosen_time
+    from distill.one_step.train import OneStepOptions
+    from distill.report import pick_device
+    from distill.run import Run, RunOptions
+    from distill.teacher.frozen import Teacher
+
+    options = build(OneStepOptions, {**config["distill"], "method": config["method"]}, "distill")
+    run_options = build(RunOptions, config["run"], "run")
+    teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
+    print(chosen_time(teacher.schedule, options.student, teacher.score.kind))
+    label = Path(run_options.directory).name
+    run = Run(run_options, config, label)
+    task = start(run, teacher, load_judge(config["judge"]), config["data"], options)
+    averaged, raw = task.train()
+    save_student(run.directory / "student", averaged, teacher)
+    save_student(run.directory / "student_raw", raw, teacher)
+    figures = task.monitor.look(task.samples())
+    run.finish({**figures, "forwards": task.forwards, "config": config})
+    print(f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}")
+
+
+if __name__ == "__main__":
+    entry("distill_one_step", main)
