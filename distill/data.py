@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,22 @@ def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int 
     if len({image.shape[2] for image in images}) > 1:  # mixed: transparent images decide
         images = [i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images]
     return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
+
+
+def batches(count: int, size: int, step: int, seed: int) -> Tensor:
+    """The indices (size,) of the batch at a step, a pure function, so that a data position needs no state.
+
+    Batches are cut from an endless stream of permutations of `count` items, a fresh one an epoch.
+    """
+    if count < 1 or size < 1:
+        raise UserError(f"cannot draw batches of {size} from {count} items; expected at least one of each")
+    first, end = step * size, (step + 1) * size
+    epochs = range(first // count, (end - 1) // count + 1)
+    cuts = [_permutation(count, seed, e)[max(first - e * count, 0) : end - e * count] for e in epochs]
+    return torch.cat(cuts)
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    # the factor keeps the epochs of neighbouring seeds apart
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.augmentation import add_noise, cover, move, relight, soften
-from distill.data import Captioned, atomic_path, grey_levels, read_json, write_json
+from distill.data import Captioned, atomic_path, batches, grey_levels, read_json, write_json
 from distill.errors import UserError
-from distill.run import Run, batches
+from distill.run import Run
 from distill.shipped import located
 
 FORMAT = "distill-judge-1"

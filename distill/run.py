@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -302,22 +301,3 @@ class Run:
         where = f"{self.label}: stopped by {name} after step {self.step} of {self.options.steps}"
         print(f"{where}, checkpoint written; resume with: {again}", file=sys.stderr)
         raise SystemExit(128 + self._signal)
-
-
-def batches(count: int, size: int, step: int, seed: int) -> Tensor:
-    """The indices (size,) of the batch at a step, a pure function, so that a data position needs no state.
-
-    Batches are cut from an endless stream of permutations of `count` items, a fresh one an epoch.
-    """
-    if count < 1 or size < 1:
-        raise UserError(f"cannot draw batches of {size} from {count} items; expected at least one of each")
-    first, end = step * size, (step + 1) * size
-    epochs = range(first // count, (end - 1) // count + 1)
-    cuts = [_permutation(count, seed, e)[max(first - e * count, 0) : end - e * count] for e in epochs]
-    return torch.cat(cuts)
-
-
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    # the factor keeps the epochs of neighbouring seeds apart
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

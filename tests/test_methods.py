@@ -117,7 +117,7 @@ def test_weights_are_second_derivatives() -> None:
 
 
 def test_sid_by_hand(schedule: NoiseSchedule) -> None:
-    """Both forms of the identity agree, and E[(f - f_psi) . (f_psi - x_g)] = 0 for the exact critic, which leaves (1 - alpha) |f - f_psi|^2."""
+    """Both forms of the identity agree; E[(f - f_psi) . (f_psi - x_g)] = 0 for the exact critic, which leaves (1 - alpha) |f - f_psi|^2."""
     count, alpha = 100_000, 1.2
     source = torch.Generator().manual_seed(0)
     z = 0.5 + 0.7 * torch.randn(count, 1, 1, 1, generator=source, dtype=torch.float64)

@@ -19,10 +19,11 @@ from PIL import Image
 from torch import nn
 
 from distill.checkpoint import checkpoint_path, load_state
+from distill.data import batches
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.report import image_grid, save_png
-from distill.run import Run, RunOptions, batches
+from distill.run import Run, RunOptions
 
 STEPS = 30
 

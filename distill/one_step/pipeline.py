@@ -4,12 +4,19 @@ Loaded by `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline",
 either argument diffusers loads its own class: then ask for the student's steps and guidance_scale=1.
 """
 
+import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+
+Argument = torch.Tensor | torch.Generator | list[str] | str | int | float | None
 
 
 class StudentPipeline(StableDiffusionPipeline):
     """`pipeline(prompt)` gives a student's image; any other argument of the stock pipeline can be given by name."""
 
-    def __call__(self, prompt=None, num_inference_steps=None, guidance_scale=1.0, **others):
+    def __call__(
+        self, prompt: str | list[str], num_inference_steps: int | None = None, guidance_scale: float = 1.0, **others: Argument
+    ) -> StableDiffusionPipelineOutput:
+        """Images of prompts, in all of the student's steps unless told otherwise."""
         steps = num_inference_steps or self.scheduler.config.original_inference_steps
         return super().__call__(prompt, num_inference_steps=steps, guidance_scale=guidance_scale, **others)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.data import batches
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.objectives.options import CriticOptions, ObjectiveOptions
@@ -19,7 +20,7 @@ from distill.one_step.regression import Regression, RegressionOptions
 from distill.one_step.second_order import SecondOrderOptions
 from distill.one_step.student import Student, StudentOptions
 from distill.one_step.trajectory import Consistency, ConsistencyOptions, Progressive, ProgressiveOptions
-from distill.run import Run, batches
+from distill.run import Run
 from distill.teacher.frozen import Distillable
 from distill.teacher.unet import LatentCache
 

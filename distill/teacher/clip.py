@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from distill.augmentation import add_noise, move, soften, some
-from distill.data import Captioned, grey_levels
-from distill.run import Run, batches
+from distill.data import Captioned, batches, grey_levels
+from distill.run import Run
 from distill.teacher.neighbours import OneWordApart
 
 MEAN = (0.5, 0.5, 0.5)  # pixel normalisation, in the image processor's files too

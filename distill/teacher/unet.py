@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data import Captioned
+from distill.data import Captioned, batches
 from distill.ema import EMA
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
-from distill.run import Run, batches
+from distill.run import Run
 from distill.sampling import sample_ddim
 from distill.score import Guided
 from distill.teacher.frozen import UNetScore

@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.data import Captioned, grey_levels
+from distill.data import Captioned, batches, grey_levels
 from distill.errors import UserError
-from distill.run import Run, batches
+from distill.run import Run
 
 
 @dataclass(frozen=True)
