@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,16 @@ from distill.data import atomic_path
 from distill.errors import UserError
 
 FORMAT = "distill-state-1"
+
+
+class Stateful(Protocol):
+    """Anything a checkpoint can hold: modules, optimizers, schedulers, `EMA`."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state as nested dicts, lists, tensors and numbers."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take over such a state."""
 
 
 class Checkpoint(NamedTuple):

@@ -94,7 +94,8 @@ def _check_installed(names: Sequence[str]) -> None:
 def pick_device(name: str) -> torch.device:
     """The device of a name, `auto` being CUDA where there is one. Raises `UserError` where it is absent."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        here = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes each has its own
+        return torch.device("cuda", here) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

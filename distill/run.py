@@ -14,13 +14,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from distill import processes
 from distill.checkpoint import (
+    Stateful,
     checkpoint_path,
     load_newest,
     prune,
@@ -33,16 +35,6 @@ from distill.data import write_json
 from distill.errors import UserError
 from distill.report import Trackers, image_grid, machine_facts, peak_memory, pick_device, save_png
 from distill.run_directory import claim, truncate_metrics
-
-
-class Stateful(Protocol):
-    """Anything a checkpoint can hold: modules, optimizers, schedulers, `EMA`."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """The state as nested dicts, lists, tensors and numbers."""
-
-    def load_state_dict(self, state: Any, /) -> Any:
-        """Take over such a state."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +89,10 @@ class Run:
         self._started = time.monotonic()
         self._peak_before: dict[str, float] = {}
         self._rewound: list[dict[str, Any]] = []
-        self._trackers = Trackers(options.trackers, self.directory / "trackers")
-        self._release = claim(self.directory, config, options.resume, options.overwrite)
+        self.main = processes.rank() == 0  # of several processes one writes, all read
+        self._trackers = Trackers(options.trackers if self.main else (), self.directory / "trackers")
+        self._release = claim(self.directory, config, options.resume, options.overwrite) if self.main else lambda: None
+        processes.wait()
         weakref.finalize(self, self._release)
         seed_everything(options.seed)
 
@@ -151,6 +145,7 @@ class Run:
             if self.due(self.options.log_every):
                 self._flush(bar)
             bar.update(self.step - bar.n)  # back, where it was rewound
+            self._signal = processes.largest(self._signal)
             if self._signal or self.due(self.options.checkpoint_every):
                 self.save()
             if self._signal:
@@ -174,15 +169,18 @@ class Run:
     def preview(self, name: str, images: Tensor) -> Path:
         """Write images (B, 3, H, W) in [0, 1] as one grid, previews/<name>_<step>.png; returns its path."""
         path = self.directory / "previews" / f"{name}_{self._finished:08d}.png"
-        save_png(path, image_grid(images, math.ceil(math.sqrt(len(images)))))
+        if self.main:
+            save_png(path, image_grid(images, math.ceil(math.sqrt(len(images)))))
         return path
 
     def save(self) -> Path:
         """Write a checkpoint and return its path; within a step, call it when the step's updates are done."""
         folder = self.directory / "checkpoints"
         path = checkpoint_path(folder, self._finished)
-        save_state(path, self._state())
-        prune(folder, self.options.keep)
+        if self.main:
+            save_state(path, self._state())
+            prune(folder, self.options.keep)
+        processes.wait()
         return path
 
     def rewind(self, why: str) -> None:
@@ -197,7 +195,7 @@ class Run:
         seconds, rewound = self.seconds, self._rewound
         self._load(newest.state)
         self._seconds_before, self._started, self._rewound = seconds, time.monotonic(), rewound
-        truncate_metrics(self.directory, self.step)
+        self._truncate()
         print(f"{self.label}: {why}: back to step {self.step}", file=sys.stderr)
         self.step -= 1  # the step in progress, which counts one on when it ends
         self.save()
@@ -208,7 +206,8 @@ class Run:
         facts |= {"rewound": self._rewound} if self._rewound else {}
         facts |= {**self._peak(), "device": str(self.device), **machine_facts()}
         path = self.directory / "result.json"
-        write_json(path, {**result, "run": facts})
+        if self.main:
+            write_json(path, {**result, "run": facts})
         return path
 
     def _begin(self) -> None:
@@ -225,7 +224,11 @@ class Run:
                     f"{newest.path} does not fit what is trained now ({error}); use another directory or overwrite=true"
                 ) from error
             print(f"{self.label}: resumed at step {self.step} of {self.options.steps}", file=sys.stderr)
-        truncate_metrics(self.directory, self.step)
+        self._truncate()
+
+    def _truncate(self) -> None:
+        if self.main:
+            truncate_metrics(self.directory, self.step)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -261,12 +264,12 @@ class Run:
     def _progress(self) -> tqdm:
         quiet = 0.2 if sys.stderr.isatty() else 20.0  # a log file gets a line now and then
         total = self.options.steps
-        return tqdm(total=total, initial=self.step, desc=self.label, mininterval=quiet, dynamic_ncols=True)
+        return tqdm(total=total, initial=self.step, desc=self.label, mininterval=quiet, dynamic_ncols=True, disable=not self.main)
 
     def _flush(self, bar: tqdm) -> None:
         means = {name: float(total) / count for name, (total, count) in self._figures.items()}
         self._figures = {}
-        if not means:
+        if not means or not self.main:
             return
         bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
         self._trackers.log(means, self.step)

@@ -7,6 +7,7 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
+    from distill import processes
     from distill.config import build
     from distill.judge import load_judge
     from distill.one_step.folder import save_student
@@ -17,19 +18,22 @@ def main(config: dict[str, Any]) -> None:
     from distill.run import Run, RunOptions
     from distill.teacher.frozen import Teacher
 
+    processes.join()
     options = build(OneStepOptions, {**config["distill"], "method": config["method"]}, "distill")
     run_options = build(RunOptions, config["run"], "run")
     teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
-    print(chosen_time(teacher.schedule, options.student, teacher.score.kind))
-    label = Path(run_options.directory).name
-    run = Run(run_options, config, label)
+    run = Run(run_options, config, Path(run_options.directory).name)
+    if run.main:
+        print(chosen_time(teacher.schedule, options.student, teacher.score.kind))
     task = start(run, teacher, load_judge(config["judge"]), config["data"], options)
     averaged, raw = task.train()
-    save_student(run.directory / "student", averaged, teacher)
-    save_student(run.directory / "student_raw", raw, teacher)
+    if run.main:
+        save_student(run.directory / "student", averaged, teacher)
+        save_student(run.directory / "student_raw", raw, teacher)
     figures = task.monitor.look(task.samples())
     run.finish({**figures, "forwards": task.forwards, "config": config})
-    print(f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}")
+    if run.main:
+        print(f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}")
 
 
 if __name__ == "__main__":

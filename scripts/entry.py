@@ -28,14 +28,24 @@ def quoted(argument: str) -> str:
     return f'{key}="{escaped}"'
 
 
+def named(arguments: list[str], positional: str | None) -> list[str]:
+    """Arguments with those that have no name (`"a red teapot" "a blue torus"`) gathered as the list `positional`, where there is one."""
+    bare = [a for a in arguments if not a.startswith("-") and "=" not in a]
+    if positional is None or not bare or {"--cfg", "-c", "--package", "-p"} & set(arguments):
+        return arguments
+    texts = ", ".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in bare)
+    return [a for a in arguments if a not in bare] + [f"{positional}=[{texts}]"]
+
+
 def load_group(group: str, name: str) -> dict[str, Any]:
-    """One config of a group, by name. Raises `UserError` where there is none."""
+    """One config of a group with its own defaults, by name. Raises `UserError` where there is none."""
+    from hydra import compose
     from omegaconf import OmegaConf
 
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file():
         raise UserError(f"{group} {name!r} is none of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
-    return OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[return-value]
+    return OmegaConf.to_container(compose(f"{group}/{name}")[group])  # type: ignore[return-value]
 
 
 def _check(name: str, overrides: list[str]) -> None:
@@ -70,13 +80,16 @@ def _leave(error: UserError) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def entry(name: str, main: Callable[[dict[str, Any]], None]) -> None:
-    """Run `main` with the config `name` of configs/, as overridden on the command line (hydra's grammar, --multirun too)."""
+def entry(name: str, main: Callable[[dict[str, Any]], None], positional: str | None = None) -> None:
+    """Run `main` with the config `name` of configs/, as overridden on the command line (hydra's grammar, --multirun too).
+
+    Arguments without a name are the list `positional`, where one is given.
+    """
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
     OmegaConf.register_new_resolver("slug", slug, replace=True)
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument) for argument in named(sys.argv[1:], positional)]
 
     def run(config: DictConfig) -> None:
         try:

@@ -1,38 +1,11 @@
 """Where a text-to-3D step's time goes: each part timed on its own, beside the whole, on the machine at hand."""
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 
 from distill.teacher.frozen import Teacher
+from distill.timing import Timing, timed
 from sds3d.cameras import sample_cameras
 from sds3d.text_to_3d import TextTo3d, conditions_for, grey_backgrounds
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Median and spread in milliseconds of one part over `runs` runs."""
-
-    part: str
-    median: float
-    low: float
-    high: float
-
-
-def timed(part: str, work: Callable[[], object], runs: int) -> Timing:
-    """Time a call after one warm-up; waits for the GPU where one is in use."""
-    samples = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        samples.append(1e3 * (time.perf_counter() - started))
-    kept = samples[1:]
-    return Timing(part, statistics.median(kept), min(kept), max(kept))
 
 
 def time_step(task: TextTo3d, runs: int) -> list[Timing]:

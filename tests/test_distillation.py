@@ -1,16 +1,21 @@
 """The whole loop: resumed, accumulated, rolled back; each method on the oracle; pairs; and every method's config through the script."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from command_line import script
+from command_line import ROOT, script
 from diffusers import DDIMScheduler
+from PIL import Image
 from torch import Tensor
 
+from distill.checkpoint import load_state
 from distill.config import build
 from distill.data import load_split
 from distill.errors import UserError
@@ -82,11 +87,32 @@ def test_parts_of_a_batch_add_up(study: MixtureStudy, tmp_path: Path) -> None:
     halves = []
     for part in range(2):
         single.optimizer.zero_grad()
-        batch, generator = single._batch(0, part)
+        batch, generator = single.draw(0, part)
         single.method.loss(single.student, batch, 0.0, generator).loss.backward()
         halves.append(torch.cat([p.grad.flatten() for p in single.student.parameters() if p.grad is not None]))
     torch.testing.assert_close(got, (halves[0] + halves[1]) / 2, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(halves[0], halves[1], rtol=0.1)
+
+
+def test_the_oracle_compares_methods_at_equal_work(tmp_path: Path) -> None:
+    few = ["points.budget=60", "points.fitting=5", "points.batch=16", "points.pairs=32", "seeds=[0, 1]"]
+    told = script("distill_points", *few, "methods=[dmd, f_distill, progressive]", f"output={tmp_path}")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["loss"] for row in rows] == ["dmd", "dmd", "f_distill", "f_distill", "progressive", "progressive"]
+    assert all(45 <= row["forwards"] <= 75 for row in rows) and "| f_distill | own | 2 | 2 |" in told
+    assert "method 'nothing' is none of" in script("distill_points", "methods=[nothing]", f"output={tmp_path}", code=2)
+
+
+def test_half_precision_moves_the_student_the_same_way(tiny_teacher: Teacher, world: Path, tmp_path: Path) -> None:
+    """bf16 by autocast on the CPU: the first update points where float32's does, and what it answers stays float32."""
+    moves = []
+    for precision in ("float32", "bfloat16"):
+        options = build(OneStepOptions, {"method": method("dmd2"), "batch": 4, "warmup": 1, "precision": precision})
+        run = Run(RunOptions(str(tmp_path / precision), 1, trackers=()), {}, precision)
+        task = start(run, tiny_teacher, load_judge(world / "judge"), str(world / "data"), options)
+        task.cycle(0)
+        moves.append(torch.cat([p.grad.flatten() for p in task.student.parameters() if p.grad is not None]))
+    assert float(torch.cosine_similarity(*moves, dim=0)) > 0.9 and not torch.equal(*moves) and moves[1].dtype == torch.float32
 
 
 def test_a_diverging_run_is_rolled_back_and_says_so(study: MixtureStudy, tmp_path: Path) -> None:
@@ -238,5 +264,32 @@ def test_the_scripts_train_and_grade(tiny_teacher_folder: Path, world: Path, tmp
     script("evaluate_generator", *where, f"features={world / 'judge'}", *given, f"output={tmp_path / 'e'}")
     rows = [json.loads(path.read_text()) for path in sorted((tmp_path / "e").glob("*.json"))]
     assert len(rows) == 3 and {row["forwards"] for row in rows} == {1, 4} and all(0 <= row["recall"] <= 1 for row in rows)
+    shown = ["a red cube", "a blue duck", "compare=[1, 2]", "count=2", f"output={tmp_path / 's'}"]
+    told = script("sample", where[0], f"student={tmp_path / 'run' / 'student'}", *shown)
+    assert "teacher, 2 steps, guidance 3" in told and Image.open(tmp_path / "s" / "samples.png").size == (4 * 64 + 3 * 2, 3 * 64 + 2 * 2)
+    assert sorted(path.name for path in (tmp_path / "s").glob("0*")) == ["000_00.png", "000_01.png", "001_00.png", "001_01.png"]
+    assert "is no student: give" in script("sample", where[0], f"student={tiny_teacher_folder}", "a red cube", code=2)
     script("make_pairs", *where[:2], f"output={tmp_path / 'pairs'}", "pairs.count=4", "pairs.steps=1")
     assert (tmp_path / "pairs" / "pairs_00000.safetensors").is_file()
+
+
+def test_two_processes_give_the_result_of_one(tiny_teacher: Teacher, world: Path, tmp_path: Path) -> None:
+    """Two batches a cycle, both by one process or one by each of two (gloo, on the CPU): the same student, to rounding."""
+    where = [f"teacher={tiny_teacher.place}", f"data={world / 'data'}", f"judge={world / 'judge'}", "distill.monitor.captions=2"]
+    small = ["run.steps=3", "run.trackers=[]", "distill.batch=2", "distill.accumulate=2", "distill.warmup=1", "distill.learning_rate=0.01"]
+    script("distill_one_step", *where, *small, f"run.directory={tmp_path / 'one'}")
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    command = [*several, str(ROOT / "scripts" / "distill_one_step.py"), *where, *small, f"run.directory={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("written: ") == 1
+    states = [load_state(tmp_path / name / "checkpoints" / "step_00000003.safetensors")["parts"] for name in ("one", "two")]
+    for part in ("student", "critic"):
+        one, two = (torch.cat([v.flatten() for v in _tensors(state[part])]) for state in states)
+        start = torch.cat([p.flatten() for p in tiny_teacher.unet.parameters()])
+        assert float((one[: len(start)] - two[: len(start)]).norm()) < 0.02 * float((one[: len(start)] - start).norm()), part
+
+
+def _tensors(state: dict[str, Any]) -> list[Tensor]:
+    return list(state["parameters"] if "parameters" in state else state.values())

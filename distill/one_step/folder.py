@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
-from torch import Tensor
 
 from distill.data import write_json
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student
-from distill.shipped import located
+from distill.shipped import STUDENTS, located_student
 from distill.teacher.folder import save_pipeline
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import WORDS
@@ -75,23 +74,12 @@ def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[
 
     Raises `UserError` where there is none.
     """
-    folder = located(name)
+    folder = located_student(name)
     if not (folder / PIPELINE).is_file():
-        raise UserError(f"{name} is no student: give a shipped name or a folder that distill_one_step.py wrote")
+        raise UserError(f"{name} is no student: give {', '.join(STUDENTS)} or a folder that distill_one_step.py wrote")
     parts = Teacher.load(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps
     apart = scheduler.config.num_train_timesteps // steps
     times = tuple(apart * k - 1 for k in range(steps, 0, -1))
     return Student(parts.unet, NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, times), parts
-
-
-def is_student(name: Path | str) -> bool:
-    """Whether a folder or shipped name is a student's."""
-    return (located(name) / PIPELINE).is_file()
-
-
-def draw(student: Student, parts: Teacher, prompts: list[str], noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, 3, H, W) of prompts from standard normal noise (N, C, h, w)."""
-    with torch.no_grad():
-        return parts.decode(student(noise.to(parts.device), parts.encode_text(prompts), generator)).cpu()

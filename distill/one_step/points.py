@@ -1,16 +1,25 @@
 """Distillation on the oracle: a Gaussian mixture with exact scores, and a small network in the place of a U-Net for student and critic."""
 
 import math
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import final
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from distill.bench.ablation import Figures, coverage
 from distill.metrics import divergence_from, moments, wasserstein_2
+from distill.objectives.options import CriticOptions
+from distill.one_step.meter import LagOptions
 from distill.one_step.monitor import Monitor, MonitorOptions
-from distill.one_step.student import Student
+from distill.one_step.regression import Pairs, Regression
+from distill.one_step.student import Student, StudentOptions
+from distill.one_step.train import MethodOptions, OneStep, OneStepOptions
+from distill.run import Run, RunOptions
+from distill.sampling import sample_ddim
 from distill.score import Prediction, ScoreModel
 from distill.teacher.frozen import UNetScore
 from distill.teacher.mixture import MixtureTeacher
@@ -114,3 +123,75 @@ def grade_points(student: Student, exact: MixtureTeacher, seed: int = 0, count: 
             }
         )
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+
+@dataclass(frozen=True)
+class PointOptions:
+    """The ring, the work of every method in F a sample, and the rates of student and critic."""
+
+    modes: int = 8
+    classes: int = 4
+    std: float = 0.08
+    budget: int = 20_000
+    batch: int = 128
+    learning_rate: float = 1e-3
+    critic_rate: float = 2e-3
+    fitting: int = 3000  # steps of the network that student and critic start from
+    pairs: int = 4096
+
+
+def unguided(method: MethodOptions, options: PointOptions) -> MethodOptions:
+    """A method whose target is the mixture itself: no guidance, and without a sum of guidance alone; critics at the oracle's rate."""
+
+    def plain(critic: CriticOptions | None) -> CriticOptions | None:
+        return None if critic is None else replace(critic, learning_rate=options.critic_rate)
+
+    objective = method.objective
+    if objective is not None:
+        terms = tuple(replace(term, guidance=1.0) if term.guided else term for term in objective.terms)
+        objective = replace(objective, terms=terms, second=None, critic=plain(objective.critic))
+    second = None if method.second_order is None else replace(method.second_order, guidance=1.0)
+    consistency = None if method.consistency is None else replace(method.consistency, guidance=1.0)
+    progressive = None if method.progressive is None else replace(method.progressive, guidance=1.0)
+    parts = {"objective": objective, "second_order": second, "consistency": consistency, "progressive": progressive}
+    return replace(method, **parts, critic=plain(method.critic))
+
+
+@torch.no_grad()
+def point_pairs(study: MixtureStudy, cache: LatentCache, count: int, generator: torch.Generator, steps: int = 50) -> Pairs:
+    """Noise and where the exact ODE takes it, by DDIM."""
+    noise, caption = torch.randn(count, 2, 1, 1, generator=generator), cache.caption[:count]
+    product = study.schedule.alpha(torch.arange(study.schedule.steps)).flatten().double().square()
+    betas = 1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
+    scheduler = DDIMScheduler(
+        trained_betas=betas.tolist(), prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+    )
+    latents = sample_ddim(study, scheduler, cache.states[caption], noise, steps).float()
+    return Pairs(noise, latents, cache.states, caption)
+
+
+def run_points(study: MixtureStudy, method: MethodOptions, options: PointOptions, directory: Path, seed: int) -> dict[str, float]:
+    """Distil the study by a method within the budget, in a run of its own; the grades of the averaged student."""
+    cache = mixture_cache(study.exact, 8192, torch.Generator().manual_seed(seed + 5))
+    chosen = unguided(method, options)
+    regression = None
+    if chosen.regression is not None:
+        pairs = point_pairs(study, cache, options.pairs, torch.Generator().manual_seed(seed + 6))
+        regression = Regression(pairs, replace(chosen.regression, distance="latents"), lambda latents: latents, None)
+    trajectory = chosen.consistency is not None or chosen.progressive is not None
+    watch = MonitorOptions(every=10**6, worse=1e9, collapse=0.0)
+    student = StudentOptions(level=None if trajectory else 2.5)
+    training = OneStepOptions(chosen, student, options.batch, learning_rate=options.learning_rate, lag=LagOptions(every=0), monitor=watch)
+
+    def task(steps: int, place: Path) -> OneStep:
+        run = Run(
+            RunOptions(str(place), steps, seed, trackers=(), preview_every=10**9, checkpoint_every=10**9), {"steps": steps}, place.name
+        )
+        return OneStep(run, study, cache, training, point_monitor(cache, watch), regression)
+
+    cycle = task(100, directory / "cost").forwards / 100
+    made = task(max(round(options.budget / cycle), 1), directory / "run")
+    averaged, _ = made.train()
+    facts = {"steps": made.run.options.steps, "forwards": made.forwards, "seconds": made.run.seconds}
+    made.run.finish({})
+    return {**facts, **grade_points(averaged, study.exact, seed)}

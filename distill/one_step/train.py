@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from distill import processes
 from distill.data import batches
 from distill.ema import EMA
 from distill.errors import UserError
@@ -56,7 +57,10 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class OneStepOptions:
-    """How a student is trained. A cycle is one update of the student and those of its critic, on `accumulate` batches of `batch`."""
+    """How a student is trained. A cycle is one update of the student and those of its critic, on `accumulate` batches of `batch`.
+
+    Several processes (torchrun) share those batches out: their number must divide `accumulate`, and the result is the same.
+    """
 
     method: MethodOptions
     student: StudentOptions = StudentOptions()
@@ -67,10 +71,14 @@ class OneStepOptions:
     warmup: int = 50
     betas: tuple[float, float] = (0.9, 0.999)
     ema: float = 0.99
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks, by autocast; auto: bfloat16 on CUDA
+    compiled: Literal["auto", "on", "off"] = "auto"  # torch.compile of teacher and student; auto: on CUDA
     lag: LagOptions = field(default_factory=LagOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
+        if self.accumulate % processes.count():
+            raise UserError(f"accumulate is {self.accumulate}: {processes.count()} processes need a multiple of their number")
         if min(self.batch, self.accumulate) < 1 or self.learning_rate <= 0 or not 0 < self.final_rate <= 1:
             raise UserError("batch and accumulate must be at least 1, the learning rate positive and final_rate within (0, 1]")
 
@@ -122,11 +130,18 @@ class OneStep:
         self.run, self.teacher, self.cache, self.options, self.monitor, self.decode = run, teacher, cache, options, monitor, decode
         self.student = Student.of(teacher, options.student)
         self.averaged = Student.of(teacher, options.student).requires_grad_(False).eval()
-        self.method = make_method(teacher, self.student, options.method, regression, self._batch(0, 0)[0])
+        self.method = make_method(teacher, self.student, options.method, regression, self.draw(0, 0)[0])
         self.ema = EMA(self.student, options.ema)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0)
         critic = options.method.critic if options.method.objective is None else options.method.objective.critic
         self.pace = _Pace(0 if critic is None else critic.updates)
+        cuda = run.device.type == "cuda"
+        self.half = options.precision == "bfloat16" or (options.precision == "auto" and cuda)
+        if options.compiled == "on" or (options.compiled == "auto" and cuda):
+            for network in (teacher.unet, self.student.unet):  # the critic's middle is watched by hooks, which compiled code passes over
+                network.compile()
+        for optimizer in (self.optimizer, *self.method.optimizers):
+            processes.share_gradients(optimizer)
         self.rates = [float(group["lr"]) for group in self._groups()]
         run.track(student=self.student, optimizer=self.optimizer, ema=self.ema, monitor=monitor, pace=self.pace, **self.method.parts())
 
@@ -157,22 +172,28 @@ class OneStep:
 
     def cycle(self, step: int) -> tuple[dict[str, float | Tensor], bool]:
         """One update of the student, then of what follows it; figures, and whether all is finite."""
-        progress, count = step / self.run.options.steps, self.options.accumulate
+        progress = step / self.run.options.steps
+        parts = range(processes.rank(), self.options.accumulate, processes.count())
         made: list[Made] = []
         self.optimizer.zero_grad(set_to_none=True)
-        for part in range(count):
-            batch, generator = self._batch(step, part)
-            outcome = self.method.loss(self.student, batch, progress, generator)
-            (outcome.loss / count).backward()
+        for part in parts:
+            batch, generator = self.draw(step, part)
+            with self._autocast():
+                outcome = self.method.loss(self.student, batch, progress, generator)
+            (outcome.loss / len(parts)).backward()
             made.append(Made(replace(outcome, loss=outcome.loss.detach()), batch, generator))
         self.optimizer.step()
         figures: dict[str, float | Tensor] = {
             name: _mean([part.outcome.figures[name] for part in made]) for name in made[0].outcome.figures
         }
-        figures |= self.method.follow(made, self.pace.updates if self.options.lag.adapt else None)
+        with self._autocast():
+            figures |= self.method.follow(made, self.pace.updates if self.options.lag.adapt else None)
         self.ema.update()
-        followed = [float(value) for value in figures.values()]
-        return figures, all(map(math.isfinite, followed)) and all_finite(list(self.student.parameters()))
+        good = all(math.isfinite(float(value)) for value in figures.values()) and all_finite(list(self.student.parameters()))
+        return figures, processes.largest(int(not good)) == 0
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.half)
 
     @torch.no_grad()
     def samples(self) -> Tensor:
@@ -192,7 +213,8 @@ class OneStep:
         steps = self.run.options.steps
         return sum(self.method.cost(step / steps) - 3 + simulation_cost(self.student) for step in range(steps))
 
-    def _batch(self, step: int, part: int) -> tuple[Batch, torch.Generator]:
+    def draw(self, step: int, part: int) -> tuple[Batch, torch.Generator]:
+        """A part of a cycle's batch, and the generator that its further draws come from."""
         options, cache, device = self.options, self.cache, self.run.device
         generator = torch.Generator().manual_seed(hash((self.run.options.seed, step, part, self.run.rollbacks)) % 2**63)
         index = batches(len(cache.latents), options.batch * options.accumulate, step, self.run.options.seed).chunk(options.accumulate)[part]
@@ -217,7 +239,7 @@ class OneStep:
         self.run.rewind(why)
 
     def _look_at_lag(self, step: int) -> None:
-        batch, generator = self._batch(step, self.options.accumulate - 1)
+        batch, generator = self.draw(step, self.options.accumulate - 1)
         assert self.method.follower is not None
         with torch.no_grad():
             generated = self.student(batch.noise, batch.states, generator)
