@@ -31,7 +31,7 @@ def main(config: dict[str, Any]) -> None:
         save_student(run.directory / "student", averaged, teacher)
         save_student(run.directory / "student_raw", raw, teacher)
     figures = task.monitor.look(task.samples())
-    run.finish({**figures, "forwards": task.forwards, "config": config})
+    run.finish({**figures, "alarms": task.monitor.alarms, "forwards": task.forwards, "config": config})
     if run.main:
         print(f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}")
 

@@ -234,9 +234,13 @@ def test_latents_are_made_once(tiny_teacher: Teacher, world: Path) -> None:
     assert kept.stat().st_mtime_ns == stamp and torch.equal(again.latents, cache.latents)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in METHODS.glob("*.yaml")))
+@pytest.mark.parametrize("name", [*sorted(path.stem for path in METHODS.glob("*.yaml")), "lora"])
 def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_path: Path) -> None:
-    given = method(name) if name != "f_distill" else {**method("dmd2"), "divergence": method(name)["divergence"]}
+    given = (
+        {**method("dmd2"), "divergence": method(name)["divergence"]} if name == "f_distill" else method("dmd2" if name == "lora" else name)
+    )
+    if name == "lora":
+        given["objective"]["critic"]["kind"] = "lora"
     if name == "dmd":
         make_pairs(tiny_teacher, ["a red cube", "a blue duck"], tmp_path / "pairs", PairOptions(count=4, steps=1))
         given["regression"] = {"pairs": str(tmp_path / "pairs"), "distance": "features"}
@@ -244,8 +248,9 @@ def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_pa
     options = build(OneStepOptions, {**small, "method": given})
     run = Run(RunOptions(str(tmp_path / "run"), 2, trackers=()), {}, name)
     task = start(run, tiny_teacher, load_judge(world / "judge"), str(world / "data"), options)
-    before = weights(task)
+    before, frozen = weights(task), tiny_teacher.unet.conv_in.weight.clone()
     task.train()
+    assert torch.equal(tiny_teacher.unet.conv_in.weight, frozen)
     assert float((weights(task) - before).abs().max()) > 0 and bool(weights(task).isfinite().all())
     said = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert said["frechet"] > 0 and said["spread"] >= 0 and task.forwards > 0

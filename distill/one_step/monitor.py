@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,14 @@ class MonitorOptions:
 
 @dataclass
 class Monitor:
-    """Compares samples with real latents in some features. Its state is what a checkpoint holds."""
+    """Compares samples with real latents in some features."""
 
     real: Moments
     features: Features  # of latents (N, C, h, w): (N, D)
     saturation: Callable[[Tensor], float]  # of latents, over that of real ones
     options: MonitorOptions
     best: dict[str, float]
+    alarms: list[str] = field(default_factory=list)  # what was said, for the report
 
     def look(self, latents: Tensor) -> dict[str, float]:
         """Figures of samples (captions * each, C, h, w), those of one caption beside one another."""
@@ -61,17 +63,19 @@ class Monitor:
             return f"the Frechet distance rose from {self.best['frechet']:.3g} to {figures['frechet']:.3g}"
         if figures["spread"] < self.options.collapse * self.best.get("spread", 0.0):
             return f"the spread of one caption's samples fell from {self.best['spread']:.3g} to {figures['spread']:.3g}"
+        if figures["saturation"] > self.options.saturation:
+            self.alarms.append(f"samples are {figures['saturation']:.2f} times as saturated as real ones: lower the teacher's guidance")
         self.best["frechet"] = min(figures["frechet"], self.best.get("frechet", math.inf))
         self.best["spread"] = max(figures["spread"], self.best.get("spread", 0.0))
         return None
 
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """The best figures so far."""
-        return {"best": dict(self.best)}
+    def state_dict(self) -> dict[str, Any]:
+        """The best figures and alarms so far."""
+        return {"best": dict(self.best), "alarms": list(self.alarms)}
 
-    def load_state_dict(self, state: dict[str, dict[str, float]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them over."""
-        self.best = dict(state["best"])
+        self.best, self.alarms = dict(state["best"]), list(state["alarms"])
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The distillation loop: one `Run` in which a student follows a frozen teacher by any method, and is watched."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -138,8 +139,9 @@ class OneStep:
         cuda = run.device.type == "cuda"
         self.half = options.precision == "bfloat16" or (options.precision == "auto" and cuda)
         if options.compiled == "on" or (options.compiled == "auto" and cuda):
-            for network in (teacher.unet, self.student.unet):  # the critic's middle is watched by hooks, which compiled code passes over
-                network.compile()
+            self.student.unet.compile()
+            if critic is None or critic.kind == "copy":  # a critic's middle is watched by hooks, which compiled code passes over
+                teacher.unet.compile()
         for optimizer in (self.optimizer, *self.method.optimizers):
             processes.share_gradients(optimizer)
         self.rates = [float(group["lr"]) for group in self._groups()]
@@ -158,7 +160,10 @@ class OneStep:
             if run.due(options.monitor.every) or run.due(run.options.checkpoint_every):
                 latents = self.samples()
                 told = self.monitor.look(latents)
+                said = len(self.monitor.alarms)
                 why = self.monitor.judge(told)
+                for alarm in self.monitor.alarms[said:]:
+                    print(f"{run.label}: {alarm}", file=sys.stderr)
                 if why is not None:
                     self._roll_back(why)
                     continue
