@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -234,6 +235,12 @@ def test_latents_are_made_once(tiny_teacher: Teacher, world: Path) -> None:
     assert kept.stat().st_mtime_ns == stamp and torch.equal(again.latents, cache.latents)
 
 
+def stated() -> dict[str, list[float]]:
+    """What docs/one_step.md says a cycle of each method costs, first and last."""
+    rows = re.findall(r"^\| `(\w+)` \| [\d., ]+ .*\| ([\d., then]+) \|$", (ROOT / "docs" / "one_step.md").read_text(), re.MULTILINE)
+    return {name: [pytest.approx(float(cost)) for cost in told.split(", then ")] for name, told in rows}
+
+
 @pytest.mark.parametrize("name", [*sorted(path.stem for path in METHODS.glob("*.yaml")), "lora"])
 def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_path: Path) -> None:
     given = (
@@ -243,7 +250,7 @@ def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_pa
         given["objective"]["critic"]["kind"] = "lora"
     if name == "dmd":
         make_pairs(tiny_teacher, ["a red cube", "a blue duck"], tmp_path / "pairs", PairOptions(count=4, steps=1))
-        given["regression"] = {"pairs": str(tmp_path / "pairs"), "distance": "features"}
+        given["regression"] = {**given["regression"], "pairs": str(tmp_path / "pairs"), "distance": "features"}
     small = {"batch": 2, "monitor": {"captions": 2}, "lag": {"every": 1}, "student": {"steps": 2}}
     options = build(OneStepOptions, {**small, "method": given})
     run = Run(RunOptions(str(tmp_path / "run"), 2, trackers=()), {}, name)
@@ -254,6 +261,7 @@ def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_pa
     assert float((weights(task) - before).abs().max()) > 0 and bool(weights(task).isfinite().all())
     said = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert said["frechet"] > 0 and said["spread"] >= 0 and task.forwards > 0
+    assert name == "lora" or stated()[name] == [task.method.cost(share) for share in ((0.0, 0.99) if name == "progressive" else (0.0,))]
     assert ("lag" in said) == (name not in ("consistency", "progressive"))
 
 

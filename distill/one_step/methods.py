@@ -24,6 +24,8 @@ from distill.one_step.student import Student
 from distill.score import Guided
 from distill.teacher.frozen import Distillable
 
+LOWER = 0.4  # of a U-Net's work lies up to its bottleneck (measured on shapes64's, forward and backward alike)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -177,8 +179,8 @@ class _Followed(Method):
         return {"critic": self.critic, "head": self.adversary.head, "head_optimizer": self.adversary.optimizer}
 
     def follow_cost(self) -> float:
-        """F of the critic's updates; the real half of an adversary's is counted as half a network."""
-        return self.critic.options.updates * (3.0 if self.adversary is None else 4.5)
+        """F of the critic's updates; an adversary's sees real latents with the lower half."""
+        return self.critic.options.updates * (3.0 if self.adversary is None else 3.0 + 3 * LOWER)
 
 
 @final
@@ -222,17 +224,13 @@ class Matching(_Followed):
         return Outcome(loss, generated.detach(), {name: value.detach() for name, value in figures.items()})
 
     def cost(self, progress: float) -> float:
-        """As of every method; regression generates once more, the adversary sees half a network forth and back."""
-        extra = (1.0 if self.adversary is not None and self.adversary.options.generator else 0.0) + (
-            0.5 if self.divergence != "reverse_kl" else 0
-        )
-        return (
-            3
-            + sum(p.forwards(progress) for p in self.objective.options.parts)
-            + extra
-            + 3 * (self.regression is not None)
-            + self.follow_cost()
-        )
+        """As of every method; regression generates once more, the adversary sees the lower half, forth and back to the inputs."""
+        work = 3 + sum(part.forwards(progress) for part in self.objective.options.parts) + self.follow_cost()
+        if self.adversary is not None and self.adversary.options.generator:
+            work += 2 * LOWER
+        if self.divergence != "reverse_kl":
+            work += LOWER
+        return work if self.regression is None else work + 3 * self.regression.options.share
 
 
 @final
