@@ -16,9 +16,9 @@ from distill.noise import NoiseSchedule
 from distill.objectives.algebra import Conditions, ScoreDistillation
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, TimeLaw
-from distill.one_step.adversarial import WEIGHTS, Divergence, GanOptions, bottleneck, divergence_weight
+from distill.one_step.adversarial import WEIGHTS, Adversary, Divergence, GanOptions, bottleneck, divergence_weight
 from distill.one_step.meter import LagOptions, adapted, critic_lag
-from distill.one_step.methods import Adversary, Batch, Matching
+from distill.one_step.methods import Batch, Matching
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.second_order import identity_loss
 from distill.one_step.student import Student, StudentOptions

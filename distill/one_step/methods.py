@@ -11,13 +11,12 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.objectives.algebra import Conditions, ScoreDistillation, surrogate_loss
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions, ObjectiveOptions
 from distill.one_step import second_order
-from distill.one_step.adversarial import Discriminator, Divergence, GanOptions, bottleneck, divergence_weight, frozen, watched
+from distill.one_step.adversarial import Adversary, Divergence, GanOptions, divergence_weight, frozen, watched
 from distill.one_step.regression import Regression
 from distill.one_step.second_order import SecondOrderOptions
 from distill.one_step.student import Student
@@ -94,39 +93,6 @@ def generate(student: Student, batch: Batch, generator: torch.Generator) -> Tens
 def simulation_cost(student: Student) -> float:
     """Mean F of a generation with gradient: forward and backward, and the steps before it."""
     return 3 + (len(student.times) - 1) / 2
-
-
-class Adversary:
-    """The head on a critic's bottleneck, its optimizer and its weights."""
-
-    def __init__(self, critic: Critic, shape: torch.Size, states: Tensor, options: GanOptions) -> None:
-        """shape (C, h, w) of a latent; states (1, L, D) of any prompt."""
-        self.critic, self.options = critic, options
-        device = states.device
-        with torch.no_grad():
-            middle = bottleneck(critic.unet, torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device), states)
-        self.head = Discriminator(middle.shape[1], options.width).to(device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=0.0)
-
-    def noisy(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents with noise of any level, and its times."""
-        t = torch.randint(self.critic.schedule.steps, (len(latents),), generator=generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        return self.critic.schedule.add_noise(latents, noise, t), t
-
-    def logits(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """Of noisy latents (B, C, h, w), with gradient, the critic's adapter on."""
-        return self.head(bottleneck(self.critic.unet, x_t, t, states))
-
-    def generator_loss(self, generated: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
-        """softplus(-logit) of what was generated, weighted; only the student is moved by it."""
-        with self.critic.on(), frozen(self.critic.unet, self.head):
-            return self.options.generator * F.softplus(-self.logits(*self.noisy(generated, generator), states)).mean()
-
-    def critic_loss(self, middle: Tensor, real: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
-        """softplus(logit) of what was generated, by the bottleneck of its denoising, plus softplus(-logit) of what is real; weighted."""
-        told_real = self.logits(*self.noisy(real, generator), states)
-        return self.options.critic * (F.softplus(self.head(middle)).mean() + F.softplus(-told_real).mean())
 
 
 class _Followed(Method):
