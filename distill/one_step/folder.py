@@ -12,7 +12,6 @@ from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student
-from distill.shipped import STUDENTS, located_student
 from distill.teacher.folder import save_pipeline
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import WORDS
@@ -70,13 +69,13 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
 
 
 def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[Student, Teacher]:
-    """A student and, as a `Teacher` for its text and images, the parts it came with; by folder or shipped name.
+    """A student of a folder and, as a `Teacher` for its text and images, the parts it came with.
 
     Raises `UserError` where there is none.
     """
-    folder = located_student(name)
+    folder = Path(name)
     if not (folder / PIPELINE).is_file():
-        raise UserError(f"{name} is no student: give {', '.join(STUDENTS)} or a folder that distill_one_step.py wrote")
+        raise UserError(f"{name} is no student: give a folder that distill_one_step.py wrote (outputs/one_step/.../student)")
     parts = Teacher.load(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps
