@@ -291,7 +291,7 @@ def test_two_processes_give_the_result_of_one(tiny_teacher: Teacher, world: Path
     where = [f"teacher={tiny_teacher.place}", f"data={world / 'data'}", f"judge={world / 'judge'}", "distill.monitor.captions=2"]
     small = ["run.steps=3", "run.trackers=[]", "distill.batch=2", "distill.accumulate=2", "distill.warmup=1", "distill.learning_rate=0.01"]
     script("distill_one_step", *where, *small, f"run.directory={tmp_path / 'one'}")
-    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*several, str(ROOT / "scripts" / "distill_one_step.py"), *where, *small, f"run.directory={tmp_path / 'two'}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
