@@ -60,7 +60,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 100, size: int = 1000, 
     found = []
     for _ in range(subsets):
         x, y = (v[torch.randperm(len(v), generator=generator)[:count]] for v in (a, b))
-        within = [(_cubic(v, v).sum() - _cubic(v, v).diagonal().sum()) / (count * (count - 1)) for v in (x, y)]
+        within = [(k.sum() - k.diagonal().sum()) / (count * (count - 1)) for k in (_cubic(x, x), _cubic(y, y))]
         found.append(within[0] + within[1] - 2 * _cubic(x, y).mean())
     values = torch.stack(found)
     return float(values.mean()), float(values.std()) if subsets > 1 else 0.0

@@ -37,6 +37,11 @@ class NoiseSchedule:
         """x_t of clean (B, C, H, W) and standard normal noise of the same shape at times (B,)."""
         return self.alpha(t) * clean + self.sigma(t) * noise
 
+    def betas(self, count: int) -> list[float]:
+        """The first `count` betas, 1 - the ratio of neighbouring cumulative products: diffusers' `trained_betas`."""
+        product = self.alpha(torch.arange(count)).flatten().double().square()
+        return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
+
     def nearest(self, level: Tensor) -> Tensor:
         """The times (B,) whose noise level sigma / alpha is nearest, on a log scale, to `level` (B,): where another SDE meets this one."""
         own = (self._sigma.double() / self._alpha.double().clamp_min(1e-12)).log().to(level.device)

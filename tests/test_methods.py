@@ -178,7 +178,7 @@ def test_a_critic_that_has_caught_up_has_no_lag(schedule: NoiseSchedule) -> None
 
 
 def test_what_counts_as_diverged() -> None:
-    monitor = Monitor(None, None, None, MonitorOptions(worse=4.0, collapse=0.2), {})  # type: ignore[arg-type]
+    monitor = Monitor(None, None, None, None, MonitorOptions(worse=4.0, collapse=0.2), {})  # type: ignore[arg-type]
     assert (
         monitor.judge({"frechet": 10.0, "spread": 1.0, "saturation": 1.0}) is None
         and monitor.judge({"frechet": 2.0, "spread": 3.0, "saturation": 1.6}) is None
@@ -188,7 +188,7 @@ def test_what_counts_as_diverged() -> None:
     assert "fell from 3 to 0.5" in str(monitor.judge({"frechet": 2.0, "spread": 0.5}))
     assert "not finite" in str(monitor.judge({"frechet": math.nan, "spread": 1.0}))
     assert monitor.alarms == ["samples are 1.60 times as saturated as real ones: lower the teacher's guidance"]
-    again = Monitor(None, None, None, MonitorOptions(), {})  # type: ignore[arg-type]
+    again = Monitor(None, None, None, None, MonitorOptions(), {})  # type: ignore[arg-type]
     again.load_state_dict(monitor.state_dict())
     assert again.best == {"frechet": 2.0, "spread": 3.0} and again.alarms == monitor.alarms
 

@@ -35,14 +35,9 @@ def shown(mean: float, width: float) -> str:
     return f"{mean:.4g}" if math.isnan(width) or width == 0 else f"{mean:.4g} ± {width:.2g}"
 
 
-def figure_names(table: Sequence[Summary]) -> list[str]:
-    """Every figure that a row has, in their order."""
-    return list(dict.fromkeys(name for row in table for name in row.figures))
-
-
 def markdown(table: Sequence[Summary]) -> str:
     """A loss at a guidance a row: mean and 95 % interval of each figure."""
-    names = figure_names(table)
+    names = columns([row.figures for row in table])
     head = ["loss", "guidance", "runs", *(name.replace("_", " ") for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
@@ -67,7 +62,7 @@ def _plots(table: Sequence[Summary]) -> list[bytes]:
 
     labels = [row.loss if row.guidance is None else f"{row.loss} s={row.guidance:g}" for row in table]
     drawn = []
-    for name in figure_names(table):
+    for name in columns([row.figures for row in table]):
         figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
         means, widths = zip(*(row.figures.get(name, MISSING) for row in table), strict=True)
         axis.bar(range(len(labels)), np.nan_to_num(means), yerr=np.nan_to_num(widths), color="#58a", capsize=3)

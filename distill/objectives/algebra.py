@@ -220,8 +220,10 @@ def time_weight(name: Weight, alpha: Tensor, sigma: Tensor) -> Tensor:
     """w(t) from alpha and sigma (B, 1, 1, 1): the names say what it is."""
     if name == "one":
         return torch.ones_like(sigma)
-    if name in ("sigma_squared", "sigma"):
-        return sigma.square() if name == "sigma_squared" else sigma
+    if name == "sigma":
+        return sigma
+    if name == "sigma_squared":
+        return sigma.square()
     return alpha * sigma.square() if name == "alpha_sigma_squared" else sigma / alpha
 
 

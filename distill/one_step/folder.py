@@ -11,8 +11,8 @@ from distill.data import write_json
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
-from distill.one_step.student import Student
-from distill.teacher.folder import save_pipeline
+from distill.one_step.student import Student, spaced_times
+from distill.teacher.folder import replaced_folder, save_pipeline
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import WORDS
 
@@ -25,11 +25,9 @@ def student_scheduler(student: Student) -> LCMScheduler:
     The schedule is cut off above the first time, so that stock spacing begins there.
     """
     last = student.times[0]
-    product = student.schedule.alpha(torch.arange(last + 1)).flatten().double().square()
-    betas = 1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
     return LCMScheduler(
         num_train_timesteps=last + 1,
-        trained_betas=betas.tolist(),
+        trained_betas=student.schedule.betas(last + 1),
         prediction_type=student.kind,
         original_inference_steps=len(student.times),
         timestep_scaling=1e9,  # no blending with its input, which consistency models need at t = 0
@@ -44,11 +42,6 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
 
     Raises `UserError` when the folder holds something other than a student.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / PIPELINE).is_file():
-        raise UserError(f"{folder} holds something other than a student: choose another folder")
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
     made = StableDiffusionPipeline(
         vae=copy.deepcopy(teacher.vae),
         text_encoder=copy.deepcopy(teacher.text_encoder),
@@ -59,13 +52,11 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    save_pipeline(temporary, made)
-    if teacher.words is not None:
-        write_json(temporary / "tokenizer" / WORDS, sorted(teacher.words))
-    shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with replaced_folder(folder, PIPELINE, "a student") as temporary:
+        save_pipeline(temporary, made)
+        if teacher.words is not None:
+            write_json(temporary / "tokenizer" / WORDS, sorted(teacher.words))
+        shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
 
 
 def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[Student, Teacher]:
@@ -79,6 +70,5 @@ def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[
     parts = Teacher.load(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps
-    apart = scheduler.config.num_train_timesteps // steps
-    times = tuple(apart * k - 1 for k in range(steps, 0, -1))
+    times = spaced_times(scheduler.config.num_train_timesteps, steps)
     return Student(parts.unet, NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, times), parts

@@ -40,8 +40,9 @@ class Monitor:
     """Compares samples with real latents in some features."""
 
     real: Moments
-    features: Features  # of latents (N, C, h, w): (N, D)
-    saturation: Callable[[Tensor], float]  # of latents, over that of real ones
+    decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to what is looked at, once a look
+    features: Features  # of what is looked at: (N, D)
+    saturation: Callable[[Tensor], float]  # of what is looked at, over that of real ones
     options: MonitorOptions
     best: dict[str, float]
     alarms: list[str] = field(default_factory=list)  # what was said, for the report
@@ -50,10 +51,11 @@ class Monitor:
         """Figures of samples (captions * each, C, h, w), those of one caption beside one another."""
         if not bool(latents.isfinite().all()):
             return {"frechet": math.nan, "spread": math.nan, "saturation": math.nan}
-        told = self.features(latents)
+        seen = self.decode(latents)
+        told = self.features(seen)
         groups = told.reshape(-1, self.options.each, told.shape[1])
         spread = float((groups - groups.mean(1, keepdim=True)).square().sum(2).mean().sqrt())
-        return {"frechet": frechet_distance(moments(told), self.real), "spread": spread, "saturation": self.saturation(latents)}
+        return {"frechet": frechet_distance(moments(told), self.real), "spread": spread, "saturation": self.saturation(seen)}
 
     def judge(self, figures: dict[str, float]) -> str | None:
         """Why the run has diverged; None, and the best figures are kept, where it has not."""

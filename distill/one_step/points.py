@@ -100,7 +100,9 @@ def mixture_cache(exact: MixtureTeacher, count: int, generator: torch.Generator)
 
 def point_monitor(cache: LatentCache, options: MonitorOptions) -> Monitor:
     """Watches points as they are: the features are the coordinates."""
-    return Monitor(moments(cache.latents.flatten(1)), lambda latents: latents.flatten(1), lambda latents: 1.0, options, {})
+    return Monitor(
+        moments(cache.latents.flatten(1)), lambda points: points, lambda points: points.flatten(1), lambda points: 1.0, options, {}
+    )
 
 
 @torch.no_grad()
@@ -161,10 +163,12 @@ def unguided(method: MethodOptions, options: PointOptions) -> MethodOptions:
 def point_pairs(study: MixtureStudy, cache: LatentCache, count: int, generator: torch.Generator, steps: int = 50) -> Pairs:
     """Noise and where the exact ODE takes it, by DDIM."""
     noise, caption = torch.randn(count, 2, 1, 1, generator=generator), cache.caption[:count]
-    product = study.schedule.alpha(torch.arange(study.schedule.steps)).flatten().double().square()
-    betas = 1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])
     scheduler = DDIMScheduler(
-        trained_betas=betas.tolist(), prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True
+        trained_betas=study.schedule.betas(study.schedule.steps),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
     latents = sample_ddim(study, scheduler, cache.states[caption], noise, steps).float()
     return Pairs(noise, latents, cache.states, caption)

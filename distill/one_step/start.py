@@ -34,8 +34,9 @@ def image_monitor(teacher: Teacher, judge: Judge, cache: LatentCache, options: M
     level = float(saturation(real).mean())
     return Monitor(
         moments(judge_features(judge, real)),
-        lambda latents: judge_features(judge, decode(latents)),
-        lambda latents: float(saturation(decode(latents)).mean()) / level,
+        decode,
+        lambda images: judge_features(judge, images),
+        lambda images: float(saturation(images).mean()) / level,
         options,
         {},
     )

@@ -34,10 +34,15 @@ class StudentOptions:
 def student_times(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
     """Its times, falling. Raises `UserError` where there are fewer levels than steps."""
     last = schedule.steps - 1 if options.level is None else int(schedule.nearest(torch.tensor([options.level])))
-    apart = (last + 1) // options.steps
-    if apart == 0:
+    if last + 1 < options.steps:
         raise UserError(f"a student of {options.steps} steps cannot start at t = {last}: give a higher level or fewer steps")
-    return tuple(apart * k - 1 for k in range(options.steps, 0, -1))
+    return spaced_times(last + 1, options.steps)
+
+
+def spaced_times(levels: int, steps: int) -> tuple[int, ...]:
+    """`steps` times at equal distances below `levels`, falling, as diffusers' LCMScheduler spaces them."""
+    apart = levels // steps
+    return tuple(apart * k - 1 for k in range(steps, 0, -1))
 
 
 def rounding_error(schedule: NoiseSchedule, t: int, kind: Kind, dtype: torch.dtype) -> float:

@@ -2,6 +2,8 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,26 +41,36 @@ def save_teacher(
 
     Raises `UserError` when the folder holds something other than a teacher.
     """
+    with replaced_folder(folder, "model_index.json", "a teacher") as temporary:
+        save_pipeline(
+            temporary,
+            StableDiffusionPipeline(
+                vae=copy.deepcopy(vae),  # the caller's parts keep their precision
+                text_encoder=text_encoder_of(clip),
+                tokenizer=tokenizer,
+                unet=copy.deepcopy(unet),
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            ),
+        )
+        copy.deepcopy(clip).half().save_pretrained(temporary / CLIP)
+        save_vocabulary(temporary / "tokenizer", tokenizer, words)
+
+
+@contextmanager
+def replaced_folder(folder: Path | str, mark: str, what: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when all is written; an older one, told by the file `mark`, is replaced.
+
+    Raises `UserError` when the folder holds something other than `what`.
+    """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} holds something other than a teacher: choose another folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise UserError(f"{folder} holds something other than {what}: choose another folder")
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
-    save_pipeline(
-        temporary,
-        StableDiffusionPipeline(
-            vae=copy.deepcopy(vae),  # the caller's parts keep their precision
-            text_encoder=text_encoder_of(clip),
-            tokenizer=tokenizer,
-            unet=copy.deepcopy(unet),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        ),
-    )
-    copy.deepcopy(clip).half().save_pretrained(temporary / CLIP)
-    save_vocabulary(temporary / "tokenizer", tokenizer, words)
+    yield temporary
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
