@@ -1,4 +1,4 @@
-"""Images from a teacher or a student, one row a prompt: python scripts/sample.py "a red teapot" "a blue torus" (student=FOLDER)"""
+"""Images from a teacher or a student, one row a prompt: python scripts/sample.py "a red teapot" "a blue torus" (student=shapes64)"""
 
 from pathlib import Path
 from typing import Any

@@ -12,6 +12,7 @@ from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student, spaced_times
+from distill.shipped import STUDENTS, located_student
 from distill.teacher.folder import replaced_folder, save_pipeline
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import WORDS
@@ -60,13 +61,14 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
 
 
 def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[Student, Teacher]:
-    """A student of a folder and, as a `Teacher` for its text and images, the parts it came with.
+    """A shipped student or one of a folder and, as a `Teacher` for its text and images, the parts it came with.
 
     Raises `UserError` where there is none.
     """
-    folder = Path(name)
+    folder = located_student(name)
     if not (folder / PIPELINE).is_file():
-        raise UserError(f"{name} is no student: give a folder that distill_one_step.py wrote (outputs/one_step/.../student)")
+        known = ", ".join(STUDENTS)
+        raise UserError(f"{name} is no student: give {known}, or a folder that distill_one_step.py wrote (outputs/one_step/.../student)")
     parts = Teacher.load(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps
