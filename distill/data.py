@@ -85,7 +85,8 @@ def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def _open(path: Path, resolution: int) -> np.ndarray:
+def open_image(path: Path, resolution: int) -> np.ndarray:
+    """(H, W, 3 or 4) uint8, cut square and resized where it is not. Raises `UserError` for what is no image."""
     try:
         image = Image.open(path)
         image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
@@ -124,7 +125,7 @@ def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int 
     """
     place = Path(folder) / split
     rows = read_rows(place)[:limit]
-    images = [_open(place / row["file_name"], resolution) for row in rows]
+    images = [open_image(place / row["file_name"], resolution) for row in rows]
     if len({image.shape[2] for image in images}) > 1:  # mixed: transparent images decide
         images = [i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images]
     return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)

@@ -6,6 +6,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 TEACHERS = ("shapes64",)
 JUDGES = ("judge64",)
 STUDENTS = ("shapes64",)  # one-step students, by the name of their teacher
+ADAPTERS = ("silhouette", "depth")  # by what they are conditioned on
 
 
 def located(name: Path | str) -> Path:
@@ -16,3 +17,8 @@ def located(name: Path | str) -> Path:
 def located_student(name: Path | str) -> Path:
     """As `located`, of a student."""
     return WEIGHTS / "students" / str(name) if str(name) in STUDENTS else Path(name)
+
+
+def located_adapter(name: Path | str) -> Path:
+    """As `located`, of an adapter."""
+    return WEIGHTS / "adapters" / str(name) if str(name) in ADAPTERS else Path(name)

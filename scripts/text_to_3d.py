@@ -15,7 +15,7 @@ def main(config: dict[str, Any]) -> None:
     from sds3d.scene import SceneOptions
     from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_prompts
 
-    options = build(TextTo3dOptions, config["text_to_3d"], "text_to_3d")
+    options = build(TextTo3dOptions, {**config["text_to_3d"], "control": config.get("control") or None}, "text_to_3d")
     scene = build(SceneOptions, config["scene"], "scene")
     objective = build(ObjectiveOptions, config["objective"], "objective")
     export = build(ExportOptions, config["export"], "export")

@@ -58,15 +58,23 @@ def to_srgb(linear: np.ndarray) -> np.ndarray:
     return np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def load_mesh(path: Path | str) -> trimesh.Trimesh:
-    """A mesh that `save_mesh` wrote, back in scene axes. Raises `UserError` for a file that is missing or holds no mesh."""
+def read_scene(path: Path | str, process: bool = True) -> trimesh.Scene:
+    """What a mesh file holds, in its own axes; `process` merges vertices and drops what is not finite.
+
+    Raises `UserError` for a file that is missing or holds no mesh.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist: expected a .glb or .obj file")
     try:
-        parts = trimesh.load_scene(path)
-        mesh = parts.to_mesh()
+        return trimesh.load_scene(path, process=process)
     except (ValueError, KeyError, IndexError, NotImplementedError) as error:
         raise UserError(f"{path} cannot be read as a mesh ({error})") from None
+
+
+def load_mesh(path: Path | str) -> trimesh.Trimesh:
+    """A mesh that `save_mesh` wrote, back in scene axes. Raises `UserError` for a file that is missing or holds no mesh."""
+    parts = read_scene(path)
+    mesh = parts.to_mesh()
     mesh.apply_transform(TO_FILE.T)
     whole = next(iter(parts.geometry.values())) if len(parts.geometry) == 1 else mesh
     kept = getattr(whole.visual, "vertex_attributes", {})  # where trimesh has the colours of a GLB with a material; joining loses them

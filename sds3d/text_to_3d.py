@@ -20,6 +20,7 @@ from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
+from sds3d.control import MeshControl, MeshControlOptions
 from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions, Views
 
@@ -62,6 +63,7 @@ class TextTo3dOptions:
     adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
     diagnostics: DiagnosticOptions = DiagnosticOptions()
+    control: MeshControlOptions | None = None  # a coarse mesh whose shape is kept
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -133,7 +135,9 @@ class TextTo3d:
         self.run, self.teacher, self.options = run, teacher, options
         self.scene = Scene(scene, run.device)
         self.critic = Critic(teacher, objective.critic) if objective.critic is not None else None
-        self.objective = ScoreDistillation(teacher, objective, self.critic, teacher.decode)
+        self.control = MeshControl(teacher, options.control) if options.control is not None else None
+        seen = teacher if self.control is None else self.control.teacher
+        self.objective = ScoreDistillation(seen, objective, self.critic, teacher.decode)
         self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
@@ -179,6 +183,8 @@ class TextTo3d:
         parts = options.image_moves == "albedo" and self.objective.options.image and not coarse
         shaped, painted = views.parted() if parts else (views.rgb, views.rgb)
         latents = self.encode(shaped, coarse)
+        if self.control is not None:
+            self.control.look(cameras.at(self.teacher.resolution))
         conditions = conditions_for(self.teacher, options, self.objective.options, cameras)
         poses = drawn.poses()
         if self.critic is not None:

@@ -178,12 +178,13 @@ def _write_geometry(path: Path, geometry: list[tuple[np.ndarray, np.ndarray]]) -
 
 
 def _claim(folder: Path, options: WorldOptions) -> None:
-    """Take the folder for these options, or for a continuation with other counts."""
+    """Take the folder for these options, or for a continuation with other counts, or with geometry where it had none."""
     path = folder / "world.json"
     now = json.loads(json.dumps(asdict(options)))
     if path.exists():
         before = read_json(path)
-        changed = [k for k in now if k not in SPLITS and before.get(k) != now[k]]
+        added = not before.get("geometry")
+        changed = [k for k in now if k not in SPLITS and before.get(k) != now[k] and not (k == "geometry" and added)]
         if changed:
             raise UserError(f"{folder} holds a world with another {changed[0]} ({before.get(changed[0])}): choose another folder")
     elif folder.exists() and any(folder.iterdir()):

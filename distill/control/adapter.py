@@ -1,0 +1,131 @@
+"""A teacher seen through adapters: `diffusers.ControlNetModel`s whose zero convolutions add to its U-Net's skips.
+
+Zhang, Rao, Agrawala 2023, arXiv:2302.05543: y = F(x; frozen) + Z(F(x + Z(c); copy)), section 3.1.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor
+
+from distill.data import read_json, write_json
+from distill.errors import UserError
+from distill.noise import Kind, NoiseSchedule
+from distill.score import Prediction, ScoreModel
+from distill.shipped import ADAPTERS, located_adapter
+from distill.teacher.folder import replaced_folder
+from distill.teacher.frozen import Teacher
+
+MARK = "condition.json"  # beside the weights: what the adapter takes
+WIDTHS = (16, 32, 96, 256)  # of the condition's own convolutions, each but the first at half the resolution of the one before (diffusers)
+
+
+def make_adapter(teacher: Teacher) -> ControlNetModel:
+    """A copy of the lower half of the teacher's U-Net that takes a picture, silent until it is trained."""
+    halvings = (teacher.resolution // teacher.latent_shape[1]).bit_length()
+    if halvings > len(WIDTHS):
+        raise UserError(f"the VAE makes a latent of 1 in {2 ** (halvings - 1)} pixels a side: at most {2 ** (len(WIDTHS) - 1)} is expected")
+    made = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=WIDTHS[:halvings])
+    return made.float().to(teacher.device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Control:
+    """An adapter, its pictures (N, 3, H, W) in [0, 1], its weight, and the share of the denoising it acts in.
+
+    Pictures belong to the items of a batch in turn: a batch of k N, such as guidance asks, repeats them. At time t the share
+    done is 1 - (t + 1) / T, so that `start` and `end` mean what they mean in `StableDiffusionControlNetPipeline`.
+    """
+
+    adapter: ControlNetModel
+    pictures: Tensor
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= 1:
+            raise UserError(f"a control acts from {self.start} to {self.end}: two shares of the denoising are expected, 0 <= start < end <= 1")
+
+    def weights(self, t: Tensor, steps: int) -> Tensor:
+        """Its weight at times t (B,): (B, 1, 1, 1), 0 where it does not act."""
+        done = 1 - (t + 1).double() / steps
+        acts = (done >= self.start - 1e-6) & (done < self.end - 1e-6)
+        return (self.weight * acts).float()[:, None, None, None]
+
+    def seen(self, count: int) -> Tensor:
+        """The pictures for a batch of `count`. Raises `UserError` where it is no multiple of theirs."""
+        if count % len(self.pictures):
+            raise UserError(f"{len(self.pictures)} control pictures cannot serve a batch of {count}: give one, or one an image")
+        return self.pictures.repeat(count // len(self.pictures), 1, 1, 1)
+
+
+def residuals(controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Tensor, steps: int) -> tuple[list[Tensor], Tensor] | None:
+    """What controls add to the skips and to the middle of a U-Net, summed; None where none acts."""
+    total: tuple[list[Tensor], Tensor] | None = None
+    for control in controls:
+        weights = control.weights(t, steps).to(x_t.device)
+        if not weights.any():
+            continue
+        net = control.adapter
+        seen = control.seen(len(x_t)).to(x_t.device, net.dtype)
+        told = net(x_t.to(net.dtype), t, encoder_hidden_states=condition.to(net.dtype), controlnet_cond=seen)
+        down, middle = told.down_block_res_samples, told.mid_block_res_sample
+        scale = weights.to(middle.dtype)
+        down, middle = [value * scale for value in down], middle * scale
+        total = (down, middle) if total is None else ([a + b for a, b in zip(total[0], down, strict=True)], total[1] + middle)
+    return total
+
+
+@final
+class ControlledScore(ScoreModel):
+    """A U-Net with controls behind the contract; without any that acts it is the U-Net, bit for bit."""
+
+    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, kind: Kind, controls: Sequence[Control]) -> None:
+        self.unet, self.schedule, self.kind, self.controls = unet, schedule, kind, list(controls)
+
+    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+        """As the contract says."""
+        added = residuals(self.controls, x_t, t, condition, self.schedule.steps)
+        dtype = self.unet.dtype
+        down, middle = (None, None) if added is None else (tuple(v.to(dtype) for v in added[0]), added[1].to(dtype))
+        output = self.unet(
+            x_t.to(dtype),
+            t,
+            encoder_hidden_states=condition.to(dtype),
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample
+        return Prediction.of(output, x_t, t, self.schedule, self.kind)
+
+
+def controlled(teacher: Teacher, controls: Sequence[Control]) -> Teacher:
+    """The teacher seen through its controls: the same parts, another score. It obeys the teacher protocol, so every objective takes it."""
+    seen = copy.copy(teacher)
+    seen.score = ControlledScore(teacher.unet, teacher.schedule, teacher.score.kind, controls)
+    return seen
+
+
+def save_adapter(folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]) -> None:
+    """Write `ControlNetModel`'s own folder in fp16, and what it is conditioned on; an older adapter in its place is replaced."""
+    with replaced_folder(folder, MARK, "an adapter") as temporary:
+        copy.deepcopy(adapter).half().save_pretrained(temporary)
+        write_json(temporary / MARK, {"condition": condition, "figures": figures})
+
+
+def load_adapter(name: Path | str, device: torch.device | str = "cpu") -> tuple[ControlNetModel, str]:
+    """A shipped adapter or one of a folder, float32 and frozen, and what it is conditioned on; a folder of another's making says "".
+
+    Raises `UserError` where there is none.
+    """
+    folder = located_adapter(name)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{name} is no adapter: give {', '.join(ADAPTERS)}, or a folder that train_controlnet.py wrote")
+    adapter = ControlNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    condition = read_json(folder / MARK)["condition"] if (folder / MARK).is_file() else ""
+    return adapter.to(device, memory_format=torch.channels_last), condition

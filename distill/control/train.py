@@ -1,0 +1,139 @@
+"""Training an adapter: the teacher frozen, its pictures known, fidelity watched on held-out conditions."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.control.adapter import Control, controlled, make_adapter
+from distill.control.conditions import as_input
+from distill.control.fidelity import fidelity, means
+from distill.control.probe import Probe
+from distill.data import batches
+from distill.errors import UserError
+from distill.run import Run
+from distill.sampling import sample_ddim
+from distill.score import Guided, Prediction
+from distill.teacher.frozen import Teacher
+from distill.teacher.unet import LatentCache
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Every so many steps: samples of `count` held-out conditions, in `steps` DDIM steps with guidance."""
+
+    every: int = 200
+    count: int = 48
+    steps: int = 10
+    guidance: float = 2.0
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.count, self.steps) < 1:
+            raise UserError("validation needs every, count and steps of at least 1")
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How an adapter is trained. `caption_dropout` as in the paper: so that the picture is read where the text says nothing."""
+
+    batch: int = 32
+    learning_rate: float = 5e-4
+    final_rate: float = 0.1
+    caption_dropout: float = 0.5
+    validation: ValidationOptions = ValidationOptions()
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.learning_rate <= 0 or not 0 < self.final_rate <= 1 or not 0 <= self.caption_dropout <= 1:
+            raise UserError("batch and learning_rate must be positive, final_rate within (0, 1] and caption_dropout within [0, 1]")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What validation draws from: captions, their pictures uint8, the true images (N, 3, H, W)."""
+
+    texts: list[str]
+    pictures: Tensor
+    images: Tensor
+
+
+def adapter_loss(teacher: Teacher, adapter: ControlNetModel, batch: tuple[Tensor, Tensor, Tensor, Tensor], pictures: Tensor) -> Tensor:
+    """The teacher's own denoising loss on (latents, noise, t, text states), seen through the adapter with its pictures (B, 3, H, W)."""
+    clean, noise, t, states = batch
+    x_t = teacher.schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
+    told: Prediction = controlled(teacher, [Control(adapter, pictures)]).predict(x_t, t, states)
+    if teacher.score.kind == "epsilon":
+        return F.mse_loss(told.eps, noise)
+    return F.mse_loss(told.v, teacher.schedule.velocity(clean, noise, t))
+
+
+class AdapterTraining:
+    """An adapter and its teacher; `train` runs inside a `Run`."""
+
+    def __init__(
+        self, run: Run, teacher: Teacher, cache: LatentCache, pictures: Tensor, condition: str, options: AdapterOptions
+    ) -> None:
+        """pictures (N, 1 or 3, H, W) uint8 belong to the cache's latents. Raises `UserError` where their numbers differ."""
+        if len(pictures) != len(cache.latents):
+            raise UserError(f"{len(pictures)} condition pictures for {len(cache.latents)} images: one an image is expected")
+        self.run, self.teacher, self.cache, self.pictures, self.condition, self.options = run, teacher, cache, pictures, condition, options
+        self.adapter = make_adapter(teacher)
+        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=options.learning_rate, weight_decay=0.01)
+
+    def train(self, held_out: HeldOut, probe: Probe) -> ControlNetModel:
+        """Run to the end; the adapter in evaluation mode."""
+        run, options = self.run, self.options
+        run.track(adapter=self.adapter, optimizer=self.optimizer)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, run.options.steps, options.learning_rate * options.final_rate)
+        run.track(decay=decay)
+        for step in run.steps():
+            if step == 0:
+                self.validate(held_out, probe)
+            loss = self.step(step)
+            decay.step()
+            run.log(loss=loss)
+            if run.due(options.validation.every):
+                self.validate(held_out, probe)
+        return self.adapter.eval().requires_grad_(False)
+
+    def step(self, step: int) -> Tensor:
+        """One update; its loss."""
+        run, options, cache = self.run, self.options, self.cache
+        index = batches(len(cache.latents), options.batch, step, run.options.seed)
+        t = torch.randint(self.teacher.schedule.steps, (len(index),), generator=run.generator)
+        noise = torch.randn(cache.latents[index].shape, generator=run.generator)
+        dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
+        states = cache.states[torch.where(dropped, len(cache.states) - 1, cache.caption[index])]
+        batch = tuple(value.to(run.device) for value in (cache.latents[index], noise, t, states))
+        loss = adapter_loss(self.teacher, self.adapter, batch, as_input(self.pictures[index]).to(run.device))  # type: ignore[arg-type]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, held_out: HeldOut, probe: Probe) -> None:
+        """Figures of samples of held-out conditions, logged; a strip of condition, sample and truth for the first of them."""
+        chosen = self.options.validation
+        pictures, texts = held_out.pictures[: chosen.count], held_out.texts[: chosen.count]
+        noise = torch.randn(len(texts), *self.teacher.latent_shape, generator=torch.Generator().manual_seed(1))
+        samples = sample_controlled(self.teacher, [Control(self.adapter, as_input(pictures))], texts, noise, chosen.steps, chosen.guidance)
+        self.run.log(**means(fidelity(self.condition, samples, pictures, probe)))
+        if self.run.due(self.run.options.preview_every) or self.run.step == 0:
+            self.run.preview("strip", strip(as_input(pictures), samples, held_out.images)[:48])
+
+
+def strip(*columns: Tensor) -> Tensor:
+    """Images (B, 3, H, W) each, interleaved: the first of each column, then the second."""
+    count = min(len(column) for column in columns)
+    return torch.stack([column[:count] for column in columns], 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def sample_controlled(teacher: Teacher, controls: list[Control], texts: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
+    """Images (B, 3, H, W) on the CPU of a teacher seen through controls, by DDIM."""
+    model = Guided(controlled(teacher, controls), teacher.encode_text([""]), guidance)
+    latents = sample_ddim(model, teacher.scheduler, teacher.encode_text(texts), noise.to(teacher.device), steps)
+    return torch.cat([teacher.decode(part).cpu() for part in latents.split(64)])

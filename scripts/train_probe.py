@@ -1,0 +1,32 @@
+"""Train and save the probe: python scripts/train_probe.py data=outputs/shapes64"""
+
+import json
+from typing import Any
+
+from entry import entry
+
+
+def main(config: dict[str, Any]) -> None:
+    from distill.config import build
+    from distill.control.conditions import silhouettes
+    from distill.control.fidelity import fidelity, means
+    from distill.control.probe import ProbeOptions, save_probe, train_probe
+    from distill.data import load_split
+    from distill.run import Run, RunOptions
+    from sds3d.conditions import world_pictures
+
+    options = build(ProbeOptions, config["probe"], "probe")
+    train, test = (load_split(config["data"], split) for split in ("train", "test"))
+    silhouettes(train)  # before a directory is claimed
+    deep, test_deep = (world_pictures(config["data"], s, "depth", d.rows) for s, d in (("train", train), ("test", test)))
+    run = Run(build(RunOptions, config["run"], "run"), config, "probe")
+    probe = train_probe(run, train, deep, options)
+    figures = means(fidelity("depth", test.composite(slice(None)), test_deep, probe))
+    save_probe(probe, run.directory / "probe", figures)
+    run.finish(figures)
+    print(json.dumps(figures, indent=2))
+    print(f"written: {run.directory}/probe")
+
+
+if __name__ == "__main__":
+    entry("train_probe", main)

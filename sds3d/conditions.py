@@ -1,0 +1,70 @@
+"""Geometry as the pictures that adapters are conditioned on: of the world's renders, and of any mesh from any camera."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import trimesh
+from torch import Tensor
+
+from distill.errors import UserError
+from sds3d.cameras import Cameras, orbit
+
+CONDITIONS = ("silhouette", "depth", "normals")
+NEAR, FAR = 1.7, 4.3  # distances from the camera told apart: what the world's cameras see of the unit ball
+
+
+def depth_pictures(depth: Tensor) -> Tensor:
+    """(N, 1, H, W) uint8 of distances (N, H, W): 255 at `NEAR`, 1 at `FAR`, 0 where nothing is hit."""
+    share = ((FAR - depth.float()) / (FAR - NEAR)).clamp(0, 1)
+    return torch.where(depth > 0, 1 + (share * 254).round(), 0.0).to(torch.uint8)[:, None]
+
+
+def normal_pictures(normals: Tensor, rotation: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 of unit normals (N, H, W, 3) in world axes: right, up and towards the camera as colours; 0 where nothing is hit."""
+    seen = torch.einsum("nhwi,nij->njhw", normals.float(), rotation)
+    hit = (normals != 0).any(-1)[:, None]
+    return torch.where(hit, ((seen + 1) * 127.5).round().clamp(1, 255), 0.0).to(torch.uint8)
+
+
+def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The pictures (N, 1 or 3, H, W) of a world's split, from the geometry written beside it, in the order of its rows.
+
+    Raises `UserError` where it was written without (`world.geometry=true`).
+    """
+    from safetensors.torch import load_file
+
+    paths = sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors"))
+    name = "depth" if condition == "depth" else "normal"
+    blocks = [load_file(path)[name] for path in paths]
+    whole = torch.cat(blocks)[: len(rows)] if blocks else torch.zeros(0)
+    if len(whole) < len(rows):
+        raise UserError(f"{folder} has {condition} of {len(whole)} of its {len(rows)} {split} images: scripts/make_shapes.py output={folder} world.geometry=true")
+    if condition == "depth":
+        return depth_pictures(whole)
+    angles = torch.tensor([[row["azimuth"], row["elevation"]] for row in rows])
+    ones = torch.ones(len(rows))
+    rotation = orbit(angles[:, 0], angles[:, 1], 3 * ones, 35 * ones, 64).rotation
+    return torch.cat([normal_pictures(n.float() / 127, r) for n, r in zip(whole.split(1000), rotation.split(1000), strict=True)])
+
+
+def mesh_pictures(mesh: trimesh.Trimesh, condition: str, cameras: Cameras) -> Tensor:
+    """The pictures (B, 1 or 3, H, W) uint8 of a mesh, as the world's own are made."""
+    from sds3d.raycast import RayCaster, render
+
+    caster, blank = RayCaster(mesh), np.zeros((len(mesh.faces), 3))
+    views = [render(caster, blank, _one(cameras, i)) for i in range(len(cameras))]
+    if condition == "silhouette":
+        cover = torch.from_numpy(np.stack([view.rgba[..., 3] for view in views]))
+        return (cover * 255 + 0.5).to(torch.uint8)[:, None]
+    if condition == "depth":
+        return depth_pictures(torch.from_numpy(np.stack([view.depth for view in views])))
+    return normal_pictures(torch.from_numpy(np.stack([view.normal for view in views])), cameras.rotation)
+
+
+def _one(cameras: Cameras, index: int) -> Cameras:
+    part = slice(index, index + 1)
+    tensors = (cameras.position, cameras.azimuth, cameras.elevation, cameras.rotation, cameras.fovy)
+    return Cameras(*(value[part] for value in tensors), cameras.resolution)

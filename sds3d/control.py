@@ -1,0 +1,71 @@
+"""Text to 3-D under a mesh's control: the teacher sees, through an adapter, the depth or silhouette of a coarse mesh from each camera."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import trimesh
+
+from distill.control.adapter import Control, ControlledScore, controlled, load_adapter
+from distill.control.conditions import as_input
+from distill.errors import UserError
+from distill.teacher.frozen import Teacher
+from sds3d.cameras import Cameras
+from sds3d.conditions import CONDITIONS, mesh_pictures
+from sds3d.mesh_files import load_mesh, read_scene
+from sds3d.shapes import RADIUS
+
+MOST_FACES = 1_000_000
+
+
+@dataclass(frozen=True)
+class MeshControlOptions:
+    """A mesh file, the adapter (by name or folder) that sees it, its weight, and the share of the noise levels it acts in (1: the noisiest first)."""
+
+    mesh: str
+    adapter: str = "depth"
+    condition: Literal["", "silhouette", "depth", "normals"] = ""  # where the adapter's folder does not say
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+def coarse_mesh(path: Path | str) -> trimesh.Trimesh:
+    """A user's mesh in scene axes, centred and scaled as the world's are. Raises `UserError`, one sentence, for what cannot be shown."""
+    raw = [part.vertices for part in read_scene(path, process=False).geometry.values()]
+    if not all(np.isfinite(vertices).all() for vertices in raw):
+        raise UserError(f"{path} has vertices that are not finite numbers: repair the mesh")
+    mesh = load_mesh(path)
+    if not len(mesh.faces):
+        raise UserError(f"{path} holds no faces: a mesh with a surface is expected (points and lines show nothing)")
+    if len(mesh.faces) > MOST_FACES:
+        raise UserError(f"{path} has {len(mesh.faces):,} faces: a coarse mesh of at most {MOST_FACES:,} is expected, decimate it")
+    mesh.apply_translation(-mesh.bounds.mean(axis=0))
+    reach = float(np.linalg.norm(mesh.vertices, axis=1).max())
+    if reach <= 0 or mesh.area <= 0:
+        raise UserError(f"{path} has no extent: all of its vertices lie in one point or on one line")
+    mesh.apply_scale(RADIUS / reach)
+    return mesh
+
+
+class MeshControl:
+    """The mesh, and the teacher seen through its adapter; `look` turns what it shows to the cameras of a step."""
+
+    def __init__(self, teacher: Teacher, options: MeshControlOptions) -> None:
+        """Raises `UserError` for a mesh or an adapter that cannot serve."""
+        self.mesh = coarse_mesh(options.mesh)
+        adapter, told = load_adapter(options.adapter, teacher.device)
+        self.condition = options.condition or told
+        if self.condition not in CONDITIONS:
+            raise UserError(f"the adapter {options.adapter} takes {told or 'something unknown'}: of a mesh there are {', '.join(CONDITIONS)}")
+        side = teacher.resolution
+        self.control = Control(adapter, torch.zeros(1, 3, side, side), options.weight, options.start, options.end)
+        self.teacher = controlled(teacher, [self.control])
+
+    def look(self, cameras: Cameras) -> None:
+        """Show the teacher the mesh from cameras (B), the order of its next batches."""
+        pictures = as_input(mesh_pictures(self.mesh, self.condition, cameras))
+        assert isinstance(self.teacher.score, ControlledScore)
+        self.teacher.score.controls = [replace(self.control, pictures=pictures.to(self.teacher.device))]
