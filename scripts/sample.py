@@ -5,45 +5,60 @@ from typing import Any
 
 from entry import entry
 
+WAYS = ("teacher", "student", "compare", "controls", "race", "output", "device")  # not of an image: what draws it, and where it is left
+
 
 def main(config: dict[str, Any]) -> None:
     if config["student"] is not None:
         return from_student(config)
-    from distill.config import build
-    from distill.film import save_gif
-    from distill.report import image_grid, pick_device, save_png
-    from distill.teacher.frozen import Teacher
-    from distill.text_to_image import TextToImageOptions, text_to_image
+    import torch
 
-    keys = ("prompts", "negative_prompt", "count", "guidance", "steps", "sampler", "seed", "animation")
-    options = build(TextToImageOptions, {key: config[key] for key in keys})
-    images, frames = text_to_image(Teacher.load(config["teacher"], pick_device(config["device"])), options)
-    folder = Path(config["output"])
-    save_png(folder / "samples.png", image_grid(images, options.count))
-    for number, image in enumerate(images):
-        save_png(folder / f"{number // options.count:03d}_{number % options.count:02d}.png", image)
+    from distill.config import build
+    from distill.control.adapter import controlled
+    from distill.control.pictures import ControlPicture, make_control
+    from distill.film import save_gif
+    from distill.report import image_grid, pick_device
+    from distill.teacher.frozen import Teacher
+    from distill.text_to_image import TextToImageOptions, race, text_to_image
+
+    options = build(TextToImageOptions, {key: value for key, value in config.items() if key not in WAYS})
+    teacher, folder = Teacher.load(config["teacher"], pick_device(config["device"])), Path(config["output"])
+    controls = [make_control(build(ControlPicture, given, "controls"), teacher) for given in config["controls"]]
+    seen = controlled(teacher, controls) if controls else teacher
+    columns, frames = options.count * max(len(options.sweep), 1), None
+    if config["race"]:
+        rows, table = race(seen, options, config["race"])
+        images = torch.cat(rows)
+        print(table)
+    else:
+        images, frames = text_to_image(seen, options)
     if frames is not None:
         save_gif(frames, folder / "denoising.gif", 8)
-    print(f"written: {folder}/samples.png")
+    save(folder, image_grid(images, columns), images, columns)
 
 
 def from_student(config: dict[str, Any]) -> None:
     from distill.config import build
     from distill.one_step.comparison import StudentSampleOptions, sample_student, sheet, table
     from distill.one_step.folder import load_student
-    from distill.report import pick_device, save_png
+    from distill.report import pick_device
     from distill.teacher.frozen import Teacher
 
     options = build(StudentSampleOptions, {key: config[key] for key in ("prompts", "count", "seed", "compare", "guidance")})
     device = pick_device(config["device"])
     student, parts = load_student(config["student"], device)
     rows = sample_student(student, parts, Teacher.load(config["teacher"], device) if options.compare else None, options)
-    folder = Path(config["output"])
-    save_png(folder / "samples.png", sheet(rows, options))
-    for number, image in enumerate(rows[0].images):
-        save_png(folder / f"{number // options.count:03d}_{number % options.count:02d}.png", image)
     if options.compare:
         print(table(rows))
+    save(Path(config["output"]), sheet(rows, options), rows[0].images, options.count)
+
+
+def save(folder: Path, sheet: Any, images: Any, columns: int) -> None:
+    from distill.report import save_png
+
+    save_png(folder / "samples.png", sheet)
+    for number, image in enumerate(images):
+        save_png(folder / f"{number // columns:03d}_{number % columns:02d}.png", image)
     print(f"written: {folder}/samples.png")
 
 

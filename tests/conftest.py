@@ -64,21 +64,25 @@ def world_captions() -> list[str]:
     return [*single, *phrases, *views, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete teacher folder, untrained, 64x64 images, 8x8 latents with 8 channels. Not to be written to."""
-    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+def save_tiny_teacher(folder: Path, latent_channels: int) -> Path:
+    """A complete teacher folder, untrained, 64x64 images, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer, words = build_tokenizer(world_captions())
         small = ClipOptions(width=32, layers=1, patch=16, text_width=32, text_layers=2, projection=16)
         clip = build_clip(small, tokenizer, 64)
-        vae = build_vae(VaeOptions(channels=(8, 8, 16, 16), latent_channels=8), 64)
+        vae = build_vae(VaeOptions(channels=(8, 8, 16, 16), latent_channels=latent_channels), 64)
         vae.register_to_config(scaling_factor=1.7)  # a stock one: 1 would hide a factor left out
         options = UnetOptions(channels=(16, 32), heads=2)
         unet = build_unet(options, vae.config.latent_channels, 8, small.text_width)
         save_teacher(folder, tokenizer, words, clip, vae, unet, make_scheduler(options))
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with latents of 8 channels. Not to be written to."""
+    return save_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny", 8)
 
 
 @pytest.fixture
