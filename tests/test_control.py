@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import script
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from torch import Tensor
@@ -165,3 +166,32 @@ def test_an_adapter_of_nowhere_is_one_sentence(tmp_path: Path, tiny_teacher: Tea
     assert load_adapter(tmp_path / "a")[1] == "depth"
     assert json.loads((tmp_path / "a" / "condition.json").read_text())["figures"] == {"depth_correlation": 0.5}
     assert as_input(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+
+
+def test_the_scripts_train_probe_and_adapter_and_resume(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    world = tmp_path / "world"
+    sizes = ["world.train=24", "world.validation=4", "world.test=8", "world.supersample=1"]
+    script("make_shapes", f"output={world}", *sizes)
+    probing = [f"data={world}", f"run.directory={tmp_path / 'p'}", "run.steps=2", "run.trackers=[]", "probe.batch=4", "probe.width=8"]
+    assert "has depth of 0 of its 24 train images" in script("train_probe", *probing, code=2)
+    assert not (tmp_path / "p").exists()
+    script("make_shapes", f"output={world}", *sizes, "world.geometry=true")  # added to a world that has none
+    script("train_probe", *probing)
+    figures = json.loads((tmp_path / "p" / "probe" / "probe.json").read_text())["metrics"]
+    assert set(figures) == {"silhouette_iou", "depth_correlation"}
+    where = [f"teacher={tiny_teacher_folder}", f"data={world}", f"probe={tmp_path / 'p' / 'probe'}", "run.trackers=[]"]
+    small = ["adapter.batch=2", "adapter.validation={every: 2, count: 4, steps: 2}", "run.checkpoint_every=2", "run.log_every=1"]
+    for condition in ("depth", "edges"):
+        script("train_controlnet", *where, f"condition={condition}", f"run.directory={tmp_path / condition}", "run.steps=4", *small)
+        adapter, told = load_adapter(tmp_path / condition / "adapter")
+        assert told == condition and any(value.any() for value in adapter.controlnet_mid_block.parameters())
+        result = json.loads((tmp_path / condition / "result.json").read_text())
+        assert set(result["fidelity"]) == set(result["learnt_to_obey_at"]) and result["fidelity"]
+        assert (tmp_path / condition / "fidelity.png").is_file()
+    (tmp_path / "depth" / "checkpoints" / "step_00000004.safetensors").unlink()  # as if killed after the second step
+    again = [f"run.directory={tmp_path / 'depth'}", "condition=depth", "run.steps=4"]
+    before = load_adapter(tmp_path / "depth" / "adapter")[0].state_dict()
+    script("train_controlnet", *where, *again, *small)
+    after = load_adapter(tmp_path / "depth" / "adapter")[0].state_dict()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not torch.equal(before["conv_in.weight"], Teacher.load(str(tiny_teacher_folder)).unet.conv_in.weight)
