@@ -17,6 +17,7 @@ from torch import Tensor
 from distill.errors import UserError
 
 BACKGROUND = (0.4, 1.0)  # grey levels that transparent images are laid on
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @contextlib.contextmanager
@@ -97,6 +98,20 @@ def open_image(path: Path, resolution: int) -> np.ndarray:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(image)
+
+
+def composed(pixels: np.ndarray) -> Tensor:
+    """An image (1, 3, H, W) in [0, 1] of (H, W, 3 or 4) uint8, what is transparent on the middle of the grey levels."""
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+    return image if image.shape[1] == 3 else image[:, :3] * image[:, 3:] + sum(BACKGROUND) / 2 * (1 - image[:, 3:])
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by name. Raises `UserError` where there are none."""
+    files = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"{folder} holds no images: expected a folder with {', '.join(IMAGES)}")
+    return files
 
 
 def read_rows(folder: Path | str) -> list[dict[str, Any]]:

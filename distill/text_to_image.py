@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data import BACKGROUND, open_image
+from distill.data import composed, open_image
 from distill.errors import UserError
 from distill.report import image_grid
 from distill.sampling import Picture, Watch, sample_ddim, sample_ddpm, sample_dpm
@@ -81,14 +81,12 @@ def load_picture(teacher: Teacher, options: TextToImageOptions, count: int) -> P
     """What is started from, for `count` images; None where there is no file. Raises `UserError` for files that are no images."""
     if options.image is None:
         return None
-    pixels = torch.from_numpy(open_image(Path(options.image), teacher.resolution).copy()).permute(2, 0, 1)[None].float() / 255
-    if pixels.shape[1] == 4:  # as the teacher's own pictures lie: on grey
-        pixels = pixels[:, :3] * pixels[:, 3:] + sum(BACKGROUND) / 2 * (1 - pixels[:, 3:])
+    pixels = composed(open_image(Path(options.image), teacher.resolution))
     with torch.no_grad():
         clean = teacher.encode_images(pixels.to(teacher.device)).expand(count, -1, -1, -1)
     if options.mask is None:
         return Picture(clean, options.strength)
-    mask = torch.from_numpy(open_image(Path(options.mask), teacher.resolution)[..., :3].copy()).float().mean(2)[None, None] / 255
+    mask = composed(open_image(Path(options.mask), teacher.resolution)).mean(1, keepdim=True)
     side = teacher.latent_shape[1]
     return Picture(clean, options.strength, (F.interpolate(mask, size=(side, side)) >= 0.5).float().to(teacher.device))
 

@@ -1,5 +1,6 @@
 """The teacher's tasks against diffusers' own pipelines, from the same noise, and what options may not say."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from distill.control.adapter import make_adapter, save_adapter
 from distill.errors import UserError
+from distill.report import save_png
 from distill.sampling import sample_ddim
 from distill.score import Guided
 from distill.teacher.clip import caption_features, image_features
@@ -159,6 +161,19 @@ def test_ranking_keeps_what_clip_finds_nearest() -> None:
     with torch.no_grad():
         near = image_features(clip, every) @ caption_features(clip, shipped.tokenizer, [PROMPT])[0]
     assert torch.allclose(kept, every[near.argsort(descending=True)[:2]], atol=1e-5)
+
+
+def test_labels_of_a_folder(tmp_path: Path) -> None:
+    teacher = Teacher.load("shapes64")
+    for name in ("a red cube", "a blue sphere"):
+        image, _ = text_to_image(teacher, TextToImageOptions((name,), count=1, steps=8))
+        save_png(tmp_path / "in" / f"{name.replace(' ', '_')}.png", image[0])
+    given = ["a red cube", "a blue sphere", f"folder={tmp_path / 'in'}", f"output={tmp_path / 'labels.json'}"]
+    script("label_images", *given)
+    told = json.loads((tmp_path / "labels.json").read_text())
+    assert told["a_red_cube.png"]["a red cube"] > 0.9 and told["a_blue_sphere.png"]["a blue sphere"] > 0.9
+    assert "holds no images" in script("label_images", "a red cube", f"folder={tmp_path / 'none'}", code=2)
+    assert "'dragon'" in script("label_images", "a red dragon", given[2], code=2)
 
 
 def test_a_race_draws_by_each_sampler(tiny_teacher: Teacher) -> None:

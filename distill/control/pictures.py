@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from distill.control.adapter import Control, load_adapter
-from distill.data import open_image
+from distill.data import composed, open_image
 from distill.teacher.frozen import Teacher
 
 
@@ -24,6 +22,5 @@ class ControlPicture:
 def make_control(given: ControlPicture, teacher: Teacher) -> Control:
     """The control of a file. Raises `UserError` for an adapter or an image that is none."""
     adapter, _ = load_adapter(given.adapter, teacher.device)
-    pixels = torch.from_numpy(open_image(Path(given.picture), teacher.resolution)[..., :3].copy())
-    picture = pixels.permute(2, 0, 1)[None].float().to(teacher.device) / 255
+    picture = composed(open_image(Path(given.picture), teacher.resolution)).to(teacher.device)
     return Control(adapter, picture, given.weight, given.start, given.end)
