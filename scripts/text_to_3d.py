@@ -13,7 +13,7 @@ def main(config: dict[str, Any]) -> None:
     from distill.teacher.frozen import Teacher
     from sds3d.export import ExportOptions, finish
     from sds3d.scene import SceneOptions
-    from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_prompts
+    from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_inputs
 
     options = build(TextTo3dOptions, {**config["text_to_3d"], "control": config.get("control") or None}, "text_to_3d")
     scene = build(SceneOptions, config["scene"], "scene")
@@ -21,7 +21,7 @@ def main(config: dict[str, Any]) -> None:
     export = build(ExportOptions, config["export"], "export")
     run_options = build(RunOptions, config["run"], "run")
     teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
-    check_prompts(teacher, options)  # before a directory is claimed
+    check_inputs(teacher, options)  # before a directory is claimed
     run = Run(run_options, config, options.prompt)
     made = TextTo3d(run, teacher, scene, objective, options)
     made.train()

@@ -76,11 +76,13 @@ class TextTo3dOptions:
             raise UserError(f"background is {list(self.background)}: two grey levels in [0, 1], low then high, are expected")
 
 
-def check_prompts(teacher: Teacher, options: TextTo3dOptions) -> None:
-    """Raises `UserError` for a prompt that is empty or that the teacher does not know."""
+def check_inputs(teacher: Teacher, options: TextTo3dOptions) -> None:
+    """Raises `UserError` for a prompt that is empty or that the teacher does not know, and for a control that cannot serve."""
     check_prompt(options.prompt, teacher.words)
     if options.negative_prompt:
         check_prompt(options.negative_prompt, teacher.words)
+    if options.control is not None:
+        MeshControl(teacher, options.control)
 
 
 def conditions_for(teacher: Teacher, options: TextTo3dOptions, objective: ObjectiveOptions, cameras: Cameras) -> Conditions:

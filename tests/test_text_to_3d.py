@@ -21,7 +21,7 @@ from sds3d.encoding import HashEncodingOptions
 from sds3d.field import FieldOptions
 from sds3d.renderer import RenderOptions
 from sds3d.scene import GridOptions, SceneOptions
-from sds3d.text_to_3d import RegularizerOptions, TextTo3d, TextTo3dOptions, check_prompts, conditions_for, grey_backgrounds
+from sds3d.text_to_3d import RegularizerOptions, TextTo3d, TextTo3dOptions, check_inputs, conditions_for, grey_backgrounds
 
 OBJECTIVES = Path(__file__).parent.parent / "configs" / "objective"
 SDS = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
@@ -152,9 +152,9 @@ def test_every_regulariser_reaches_the_scene(tmp_path, name):
 
 def test_mistakes_are_told():
     with pytest.raises(UserError, match="'blob'"):
-        check_prompts(Words(frozenset({"a", "red"})), replace(OPTIONS, prompt="a red blob"))
+        check_inputs(Words(frozenset({"a", "red"})), replace(OPTIONS, prompt="a red blob"))
     with pytest.raises(UserError, match="empty"):
-        check_prompts(Words(frozenset()), replace(OPTIONS, prompt=" "))
+        check_inputs(Words(frozenset()), replace(OPTIONS, prompt=" "))
     with pytest.raises(UserError, match="views is 0"):
         replace(OPTIONS, views=0)
     with pytest.raises(UserError, match="background"):

@@ -30,14 +30,20 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class GanOptions:
-    """Weights on the loss of the generator (on the scale that is summed over a latent) and of the critic (on the mean scale)."""
+    """Weights on the loss of the generator (on the scale that is summed over a latent) and of the critic (on the mean scale).
+
+    The generator is told at the lowest `high` of the noise levels: near pure noise real and generated look alike.
+    """
 
     generator: float = 1.0
     critic: float = 0.01
+    high: float = 1.0
     width: int = 128
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
+        if not 0 < self.high <= 1:
+            raise UserError(f"gan.high is {self.high}: a share of the noise levels in (0, 1] is expected")
         if min(self.generator, self.critic) < 0 or self.learning_rate <= 0 or self.width < 8:
             raise UserError("the adversarial weights must not be negative, its learning rate positive and its width at least 8")
 
@@ -115,9 +121,10 @@ class Adversary:
         self.head = Discriminator(middle.shape[1], options.width).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
-    def noisy(self, latents: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Latents with noise of any level, and its times."""
-        t = torch.randint(self.critic.schedule.steps, (len(latents),), generator=generator).to(latents.device)
+    def noisy(self, latents: Tensor, generator: torch.Generator, high: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Latents with noise of any of the lowest `high` of the levels, and its times."""
+        levels = max(round(high * self.critic.schedule.steps), 1)
+        t = torch.randint(levels, (len(latents),), generator=generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         return self.critic.schedule.add_noise(latents, noise, t), t
 
@@ -128,7 +135,8 @@ class Adversary:
     def generator_loss(self, generated: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
         """softplus(-logit) of what was generated, weighted; only the student is moved by it."""
         with self.critic.on(), frozen(self.critic.unet, self.head):
-            return self.options.generator * F.softplus(-self.logits(*self.noisy(generated, generator), states)).mean()
+            seen = self.noisy(generated, generator, self.options.high)
+            return self.options.generator * F.softplus(-self.logits(*seen, states)).mean()
 
     def critic_loss(self, middle: Tensor, real: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
         """softplus(logit) of what was generated, by the bottleneck of its denoising, plus softplus(-logit) of what is real; weighted."""
