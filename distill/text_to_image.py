@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +61,9 @@ class TextToImageOptions:
         if self.weights and (len(self.weights) != len(self.prompts) or sum(self.weights) == 0):
             raise UserError(f"{len(self.weights)} weights for {len(self.prompts)} prompts: one each, their sum not 0")
         if self.interpolate and (self.interpolate < 2 or len(self.prompts) < 2 or self.weights):
-            raise UserError("interpolate draws at least 2 mixtures between neighbours of at least 2 prompts, which weights would join to one")
+            raise UserError(
+                "interpolate draws at least 2 mixtures between neighbours of at least 2 prompts, which weights would join to one"
+            )
         if self.candidates > 1 and (self.weights or self.interpolate or self.sweep or self.animation):
             raise UserError("candidates are ranked by their prompt: leave weights, interpolate, sweep and animation out")
 
@@ -73,7 +76,7 @@ def text_rows(teacher: Teacher, options: TextToImageOptions) -> Tensor:
         return torch.einsum("p,pld->ld", weights / weights.sum(), states)[None]
     if options.interpolate:
         shares = torch.linspace(0, 1, options.interpolate).to(states)[:, None, None]
-        return torch.cat([torch.lerp(a, b, shares) for a, b in zip(states[:-1], states[1:], strict=True)])
+        return torch.cat([torch.lerp(a, b, shares) for a, b in pairwise(states)])
     return states
 
 
@@ -145,7 +148,7 @@ def ranked(teacher: Teacher, images: Tensor, options: TextToImageOptions) -> Ten
 
 
 def race(teacher: Teacher, options: TextToImageOptions, samplers: Sequence[Sampler]) -> tuple[list[Tensor], str]:
-    """The options' images by each sampler from the same noise, and a table of milliseconds an image; each is run once before it is timed."""
+    """The options' images by each sampler from the same noise, and a table of milliseconds an image; each runs once before it is timed."""
     images, lines = [], [f"{'sampler':8} {'steps':>6} {'U-Net calls':>12} {'ms an image':>12}"]
     for name in samplers:
         chosen = replace(options, sampler=name)

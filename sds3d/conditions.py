@@ -23,7 +23,7 @@ def depth_pictures(depth: Tensor) -> Tensor:
 
 
 def normal_pictures(normals: Tensor, rotation: Tensor) -> Tensor:
-    """(N, 3, H, W) uint8 of unit normals (N, H, W, 3) in world axes: right, up and towards the camera as colours; 0 where nothing is hit."""
+    """(N, 3, H, W) uint8 of unit normals (N, H, W, 3) in world axes: right, up, towards the camera as colours; 0 where nothing is hit."""
     seen = torch.einsum("nhwi,nij->njhw", normals.float(), rotation)
     hit = (normals != 0).any(-1)[:, None]
     return torch.where(hit, ((seen + 1) * 127.5).round().clamp(1, 255), 0.0).to(torch.uint8)
@@ -41,7 +41,8 @@ def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequenc
     blocks = [load_file(path)[name] for path in paths]
     whole = torch.cat(blocks)[: len(rows)] if blocks else torch.zeros(0)
     if len(whole) < len(rows):
-        raise UserError(f"{folder} has {condition} of {len(whole)} of its {len(rows)} {split} images: scripts/make_shapes.py output={folder} world.geometry=true")
+        make = f"scripts/make_shapes.py output={folder} world.geometry=true"
+        raise UserError(f"{folder} has {condition} of {len(whole)} of its {len(rows)} {split} images: {make}")
     if condition == "depth":
         return depth_pictures(whole)
     angles = torch.tensor([[row["azimuth"], row["elevation"]] for row in rows])

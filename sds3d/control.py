@@ -22,7 +22,7 @@ MOST_FACES = 1_000_000
 
 @dataclass(frozen=True)
 class MeshControlOptions:
-    """A mesh file, the adapter (by name or folder) that sees it, its weight, and the share of the noise levels it acts in (1: the noisiest first)."""
+    """A mesh file, the adapter (by name or folder) that sees it, its weight, and the share of the denoising it acts in, from pure noise."""
 
     mesh: str
     adapter: str = "depth"
@@ -59,7 +59,8 @@ class MeshControl:
         adapter, told = load_adapter(options.adapter, teacher.device)
         self.condition = options.condition or told
         if self.condition not in CONDITIONS:
-            raise UserError(f"the adapter {options.adapter} takes {told or 'something unknown'}: of a mesh there are {', '.join(CONDITIONS)}")
+            known = ", ".join(CONDITIONS)
+            raise UserError(f"the adapter {options.adapter} takes {told or 'something unknown'}: of a mesh there are {known}")
         side = teacher.resolution
         self.control = Control(adapter, torch.zeros(1, 3, side, side), options.weight, options.start, options.end)
         self.teacher = controlled(teacher, [self.control])

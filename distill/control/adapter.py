@@ -50,7 +50,9 @@ class Control:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
-            raise UserError(f"a control acts from {self.start} to {self.end}: two shares of the denoising are expected, 0 <= start < end <= 1")
+            raise UserError(
+                f"a control acts from {self.start} to {self.end}: two shares of the denoising are expected, 0 <= start < end <= 1"
+            )
 
     def weights(self, t: Tensor, steps: int) -> Tensor:
         """Its weight at times t (B,): (B, 1, 1, 1), 0 where it does not act."""

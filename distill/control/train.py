@@ -71,9 +71,7 @@ def adapter_loss(teacher: Teacher, adapter: ControlNetModel, batch: tuple[Tensor
 class AdapterTraining:
     """An adapter and its teacher; `train` runs inside a `Run`."""
 
-    def __init__(
-        self, run: Run, teacher: Teacher, cache: LatentCache, pictures: Tensor, condition: str, options: AdapterOptions
-    ) -> None:
+    def __init__(self, run: Run, teacher: Teacher, cache: LatentCache, pictures: Tensor, condition: str, options: AdapterOptions) -> None:
         """pictures (N, 1 or 3, H, W) uint8 belong to the cache's latents. Raises `UserError` where their numbers differ."""
         if len(pictures) != len(cache.latents):
             raise UserError(f"{len(pictures)} condition pictures for {len(cache.latents)} images: one an image is expected")
