@@ -11,7 +11,7 @@ def main(config: dict[str, Any]) -> None:
 
     from distill.data import composed, image_files, open_image, write_json
     from distill.report import pick_device
-    from distill.teacher.clip import zero_shot
+    from distill.teacher.clip import label_shares
     from distill.teacher.folder import load_clip
     from distill.teacher.frozen import Teacher
     from distill.teacher.vocabulary import check_prompt
@@ -21,7 +21,7 @@ def main(config: dict[str, Any]) -> None:
         check_prompt(label, teacher.words)
     files = image_files(Path(config["folder"]))
     images = torch.cat([composed(open_image(path, teacher.resolution)) for path in files])
-    shares = zero_shot(load_clip(teacher.place).to(teacher.device), teacher.tokenizer, images, config["labels"])
+    shares = label_shares(load_clip(teacher.place).to(teacher.device), teacher.tokenizer, images, config["labels"])
     best = shares.max(1)
     for path, share, index in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
         print(f"{path.name:32} {config['labels'][index]:32} {share:.3f}")

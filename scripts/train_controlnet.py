@@ -4,11 +4,12 @@ from typing import Any
 
 from entry import entry
 
+SPLITS = ("train", "validation")  # an adapter learns from one, and is watched on the other
+
 
 def main(config: dict[str, Any]) -> None:
     from distill.config import build
     from distill.control.adapter import save_adapter
-    from distill.control.conditions import of_images
     from distill.control.probe import load_probe
     from distill.control.report import finish
     from distill.control.train import AdapterOptions, AdapterTraining, HeldOut
@@ -17,19 +18,15 @@ def main(config: dict[str, Any]) -> None:
     from distill.report import pick_device
     from distill.run import Run, RunOptions
     from distill.teacher.frozen import Teacher
-    from sds3d.conditions import CONDITIONS, world_pictures
+    from sds3d.conditions import split_pictures
 
     condition, folder = config["condition"], config["data"]
     options = build(AdapterOptions, config["adapter"], "adapter")
     run_options = build(RunOptions, config["run"], "run")
     teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
     probe = load_probe(config["probe"])
-    splits = [load_split(folder, name, teacher.resolution) for name in ("train", "validation")]
-    of_world = condition in CONDITIONS[1:]
-    pictures, held_pictures = (
-        world_pictures(folder, name, condition, data.rows) if of_world else of_images(condition, f"{folder}/{name}", data)
-        for name, data in zip(("train", "validation"), splits, strict=True)
-    )
+    splits = [load_split(folder, name, teacher.resolution) for name in SPLITS]
+    pictures, held_pictures = (split_pictures(folder, *given) for given in zip(SPLITS, (condition,) * 2, splits, strict=True))
     run = Run(run_options, config, f"{condition} adapter")
     training = AdapterTraining(run, teacher, load_latents(teacher, folder), pictures, condition, options)
     adapter = training.train(HeldOut(splits[1].texts, held_pictures, splits[1].composite(slice(None))), probe)

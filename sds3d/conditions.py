@@ -9,6 +9,8 @@ import torch
 import trimesh
 from torch import Tensor
 
+from distill.control.conditions import of_images
+from distill.data import Captioned
 from distill.errors import UserError
 from sds3d.cameras import Cameras, orbit
 
@@ -49,6 +51,13 @@ def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequenc
     ones = torch.ones(len(rows))
     rotation = orbit(angles[:, 0], angles[:, 1], 3 * ones, 35 * ones, 64).rotation
     return torch.cat([normal_pictures(n.float() / 127, r) for n, r in zip(whole.split(1000), rotation.split(1000), strict=True)])
+
+
+def split_pictures(folder: Path | str, split: str, condition: str, data: Captioned) -> Tensor:
+    """The pictures of a split by the condition's name: the world's geometry, or what `distill.control.conditions` makes of any images."""
+    if condition in CONDITIONS[1:]:
+        return world_pictures(folder, split, condition, data.rows)
+    return of_images(condition, Path(folder) / split, data)
 
 
 def mesh_pictures(mesh: trimesh.Trimesh, condition: str, cameras: Cameras) -> Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import trimesh
 
-from distill.control.adapter import Control, ControlledScore, controlled, load_adapter
+from distill.control.adapter import Control, ControlledUnet, controlled, load_adapter
 from distill.control.conditions import as_input
 from distill.errors import UserError
 from distill.teacher.frozen import Teacher
@@ -68,5 +68,5 @@ class MeshControl:
     def look(self, cameras: Cameras) -> None:
         """Show the teacher the mesh from cameras (B), the order of its next batches."""
         pictures = as_input(mesh_pictures(self.mesh, self.condition, cameras))
-        assert isinstance(self.teacher.score, ControlledScore)
-        self.teacher.score.controls = [replace(self.control, pictures=pictures.to(self.teacher.device))]
+        assert isinstance(self.teacher.score.unet, ControlledUnet)
+        self.teacher.score.unet.controls = [replace(self.control, pictures=pictures.to(self.teacher.device))]

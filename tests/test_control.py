@@ -17,9 +17,14 @@ from distill.control.fidelity import jump, line_f1, overlap, rank_correlation
 from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss, sample_controlled
 from distill.data import Captioned
 from distill.errors import UserError
+from distill.judge import Judge, JudgeOptions, save_judge
+from distill.one_step.folder import save_student
+from distill.one_step.student import Student, StudentOptions
 from distill.run import Run, RunOptions
 from distill.teacher.frozen import Teacher
 from distill.teacher.unet import LatentCache
+from sds3d.prompts import VIEWS
+from sds3d.shapes import COLOURS, OBJECTS
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -195,3 +200,13 @@ def test_the_scripts_train_probe_and_adapter_and_resume(tiny_teacher_folder: Pat
     after = load_adapter(tmp_path / "depth" / "adapter")[0].state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not torch.equal(before["conv_in.weight"], Teacher.load(str(tiny_teacher_folder)).unet.conv_in.weight)
+    save_judge(Judge({"object": OBJECTS, "colour": tuple(COLOURS), "view": VIEWS}, JudgeOptions(width=8)), tmp_path / "judge", {})
+    save_student(
+        tmp_path / "s", Student.of(Teacher.load(str(tiny_teacher_folder)), StudentOptions()), Teacher.load(str(tiny_teacher_folder))
+    )
+    given = [*where[:3], f"judge={tmp_path / 'judge'}", f"student={tmp_path / 's'}", "evaluation={samples: 6, steps: 2}"]
+    script("evaluate_control", *given, f"adapter={tmp_path / 'depth' / 'adapter'}", f"output={tmp_path / 'e'}")
+    (path,) = (tmp_path / "e").glob("*.json")
+    rows = {row["generator"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["true images", "teacher", "teacher, adapter", "student", "student, adapter"]
+    assert all(0 <= row["silhouette_iou"] <= 1 and abs(row["depth_correlation"]) <= 1 for row in rows.values())

@@ -7,19 +7,20 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
-from torch import Tensor
+from diffusers import ControlNetModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+from torch import Tensor, nn
 
 from distill.data import read_json, write_json
 from distill.errors import UserError
-from distill.noise import Kind, NoiseSchedule
-from distill.score import Prediction, ScoreModel
+from distill.noise import NoiseSchedule
+from distill.one_step.student import Student
 from distill.shipped import ADAPTERS, located_adapter
 from distill.teacher.folder import replaced_folder
-from distill.teacher.frozen import Teacher
+from distill.teacher.frozen import Teacher, UNetScore
 
 MARK = "condition.json"  # beside the weights: what the adapter takes
 WIDTHS = (16, 32, 96, 256)  # of the condition's own convolutions, each but the first at half the resolution of the one before (diffusers)
@@ -85,32 +86,42 @@ def residuals(controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Te
 
 
 @final
-class ControlledScore(ScoreModel):
-    """A U-Net with controls behind the contract; without any that acts it is the U-Net, bit for bit."""
+class ControlledUnet(nn.Module):
+    """A U-Net with controls, called as the U-Net is; where none acts it is the U-Net, bit for bit."""
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, kind: Kind, controls: Sequence[Control]) -> None:
-        self.unet, self.schedule, self.kind, self.controls = unet, schedule, kind, list(controls)
+    def __init__(self, unet: Any, schedule: NoiseSchedule, controls: Sequence[Control]) -> None:
+        super().__init__()
+        self.unet, self.schedule, self.controls = unet, schedule, list(controls)
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        """As the contract says."""
-        added = residuals(self.controls, x_t, t, condition, self.schedule.steps)
-        dtype = self.unet.dtype
-        down, middle = (None, None) if added is None else (tuple(v.to(dtype) for v in added[0]), added[1].to(dtype))
-        output = self.unet(
-            x_t.to(dtype),
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the U-Net."""
+        return self.unet.dtype
+
+    def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
+        """x_t (B, C, h, w), t (B,), text states (B, L, D)."""
+        added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.steps)
+        if added is None:
+            return self.unet(x_t, t, encoder_hidden_states=encoder_hidden_states)
+        return self.unet(
+            x_t,
             t,
-            encoder_hidden_states=condition.to(dtype),
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-        ).sample
-        return Prediction.of(output, x_t, t, self.schedule, self.kind)
+            encoder_hidden_states=encoder_hidden_states,
+            down_block_additional_residuals=tuple(value.to(self.dtype) for value in added[0]),
+            mid_block_additional_residual=added[1].to(self.dtype),
+        )
 
 
 def controlled(teacher: Teacher, controls: Sequence[Control]) -> Teacher:
     """The teacher seen through its controls: the same parts, another score. It obeys the teacher protocol, so every objective takes it."""
     seen = copy.copy(teacher)
-    seen.score = ControlledScore(teacher.unet, teacher.schedule, teacher.score.kind, controls)
+    seen.score = UNetScore(ControlledUnet(teacher.unet, teacher.schedule, controls), teacher.schedule, teacher.score.kind)
     return seen
+
+
+def controlled_student(student: Student, controls: Sequence[Control]) -> Student:
+    """A student seen through adapters of its teacher, whose U-Net it began as."""
+    return Student(ControlledUnet(student.unet, student.schedule, controls), student.schedule, student.kind, student.times)
 
 
 def save_adapter(folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]) -> None:

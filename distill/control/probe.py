@@ -17,6 +17,7 @@ from distill.data import Captioned, atomic_path, batches, grey_levels, read_json
 from distill.errors import UserError
 from distill.judge import Block
 from distill.run import Run
+from distill.shipped import located
 
 FORMAT = "distill-probe-1"
 
@@ -89,10 +90,11 @@ def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> N
 
 
 def load_probe(folder: Path | str) -> Probe:
-    """The probe in a folder, float32, frozen. Raises `UserError` where there is none."""
-    facts = read_json(Path(folder) / "probe.json")
+    """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen. Raises `UserError` where there is none."""
+    place = located(folder)
+    facts = read_json(place / "probe.json") if (place / "probe.json").is_file() else None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")
     probe = Probe(ProbeOptions(**facts["options"]))
-    probe.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+    probe.load_state_dict(load_file(place / "model.safetensors"))
     return probe.eval().requires_grad_(False)

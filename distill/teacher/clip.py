@@ -172,7 +172,7 @@ def caption_features(model: CLIPModel, tokenizer: CLIPTokenizer, captions: Seque
 
 
 @torch.no_grad()
-def zero_shot(model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250) -> Tensor:
+def label_shares(model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250) -> Tensor:
     """Shares (N, K) of K labels for images (N, 3, H, W) in [0, 1]: softmax of scaled cosines (arXiv:2103.00020, section 3.1)."""
     text = caption_features(model, tokenizer, labels)
     parts = [image_features(model, part.to(model.device)) @ text.T for part in images.split(batch)]
