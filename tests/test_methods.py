@@ -161,6 +161,26 @@ def test_the_adversary_moves_whom_it_should(tiny_teacher: Teacher) -> None:
     assert adversary.head.out.weight.grad is not None
 
 
+def test_the_student_is_told_at_the_lower_levels_only(tiny_teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = batch_of(tiny_teacher)
+    adversary = Adversary(Critic(tiny_teacher, CriticOptions("copy")), batch.real.shape[1:], batch.empty, GanOptions(high=0.2))
+    asked: list[Tensor] = []
+    answer = adversary.logits
+    monkeypatch.setattr(adversary, "logits", lambda x_t, t, states: asked.append(t) or answer(x_t, t, states))
+    source = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        adversary.generator_loss(batch.noise, batch.states, source)
+    told = torch.cat(asked)
+    assert int(told.max()) < 200 and int(told.max()) > 150
+    asked.clear()
+    for _ in range(20):
+        middle = bottleneck(adversary.critic.unet, batch.noise, torch.full((len(batch.noise),), 300), batch.states)
+        adversary.critic_loss(middle, batch.real, batch.states, source)
+    assert int(torch.cat(asked).max()) > 500  # the head itself learns at every level
+    with pytest.raises(UserError, match=r"gan.high is 0: a share"):
+        GanOptions(high=0)
+
+
 def test_a_critic_that_has_caught_up_has_no_lag(schedule: NoiseSchedule) -> None:
     """The exact score of the student's points scores 0 within noise; one of where they were before does not."""
     source = torch.Generator().manual_seed(0)
