@@ -152,6 +152,7 @@ def test_methods_reach_the_modes_of_the_oracle(name: str, study: MixtureStudy, t
         changes["objective"] = method(name)["objective"]
         changes["objective"]["terms"][0].pop("guidance")
         changes["objective"]["critic"]["learning_rate"] = 2e-3
+        changes["gan"] = {"generator": 3.0, "critic": 0.01}  # a point has two numbers, not a latent's thousand
     if name == "sid":
         changes |= {"second_order": {"alpha": 1.0}, "critic": {"kind": "copy", "learning_rate": 2e-3, "updates": 5}}
     if name in ("consistency", "progressive"):

@@ -23,7 +23,12 @@ from distill.teacher.folder import replaced_folder
 from distill.teacher.frozen import Teacher, UNetScore
 
 MARK = "condition.json"  # beside the weights: what the adapter takes
-WIDTHS = (16, 32, 48, 64)  # of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256
+WIDTHS = (
+    16,
+    32,
+    48,
+    64,
+)  # of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256
 
 
 def make_adapter(teacher: Teacher) -> ControlNetModel:

@@ -138,6 +138,7 @@ class PointOptions:
     batch: int = 128
     learning_rate: float = 1e-3
     critic_rate: float = 2e-3
+    adversary: tuple[float, float] = (3.0, 0.01)  # its weights on student and critic: a point has two numbers, not a latent's thousand
     fitting: int = 3000  # steps of the network that student and critic start from
     pairs: int = 4096
 
@@ -156,6 +157,8 @@ def unguided(method: MethodOptions, options: PointOptions) -> MethodOptions:
     consistency = None if method.consistency is None else replace(method.consistency, guidance=1.0)
     progressive = None if method.progressive is None else replace(method.progressive, guidance=1.0)
     parts = {"objective": objective, "second_order": second, "consistency": consistency, "progressive": progressive}
+    if method.gan is not None:
+        parts["gan"] = replace(method.gan, generator=options.adversary[0], critic=options.adversary[1], high=1.0)
     return replace(method, **parts, critic=plain(method.critic))
 
 
