@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from distill.data import read_json
 from distill.errors import UserError
 from distill.judge import judge_features, load_judge
-from distill.shipped import JUDGES, located
+from distill.shipped import SHIPPED, known, located
 from distill.teacher.clip import image_features
 from distill.teacher.folder import CLIP, load_clip
 
@@ -24,10 +24,10 @@ def extractor(name: str) -> Extractor:
     return_features=True on uint8 images); or a folder or hub id of a transformers image model (DINOv2, CLIP, ViT).
     Raises `UserError` for anything else.
     """
-    place = located(name)
-    if name in JUDGES or (place / "judge.json").is_file():
+    if name in SHIPPED["judge"] or (Path(name) / "judge.json").is_file():
         judge = load_judge(name)
         return lambda images: judge_features(judge, images)
+    place = located("teacher", name)
     if (place / CLIP / "config.json").is_file():
         clip = load_clip(place)
         return _in_parts(lambda images: image_features(clip, images))
@@ -60,7 +60,7 @@ def _transformers(name: str) -> Extractor:
         model = AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
-        expected = f"{', '.join(JUDGES)}, a teacher, a TorchScript file of Inception or an image model of transformers"
+        expected = f"{known('judge')}, a teacher, a TorchScript file of Inception or an image model of transformers"
         raise UserError(f"features from {name!r} cannot be had ({reason}): expected {expected}") from None
     model = getattr(model, "vision_model", model)
     side, mean, std = _preprocessing(Path(name), model.config.image_size)

@@ -224,7 +224,7 @@ def load_judge(folder: Path | str) -> Judge:
 
     Raises `UserError` where the folder holds none.
     """
-    folder = located(folder)
+    folder = located("judge", folder)
     facts = read_json(folder / "judge.json")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{folder} holds no judge; expected what save_judge wrote (judge.json with format {FORMAT})")

@@ -33,17 +33,18 @@ def _as(prediction: Prediction, kind: str) -> Tensor:
 
 
 @torch.no_grad()
-def sample_ddim(
+def sample_ode(
     model: ScoreModel,
-    scheduler: DDIMScheduler,
+    scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
     condition: Tensor,
     noise: Tensor,
     steps: int,
     watch: Watch | None = None,
     picture: Picture | None = None,
 ) -> Tensor:
-    """Latents (B, C, h, w) by DDIM, eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12) from standard normal noise.
+    """Latents (B, C, h, w) from standard normal noise along the probability-flow ODE, by the scheduler given.
 
+    DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12) or DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).
     condition (B, ...); `watch` is called with the step and its prediction. Guidance: wrap the model in `Guided`.
     """
     return _sample(model, scheduler, condition, noise, steps, None, watch, picture)
@@ -80,20 +81,6 @@ def sample_ddpm(
 ) -> Tensor:
     """Latents by ancestral sampling (Ho et al. 2020, algorithm 2), its noise drawn from `generator`."""
     return _sample(model, scheduler, condition, noise, steps, generator, watch, picture)
-
-
-@torch.no_grad()
-def sample_dpm(
-    model: ScoreModel,
-    scheduler: DPMSolverMultistepScheduler,
-    condition: Tensor,
-    noise: Tensor,
-    steps: int,
-    watch: Watch | None = None,
-    picture: Picture | None = None,
-) -> Tensor:
-    """Latents by DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095), second order, by diffusers' scheduler."""
-    return _sample(model, scheduler, condition, noise, steps, None, watch, picture)
 
 
 def _sample(

@@ -1,25 +1,25 @@
 """Weights that come with the package, by name."""
 
 from pathlib import Path
+from typing import Literal
 
+Kind = Literal["teacher", "judge", "probe", "student", "adapter"]
 WEIGHTS = Path(__file__).parent / "weights"
-TEACHERS = ("shapes64",)
-JUDGES = ("judge64",)
-PROBES = ("probe64",)
-STUDENTS = ("shapes64",)  # one-step students, by the name of their teacher
-ADAPTERS = ("silhouette", "depth")  # by what they are conditioned on
+SHIPPED: dict[Kind, dict[str, str]] = {  # names and their folders
+    "teacher": {"shapes64": "shapes64"},
+    "judge": {"judge64": "judge64"},
+    "probe": {"probe64": "probe64"},
+    "student": {"shapes64": "students/shapes64"},  # of one step, by the name of its teacher
+    "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by what it is conditioned on
+}
 
 
-def located(name: Path | str) -> Path:
+def located(kind: Kind, name: Path | str) -> Path:
     """The folder of a shipped name, any other name as a path."""
-    return WEIGHTS / str(name) if str(name) in (*TEACHERS, *JUDGES, *PROBES) else Path(name)
+    folder = SHIPPED[kind].get(str(name))
+    return Path(name) if folder is None else WEIGHTS / folder
 
 
-def located_student(name: Path | str) -> Path:
-    """As `located`, of a student."""
-    return WEIGHTS / "students" / str(name) if str(name) in STUDENTS else Path(name)
-
-
-def located_adapter(name: Path | str) -> Path:
-    """As `located`, of an adapter."""
-    return WEIGHTS / "adapters" / str(name) if str(name) in ADAPTERS else Path(name)
+def known(kind: Kind) -> str:
+    """The shipped names, for a sentence."""
+    return ", ".join(SHIPPED[kind])

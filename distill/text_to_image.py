@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from distill.data import composed, open_image
 from distill.errors import UserError
 from distill.report import image_grid
-from distill.sampling import Picture, Watch, sample_ddim, sample_ddpm, sample_dpm
+from distill.sampling import Picture, Watch, sample_ddpm, sample_ode
 from distill.score import Guided, Prediction, ScoreModel
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import load_clip
@@ -105,12 +105,11 @@ def sample(
 ) -> Tensor:
     """Latents by the sampler of the options."""
     config = teacher.scheduler.config
-    if options.sampler == "ddim":
-        return sample_ddim(model, teacher.scheduler, states, noise, options.steps, watch, picture)
-    if options.sampler == "dpm":
-        return sample_dpm(model, DPMSolverMultistepScheduler.from_config(config), states, noise, options.steps, watch, picture)
-    own = torch.Generator(teacher.device).manual_seed(options.seed)
-    return sample_ddpm(model, DDPMScheduler.from_config(config), states, noise, options.steps, own, watch, picture)
+    if options.sampler == "ddpm":
+        own = torch.Generator(teacher.device).manual_seed(options.seed)
+        return sample_ddpm(model, DDPMScheduler.from_config(config), states, noise, options.steps, own, watch, picture)
+    solver = teacher.scheduler if options.sampler == "ddim" else DPMSolverMultistepScheduler.from_config(config)
+    return sample_ode(model, solver, states, noise, options.steps, watch, picture)
 
 
 def text_to_image(teacher: Teacher, options: TextToImageOptions) -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from entry import entry
 
+TEACHER_ONLY = ("negative_prompt", "sweep", "race", "image", "mask", "weights", "interpolate", "animation")  # off while empty
 WAYS = ("teacher", "student", "compare", "controls", "race", "output", "device")  # not of an image: what draws it, and where it is left
 
 
@@ -39,14 +40,24 @@ def main(config: dict[str, Any]) -> None:
 
 def from_student(config: dict[str, Any]) -> None:
     from distill.config import build
+    from distill.control.adapter import controlled_student
+    from distill.control.pictures import ControlPicture, make_control
+    from distill.errors import UserError
     from distill.one_step.comparison import StudentSampleOptions, sample_student, sheet, table
     from distill.one_step.folder import load_student
     from distill.report import pick_device
     from distill.teacher.frozen import Teacher
 
+    asked = [name for name in TEACHER_ONLY if config[name]] + ["candidates"] * (config["candidates"] != 1)
+    if asked:
+        raise UserError(
+            f"{', '.join(asked)}: a student draws from noise and a prompt, at once; leave student= out for its teacher to do it"
+        )
     options = build(StudentSampleOptions, {key: config[key] for key in ("prompts", "count", "seed", "compare", "guidance")})
     device = pick_device(config["device"])
     student, parts = load_student(config["student"], device)
+    controls = [make_control(build(ControlPicture, given, "controls"), parts) for given in config["controls"]]
+    student = controlled_student(student, controls) if controls else student
     rows = sample_student(student, parts, Teacher.load(config["teacher"], device) if options.compare else None, options)
     if options.compare:
         print(table(rows))

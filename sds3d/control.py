@@ -14,7 +14,7 @@ from distill.errors import UserError
 from distill.teacher.frozen import Teacher
 from sds3d.cameras import Cameras
 from sds3d.conditions import CONDITIONS, mesh_pictures
-from sds3d.mesh_files import load_mesh, read_scene
+from sds3d.mesh_files import TO_FILE, read_scene
 from sds3d.shapes import RADIUS
 
 MOST_FACES = 1_000_000
@@ -34,10 +34,11 @@ class MeshControlOptions:
 
 def coarse_mesh(path: Path | str) -> trimesh.Trimesh:
     """A user's mesh in scene axes, centred and scaled as the world's are. Raises `UserError`, one sentence, for what cannot be shown."""
-    raw = [part.vertices for part in read_scene(path, process=False).geometry.values()]
-    if not all(np.isfinite(vertices).all() for vertices in raw):
+    parts = read_scene(path, process=False)  # which would drop what is not finite
+    if not all(np.isfinite(part.vertices).all() for part in parts.geometry.values()):
         raise UserError(f"{path} has vertices that are not finite numbers: repair the mesh")
-    mesh = load_mesh(path)
+    mesh = parts.to_mesh()
+    mesh.apply_transform(TO_FILE.T)
     if not len(mesh.faces):
         raise UserError(f"{path} holds no faces: a mesh with a surface is expected (points and lines show nothing)")
     if len(mesh.faces) > MOST_FACES:

@@ -20,7 +20,7 @@ from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
-from sds3d.control import MeshControl, MeshControlOptions
+from sds3d.control import MeshControl
 from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions, Views
 
@@ -63,7 +63,6 @@ class TextTo3dOptions:
     adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
     diagnostics: DiagnosticOptions = DiagnosticOptions()
-    control: MeshControlOptions | None = None  # a coarse mesh whose shape is kept
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -77,12 +76,10 @@ class TextTo3dOptions:
 
 
 def check_inputs(teacher: Teacher, options: TextTo3dOptions) -> None:
-    """Raises `UserError` for a prompt that is empty or that the teacher does not know, and for a control that cannot serve."""
+    """Raises `UserError` for a prompt that is empty or that the teacher does not know."""
     check_prompt(options.prompt, teacher.words)
     if options.negative_prompt:
         check_prompt(options.negative_prompt, teacher.words)
-    if options.control is not None:
-        MeshControl(teacher, options.control)
 
 
 def conditions_for(teacher: Teacher, options: TextTo3dOptions, objective: ObjectiveOptions, cameras: Cameras) -> Conditions:
@@ -133,12 +130,20 @@ def surface_points(views: Views, count: int, generator: torch.Generator) -> Tens
 class TextTo3d:
     """A scene, its teacher and its objective; `train` runs the optimisation inside a `Run`."""
 
-    def __init__(self, run: Run, teacher: Teacher, scene: SceneOptions, objective: ObjectiveOptions, options: TextTo3dOptions) -> None:
-        self.run, self.teacher, self.options = run, teacher, options
+    def __init__(
+        self,
+        run: Run,
+        teacher: Teacher,
+        scene: SceneOptions,
+        objective: ObjectiveOptions,
+        options: TextTo3dOptions,
+        control: MeshControl | None = None,
+    ) -> None:
+        """control: a coarse mesh whose shape is kept, through whose adapter the teacher is seen."""
+        self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.scene = Scene(scene, run.device)
         self.critic = Critic(teacher, objective.critic) if objective.critic is not None else None
-        self.control = MeshControl(teacher, options.control) if options.control is not None else None
-        seen = teacher if self.control is None else self.control.teacher
+        seen = teacher if control is None else control.teacher
         self.objective = ScoreDistillation(seen, objective, self.critic, teacher.decode)
         self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from distill.control.adapter import Control, controlled, load_adapter, make_adapter, save_adapter
 from distill.control.conditions import as_input, beside, edges, of_images, scribbles
+from distill.control.evaluation import ControlEvaluationOptions, by_teacher
 from distill.control.fidelity import jump, line_f1, overlap, rank_correlation
-from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss, sample_controlled
+from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss
 from distill.data import Captioned
 from distill.errors import UserError
 from distill.judge import Judge, JudgeOptions, save_judge
@@ -92,8 +93,8 @@ def test_the_stock_pipeline_draws_the_same_image(count: int, tiny_teacher: Teach
         save_adapter(place, woken(tiny_teacher, number), "silhouette", {})
     loaded = [load_adapter(place)[0] for place in places]
     controls = [Control(adapter, disc(), *acts) for adapter, acts in zip(loaded, acting, strict=True)]
-    noise = random(1, *tiny_teacher.latent_shape)
-    ours = sample_controlled(tiny_teacher, controls, ["a red cube"], noise, 4, 2.0)
+    noise, draw = random(1, *tiny_teacher.latent_shape), by_teacher(tiny_teacher, ControlEvaluationOptions(steps=4, guidance=2.0))
+    ours = tiny_teacher.decode(draw(controls, tiny_teacher.encode_text(["a red cube"]), noise))
     stock = [ControlNetModel.from_pretrained(place, torch_dtype=torch.float32) for place in places]
     pipeline = StableDiffusionControlNetPipeline.from_pretrained(tiny_teacher_folder, controlnet=stock if count > 1 else stock[0])
     pipeline.set_progress_bar_config(disable=True)
@@ -109,7 +110,7 @@ def test_the_stock_pipeline_draws_the_same_image(count: int, tiny_teacher: Teach
         output_type="pt",
     ).images
     torch.testing.assert_close(told.float(), ours, atol=1e-3, rtol=0)
-    alone = sample_controlled(tiny_teacher, [], ["a red cube"], noise, 4, 2.0)
+    alone = tiny_teacher.decode(draw([], tiny_teacher.encode_text(["a red cube"]), noise))
     assert float((ours - alone).abs().max()) > 5e-3  # the comparison can see the adapters
 
 
@@ -185,7 +186,13 @@ def test_the_scripts_train_probe_and_adapter_and_resume(tiny_teacher_folder: Pat
     figures = json.loads((tmp_path / "p" / "probe" / "probe.json").read_text())["metrics"]
     assert set(figures) == {"silhouette_iou", "depth_correlation"}
     where = [f"teacher={tiny_teacher_folder}", f"data={world}", f"probe={tmp_path / 'p' / 'probe'}", "run.trackers=[]"]
-    small = ["adapter.batch=2", "adapter.validation={every: 2, count: 4, steps: 2}", "run.checkpoint_every=2", "run.log_every=1"]
+    small = [
+        "adapter.batch=2",
+        "adapter.validate_every=2",
+        "adapter.validation={samples: 4, steps: 2}",
+        "run.checkpoint_every=2",
+        "run.log_every=1",
+    ]
     for condition in ("depth", "edges"):
         script("train_controlnet", *where, f"condition={condition}", f"run.directory={tmp_path / condition}", "run.steps=4", *small)
         adapter, told = load_adapter(tmp_path / condition / "adapter")

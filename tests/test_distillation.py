@@ -29,7 +29,7 @@ from distill.one_step.start import start
 from distill.one_step.student import Student, StudentOptions
 from distill.one_step.train import OneStep, OneStepOptions
 from distill.run import Run, RunOptions
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.frozen import Teacher
 from distill.teacher.mixture import MixtureTeacher, ring
@@ -177,7 +177,7 @@ def test_pairs_are_what_the_teacher_samples(tiny_teacher: Teacher, tmp_path: Pat
     pairs = load_pairs(tmp_path, tiny_teacher.encode_text)
     assert pairs.noise.shape == (5, *tiny_teacher.latent_shape) and pairs.caption.tolist() == [0, 1, 2, 0, 1]
     model = Guided(tiny_teacher, tiny_teacher.encode_text([""]), 2.0)
-    again = sample_ddim(model, tiny_teacher.scheduler, pairs.states[pairs.caption], pairs.noise, 2)
+    again = sample_ode(model, tiny_teacher.scheduler, pairs.states[pairs.caption], pairs.noise, 2)
     torch.testing.assert_close(pairs.latents, again, atol=4e-3, rtol=2e-3)  # stored in half precision
     with pytest.raises(UserError, match="another teacher, captions or options"):
         make_pairs(tiny_teacher, captions, tmp_path, PairOptions(count=5, steps=3, shard=2))

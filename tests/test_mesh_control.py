@@ -84,13 +84,15 @@ def test_millions_of_faces_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_scene_is_driven_through_the_adapter(chair: str, tiny_teacher: Teacher, tmp_path: Path) -> None:
     save_adapter(tmp_path / "adapter", make_adapter(tiny_teacher), "depth", {})
-    options = TextTo3dOptions("a red chair", views=2, control=MeshControlOptions(chair, str(tmp_path / "adapter")))
+    control, options = (
+        MeshControl(tiny_teacher, MeshControlOptions(chair, str(tmp_path / "adapter"))),
+        TextTo3dOptions("a red chair", views=2),
+    )
     run = Run(RunOptions(str(tmp_path / "run"), 1, trackers=()), {}, "controlled")
     objective = ObjectiveOptions((Term("teacher", guidance=2.0), Term("noise", -1.0)))
-    made = TextTo3d(run, tiny_teacher, SceneOptions(), objective, options)
+    made = TextTo3d(run, tiny_teacher, SceneOptions(), objective, options, control)
     seen: list[torch.Tensor] = []
-    assert made.control is not None
-    adapter = made.control.control.adapter
+    adapter = control.control.adapter
     adapter.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["controlnet_cond"]), with_kwargs=True)
     made.step(0.5, 0)
     (pictures,) = seen

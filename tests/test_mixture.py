@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
-from distill.sampling import sample_ddim, sample_ddpm, sample_flow
+from distill.sampling import sample_ddpm, sample_flow, sample_ode
 from distill.score import Guided
 from distill.teacher.mixture import Mixture, MixtureTeacher, ring
 
@@ -96,12 +96,12 @@ def drawn(solver: str, teacher: MixtureTeacher, count: int) -> Tensor:
     if solver == "ddpm":
         return sample_ddpm(teacher, DDPMScheduler(**betas()), condition, noise, 200, generator)
     if solver == "ddim":
-        return sample_ddim(teacher, DDIMScheduler(**betas()), condition, noise, 100)
+        return sample_ode(teacher, DDIMScheduler(**betas()), condition, noise, 100)
     if solver == "flow":
         return sample_flow(teacher, condition, noise, 60)
     given = {key: value for key, value in betas().items() if key != "clip_sample"}
     stock = DPMSolverMultistepScheduler(**given) if solver == "dpm-solver" else EulerDiscreteScheduler(**given)
-    return sample_ddim(teacher, stock, condition, noise, 40 if solver == "dpm-solver" else 100)  # type: ignore[arg-type]
+    return sample_ode(teacher, stock, condition, noise, 40 if solver == "dpm-solver" else 100)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm-solver", "euler", "flow"])

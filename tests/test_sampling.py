@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from distill.noise import NoiseSchedule
-from distill.sampling import sample_ddim, sample_ddpm
+from distill.sampling import sample_ddpm, sample_ode
 from distill.score import Prediction
 
 SHARED: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -18,7 +18,7 @@ MEAN, STD = 0.8, 0.5
 def test_ddim_follows_the_probability_flow(kind: str, gaussian: Any) -> None:
     scheduler = DDIMScheduler(prediction_type=kind, timestep_spacing="trailing", set_alpha_to_one=True, **SHARED)
     noise = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    got = sample_ddim(gaussian(STD), scheduler, torch.full((64, 1, 1), MEAN), noise, 100)
+    got = sample_ode(gaussian(STD), scheduler, torch.full((64, 1, 1), MEAN), noise, 100)
     torch.testing.assert_close(got, MEAN + STD * noise, atol=0.1, rtol=0)  # a Gaussian's flow keeps quantiles; the start has alpha 0.07
     assert scheduler.num_inference_steps is None  # the caller's scheduler is as it was
 
@@ -27,7 +27,7 @@ def test_ddim_equals_its_equation(gaussian: Any, schedule: NoiseSchedule) -> Non
     scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True, **SHARED)
     noise, condition = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)), torch.full((2, 1, 1), MEAN)
     seen: list[tuple[int, Prediction]] = []
-    got = sample_ddim(gaussian(STD), scheduler, condition, noise, 2, lambda number, told: seen.append((number, told)))
+    got = sample_ode(gaussian(STD), scheduler, condition, noise, 2, lambda number, told: seen.append((number, told)))
     model, x = gaussian(STD), noise
     for t, alpha, sigma in ((999, schedule.alpha(torch.tensor([499])), schedule.sigma(torch.tensor([499]))), (499, 1.0, 0.0)):
         told = model.predict(x, torch.full((2,), t), condition)

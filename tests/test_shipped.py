@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.shipped import TEACHERS, WEIGHTS
+from distill.shipped import SHIPPED, WEIGHTS
 from distill.teacher.evaluation import EvaluationOptions, draw
 from distill.teacher.frozen import Teacher
 
@@ -13,7 +13,7 @@ def teacher() -> Teacher:
     return Teacher.load("shapes64")
 
 
-@pytest.mark.parametrize("name", TEACHERS)
+@pytest.mark.parametrize("name", SHIPPED["teacher"])
 def test_weights_are_within_the_budget(name: str) -> None:
     assert sum(path.stat().st_size for path in (WEIGHTS / name).rglob("*")) < 40 * 2**20
     assert (WEIGHTS / name / "README.md").is_file()  # the model card

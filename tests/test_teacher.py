@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from distill.errors import UserError
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.folder import load_clip, save_teacher
 from distill.teacher.frozen import Teacher
@@ -33,7 +33,7 @@ def stock_image(pipeline: StableDiffusionPipeline, prompt: str, noise: Tensor) -
 def our_image(teacher: Teacher, prompt: str, noise: Tensor) -> Tensor:
     model = Guided(teacher, teacher.encode_text([""]), 3.0)
     with torch.no_grad():
-        return teacher.decode(sample_ddim(model, teacher.scheduler, teacher.encode_text([prompt]), noise, 4))
+        return teacher.decode(sample_ode(model, teacher.scheduler, teacher.encode_text([prompt]), noise, 4))
 
 
 def test_the_stock_pipeline_draws_the_same_image(tiny_teacher: Teacher, tiny_teacher_folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from distill.control.adapter import make_adapter, save_adapter
 from distill.errors import UserError
 from distill.report import save_png
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import load_clip
@@ -193,7 +193,7 @@ def test_the_script_takes_pictures_and_adapters(tiny_teacher: Teacher, tiny_teac
     assert "ms an image" in told and Image.open(tmp_path / "three" / "samples.png").size == (64, 130)
     assert "cannot be read as an image" in script("sample", *given, f"image={__file__}", code=2)
     model = Guided(tiny_teacher, tiny_teacher.encode_text([""]), 2.0)
-    latents = sample_ddim(model, tiny_teacher.scheduler, tiny_teacher.encode_text([PROMPT]), first_noise(tiny_teacher), 2)
+    latents = sample_ode(model, tiny_teacher.scheduler, tiny_teacher.encode_text([PROMPT]), first_noise(tiny_teacher), 2)
     with torch.no_grad():
         image = tiny_teacher.decode(latents)[0].permute(1, 2, 0).numpy()
     assert np.abs(image * 255 - two).max() <= 1.5

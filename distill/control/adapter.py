@@ -18,17 +18,13 @@ from distill.data import read_json, write_json
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step.student import Student
-from distill.shipped import ADAPTERS, located_adapter
+from distill.shipped import known, located
 from distill.teacher.folder import replaced_folder
 from distill.teacher.frozen import Teacher, UNetScore
 
 MARK = "condition.json"  # beside the weights: what the adapter takes
-WIDTHS = (
-    16,
-    32,
-    48,
-    64,
-)  # of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256
+# Of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256.
+WIDTHS = (16, 32, 48, 64)
 
 
 def make_adapter(teacher: Teacher) -> ControlNetModel:
@@ -141,9 +137,9 @@ def load_adapter(name: Path | str, device: torch.device | str = "cpu") -> tuple[
 
     Raises `UserError` where there is none.
     """
-    folder = located_adapter(name)
+    folder = located("adapter", name)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is no adapter: give {', '.join(ADAPTERS)}, or a folder that train_controlnet.py wrote")
+        raise UserError(f"{name} is no adapter: give {known('adapter')}, or a folder that train_controlnet.py wrote")
     adapter = ControlNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     condition = read_json(folder / MARK)["condition"] if (folder / MARK).is_file() else ""
     return adapter.to(device, memory_format=torch.channels_last), condition

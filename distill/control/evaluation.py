@@ -16,7 +16,7 @@ from distill.data import Captioned
 from distill.errors import UserError
 from distill.judge import Judge
 from distill.one_step.student import Student
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.evaluation import graded
 from distill.teacher.frozen import Teacher
@@ -45,7 +45,7 @@ def by_teacher(teacher: Teacher, options: ControlEvaluationOptions) -> Draw:
 
     def draw(controls: list[Control], states: Tensor, noise: Tensor) -> Tensor:
         model = Guided(controlled(teacher, controls), teacher.encode_text([""]), options.guidance)
-        return sample_ddim(model, teacher.scheduler, states, noise, options.steps)
+        return sample_ode(model, teacher.scheduler, states, noise, options.steps)
 
     return draw
 
@@ -57,8 +57,10 @@ def by_student(student: Student, options: ControlEvaluationOptions) -> Draw:
 
 
 @torch.no_grad()
-def images_of(draw: Draw, teacher: Teacher, adapter: ControlNetModel | None, texts: list[str], pictures: Tensor, options: Any) -> Tensor:
-    """Images (N, 3, H, W) of captions and uint8 pictures; without an adapter the same noise, uncontrolled."""
+def images_of(
+    draw: Draw, teacher: Teacher, adapter: ControlNetModel | None, texts: list[str], pictures: Tensor, options: ControlEvaluationOptions
+) -> Tensor:
+    """Images (N, 3, H, W) on the CPU of captions and uint8 pictures; without an adapter the same noise, uncontrolled."""
     noise = torch.randn(len(texts), *teacher.latent_shape, generator=torch.Generator().manual_seed(options.seed))
     made = []
     for part in torch.arange(len(texts)).split(options.batch):

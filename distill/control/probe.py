@@ -91,7 +91,7 @@ def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> N
 
 def load_probe(folder: Path | str) -> Probe:
     """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen. Raises `UserError` where there is none."""
-    place = located(folder)
+    place = located("probe", folder)
     facts = read_json(place / "probe.json") if (place / "probe.json").is_file() else None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")

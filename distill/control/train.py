@@ -9,44 +9,41 @@ from torch.nn import functional as F
 
 from distill.control.adapter import Control, controlled, make_adapter
 from distill.control.conditions import as_input
+from distill.control.evaluation import ControlEvaluationOptions, by_teacher, images_of
 from distill.control.fidelity import fidelity, means
 from distill.control.probe import Probe
 from distill.data import batches
 from distill.errors import UserError
 from distill.run import Run
-from distill.sampling import sample_ddim
-from distill.score import Guided, Prediction
+from distill.score import Prediction
 from distill.teacher.frozen import Teacher
 from distill.teacher.unet import LatentCache
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
-    """Every so many steps: samples of `count` held-out conditions, in `steps` DDIM steps with guidance."""
-
-    every: int = 200
-    count: int = 48
-    steps: int = 10
-    guidance: float = 2.0
-
-    def __post_init__(self) -> None:
-        if min(self.every, self.count, self.steps) < 1:
-            raise UserError("validation needs every, count and steps of at least 1")
-
-
-@dataclass(frozen=True)
 class AdapterOptions:
-    """How an adapter is trained. `caption_dropout` as in the paper: so that the picture is read where the text says nothing."""
+    """How an adapter is trained. `caption_dropout` as in the paper: so that the picture is read where the text says nothing.
+
+    Every `validate_every` steps it is held against conditions it has not seen.
+    """
 
     batch: int = 32
     learning_rate: float = 5e-4
     final_rate: float = 0.1
     caption_dropout: float = 0.5
-    validation: ValidationOptions = ValidationOptions()
+    validate_every: int = 200
+    validation: ControlEvaluationOptions = ControlEvaluationOptions(samples=48, steps=10, seed=1)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.learning_rate <= 0 or not 0 < self.final_rate <= 1 or not 0 <= self.caption_dropout <= 1:
-            raise UserError("batch and learning_rate must be positive, final_rate within (0, 1] and caption_dropout within [0, 1]")
+        if (
+            min(self.batch, self.validate_every) < 1
+            or self.learning_rate <= 0
+            or not 0 < self.final_rate <= 1
+            or not 0 <= self.caption_dropout <= 1
+        ):
+            raise UserError(
+                "batch, validate_every and learning_rate must be positive, final_rate within (0, 1] and caption_dropout within [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class AdapterTraining:
             loss = self.step(step)
             decay.step()
             run.log(loss=loss)
-            if run.due(options.validation.every):
+            if run.due(options.validate_every):
                 self.validate(held_out, probe)
         return self.adapter.eval().requires_grad_(False)
 
@@ -115,23 +112,16 @@ class AdapterTraining:
     def validate(self, held_out: HeldOut, probe: Probe) -> None:
         """Figures of samples of held-out conditions, logged; a strip of condition, sample and truth for the first of them."""
         chosen = self.options.validation
-        pictures, texts = held_out.pictures[: chosen.count], held_out.texts[: chosen.count]
-        noise = torch.randn(len(texts), *self.teacher.latent_shape, generator=torch.Generator().manual_seed(1))
-        samples = sample_controlled(self.teacher, [Control(self.adapter, as_input(pictures))], texts, noise, chosen.steps, chosen.guidance)
+        pictures, texts = held_out.pictures[: chosen.samples], held_out.texts[: chosen.samples]
+        samples = images_of(by_teacher(self.teacher, chosen), self.teacher, self.adapter, texts, pictures, chosen)
         self.run.log(**means(fidelity(self.condition, samples, pictures, probe)))
         if self.run.due(self.run.options.preview_every) or self.run.step == 0:
-            self.run.preview("strip", strip(as_input(pictures), samples, held_out.images)[:48])
+            self.run.preview(
+                "strip", strip(as_input(pictures), samples, held_out.images)[:36]
+            )  # six triples a row of the preview's square grid
 
 
 def strip(*columns: Tensor) -> Tensor:
     """Images (B, 3, H, W) each, interleaved: the first of each column, then the second."""
     count = min(len(column) for column in columns)
     return torch.stack([column[:count] for column in columns], 1).flatten(0, 1)
-
-
-@torch.no_grad()
-def sample_controlled(teacher: Teacher, controls: list[Control], texts: list[str], noise: Tensor, steps: int, guidance: float) -> Tensor:
-    """Images (B, 3, H, W) on the CPU of a teacher seen through controls, by DDIM."""
-    model = Guided(controlled(teacher, controls), teacher.encode_text([""]), guidance)
-    latents = sample_ddim(model, teacher.scheduler, teacher.encode_text(texts), noise.to(teacher.device), steps)
-    return torch.cat([teacher.decode(part).cpu() for part in latents.split(64)])

@@ -16,7 +16,7 @@ from distill.features import Extractor
 from distill.judge import Judge
 from distill.metrics import frechet_distance, kernel_distance, moments, precision_recall
 from distill.one_step.student import Student
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.evaluation import graded
@@ -59,7 +59,7 @@ def teacher_generator(teacher: Teacher, steps: int, guidance: float) -> Generato
     model = Guided(teacher, teacher.encode_text([""]), guidance)
 
     def sample(states: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
-        return sample_ddim(model, teacher.scheduler, states, noise, steps)
+        return sample_ode(model, teacher.scheduler, states, noise, steps)
 
     return Generator(f"teacher, {steps} steps, guidance {guidance:g}", sample, steps * (1 if guidance == 1 else 2))
 

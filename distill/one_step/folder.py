@@ -12,7 +12,7 @@ from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student, spaced_times
-from distill.shipped import STUDENTS, located_student
+from distill.shipped import known, located
 from distill.teacher.folder import replaced_folder, save_pipeline
 from distill.teacher.frozen import Teacher
 from distill.teacher.vocabulary import WORDS
@@ -65,10 +65,11 @@ def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[
 
     Raises `UserError` where there is none.
     """
-    folder = located_student(name)
+    folder = located("student", name)
     if not (folder / PIPELINE).is_file():
-        known = ", ".join(STUDENTS)
-        raise UserError(f"{name} is no student: give {known}, or a folder that distill_one_step.py wrote (outputs/one_step/.../student)")
+        raise UserError(
+            f"{name} is no student: give {known('student')}, or a folder that distill_one_step.py wrote (outputs/one_step/.../student)"
+        )
     parts = Teacher.load(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps

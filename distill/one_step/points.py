@@ -19,7 +19,7 @@ from distill.one_step.regression import Pairs, Regression
 from distill.one_step.student import Student, StudentOptions
 from distill.one_step.train import MethodOptions, OneStep, OneStepOptions
 from distill.run import Run, RunOptions
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Prediction, ScoreModel
 from distill.teacher.frozen import UNetScore
 from distill.teacher.mixture import MixtureTeacher
@@ -173,7 +173,7 @@ def point_pairs(study: MixtureStudy, cache: LatentCache, count: int, generator: 
         clip_sample=False,
         set_alpha_to_one=True,
     )
-    latents = sample_ddim(study, scheduler, cache.states[caption], noise, steps).float()
+    latents = sample_ode(study, scheduler, cache.states[caption], noise, steps).float()
     return Pairs(noise, latents, cache.states, caption)
 
 

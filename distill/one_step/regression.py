@@ -14,7 +14,7 @@ from tqdm import tqdm
 from distill.data import atomic_path, read_json, write_json
 from distill.errors import UserError
 from distill.one_step.student import Student
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.frozen import Teacher
 
@@ -73,7 +73,7 @@ def make_pairs(teacher: Teacher, captions: Sequence[str], folder: Path | str, op
 
 def _sampled(model: Guided, teacher: Teacher, captions: Sequence[str], index: Tensor, noise: Tensor, options: PairOptions) -> Tensor:
     states = teacher.encode_text([captions[i] for i in index])
-    return sample_ddim(model, teacher.scheduler, states, noise.float().to(teacher.device), options.steps).cpu()
+    return sample_ode(model, teacher.scheduler, states, noise.float().to(teacher.device), options.steps).cpu()
 
 
 @dataclass(frozen=True)

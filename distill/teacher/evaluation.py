@@ -12,7 +12,7 @@ from distill.data import Captioned
 from distill.errors import UserError
 from distill.judge import Judge, judge_features, predict
 from distill.metrics import frechet_distance, moments
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import load_clip
@@ -79,7 +79,7 @@ def draw(teacher: Teacher, captions: Sequence[str], scale: float, options: Evalu
     parts = []
     for part in torch.arange(len(captions)).split(options.batch):
         states = teacher.encode_text([captions[i] for i in part])
-        latents = sample_ddim(model, teacher.scheduler, states, noise[part].to(teacher.device), options.steps)
+        latents = sample_ode(model, teacher.scheduler, states, noise[part].to(teacher.device), options.steps)
         parts.append(teacher.decode(latents).cpu())
     return torch.cat(parts)
 

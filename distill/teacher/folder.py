@@ -99,7 +99,7 @@ def load_parts(folder: Path | str) -> Parts:
 
     Raises `UserError` where one of them is missing.
     """
-    folder = located(folder)
+    folder = located("teacher", folder)
     words = folder / "tokenizer" / WORDS
     if not words.is_file() or not (folder / "vae" / "config.json").is_file():
         raise UserError(f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote")
@@ -110,7 +110,7 @@ def load_parts(folder: Path | str) -> Parts:
 
 def load_unet(folder: Path | str) -> UNet2DConditionModel:
     """The U-Net of a teacher's folder, float32. Raises `UserError` where there is none."""
-    place = located(folder) / "unet"
+    place = located("teacher", folder) / "unet"
     if not (place / "config.json").is_file():
         raise UserError(f"{folder} holds no U-Net: give a teacher's folder, or reuse_unet=false")
     return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)

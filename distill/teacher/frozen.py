@@ -11,7 +11,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from distill.errors import UserError
 from distill.noise import Kind, NoiseSchedule
 from distill.score import Prediction, ScoreModel
-from distill.shipped import TEACHERS, located
+from distill.shipped import SHIPPED, known, located
 from distill.teacher.vocabulary import check_prompt, load_words
 
 
@@ -77,9 +77,9 @@ class Teacher(ScoreModel):
         if dtype is None:  # without AMX bf16 is slower on a CPU
             dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
-        place = located(name)
+        place = located("teacher", name)
         local = place.is_dir()
-        if name in TEACHERS and not local:
+        if name in SHIPPED["teacher"] and not local:
             raise UserError(
                 f"the teacher {name!r} is not in this checkout: train one (scripts/train_teacher.py) and give teacher=its folder"
             )
@@ -92,7 +92,7 @@ class Teacher(ScoreModel):
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0][:200]
             raise UserError(
-                f"teacher {name!r} cannot be loaded ({reason}): give {', '.join(TEACHERS)}, a diffusers folder or a hub id"
+                f"teacher {name!r} cannot be loaded ({reason}): give {known('teacher')}, a diffusers folder or a hub id"
             ) from None
         return Teacher(pipeline.to(device).components, load_words(place / "tokenizer") if local else None, str(place if local else name))
 

@@ -14,7 +14,7 @@ from distill.ema import EMA
 from distill.errors import UserError
 from distill.noise import NoiseSchedule
 from distill.run import Run
-from distill.sampling import sample_ddim
+from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.frozen import UNetScore
 
@@ -142,7 +142,7 @@ def train_unet(
         if run.due(run.options.preview_every):
             ema.copy_to(averaged)
             model = Guided(UNetScore(averaged, schedule, options.prediction), cache.states[-1:].to(run.device), options.preview_guidance)
-            latents = sample_ddim(model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25)
+            latents = sample_ode(model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25)
             run.preview("samples", decode(vae, latents))
     ema.copy_to(averaged)
     return averaged
