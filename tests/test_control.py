@@ -11,7 +11,7 @@ from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
 from PIL import Image
 from torch import Tensor
 
-from distill.control.adapter import Control, controlled, load_adapter, make_adapter, save_adapter
+from distill.control.adapter import Control, controlled, controlled_student, load_adapter, make_adapter, save_adapter
 from distill.control.conditions import as_input, beside, edges, of_images, scribbles
 from distill.control.evaluation import ControlEvaluationOptions, by_teacher
 from distill.control.fidelity import jump, line_f1, overlap, rank_correlation
@@ -19,8 +19,9 @@ from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss
 from distill.data import Captioned
 from distill.errors import UserError
 from distill.judge import Judge, JudgeOptions, save_judge
-from distill.one_step.folder import save_student
+from distill.one_step.folder import load_student, save_student
 from distill.one_step.student import Student, StudentOptions
+from distill.report import save_png
 from distill.run import Run, RunOptions
 from distill.teacher.frozen import Teacher
 from distill.teacher.unet import LatentCache
@@ -217,3 +218,20 @@ def test_the_scripts_train_probe_and_adapter_and_resume(tiny_teacher_folder: Pat
     rows = {row["generator"]: row for row in json.loads(path.read_text())["rows"]}
     assert list(rows) == ["true images", "teacher", "teacher, adapter", "student", "student, adapter"]
     assert all(0 <= row["silhouette_iou"] <= 1 and abs(row["depth_correlation"]) <= 1 for row in rows.values())
+
+
+def test_the_sample_script_draws_a_student_through_an_adapter(tiny_teacher: Teacher, tmp_path: Path) -> None:
+    save_student(tmp_path / "s", Student.of(tiny_teacher, StudentOptions()), tiny_teacher)
+    save_adapter(tmp_path / "a", woken(tiny_teacher, 0), "silhouette", {})
+    save_png(tmp_path / "disc.png", disc()[0])
+    given = [f"student={tmp_path / 's'}", "a red cube", "count=1", f"output={tmp_path / 'o'}"]
+    script("sample", *given, f"controls=[{{adapter: {tmp_path / 'a'}, picture: {tmp_path / 'disc.png'}}}]")
+    drawn = np.asarray(Image.open(tmp_path / "o" / "samples.png"), dtype=np.float32)
+    student, parts = load_student(tmp_path / "s")
+    noise = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(0))
+    seen = controlled_student(student, [Control(load_adapter(tmp_path / "a")[0], disc())])
+    with torch.no_grad():
+        images = [parts.decode(one(noise, parts.encode_text(["a red cube"]), torch.Generator()))[0] for one in (seen, student)]
+    wanted, plain = (255 * image.permute(1, 2, 0).numpy() for image in images)
+    assert np.abs(drawn - wanted).max() <= 1.5 and np.abs(drawn - plain).max() > 3
+    assert "sweep: a student draws from noise and a prompt, at once" in script("sample", *given, "sweep=[1, 2]", code=2)
