@@ -29,7 +29,7 @@ def main(config: dict[str, Any]) -> None:
     made = TextTo3d(run, teacher, scene, objective, options, control)
     made.train()
     result = finish(made, export)
-    print(f"written: {result.parent}: mesh.glb, mesh.obj, turntable.mp4, turntable.gif, renders.png, result.json")
+    print(f"written: {result.parent}: mesh.glb, mesh.obj, mesh.ply, turntable.mp4, turntable.gif, renders.png, result.json")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def clip_score(scene: Scene, teacher: Teacher, prompt: str) -> float | None:
 
 
 def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
-    """Write scene/, mesh.glb, mesh.obj, turntable.mp4/.gif, contact_sheet.png and renders.png (NeRF above, mesh below).
+    """Write scene/, mesh.glb, .obj (with what it names) and .ply, turntable.mp4/.gif, contact_sheet.png, renders.png (mesh below NeRF).
 
     Returns the figures of the mesh. A scene without a surface still leaves its pictures; `mesh` then says why there is none.
     """
@@ -103,8 +103,8 @@ def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> di
     except UserError as error:
         save_png(folder / "renders.png", image_grid(views[0], 8))
         return {"mesh": None, "why": str(error)}
-    save_mesh(extracted.mesh, folder)
-    views.append(render_mesh(extracted.mesh, cameras, GREY).rgb)
+    save_mesh(extracted.mesh, folder, textured=extracted.textured)
+    views.append(render_mesh(extracted.textured or extracted.mesh, cameras, GREY).rgb)
     save_png(folder / "renders.png", image_grid(torch.cat(views), 8))
     difference = (views[0] - views[1]).square().mean()
     return {

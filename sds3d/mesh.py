@@ -18,20 +18,17 @@ from torch import Tensor
 from distill.errors import UserError
 from sds3d.cameras import Cameras, orbit
 from sds3d.raycast import RayCaster
+from sds3d.texture import POINTS, ColourField, TextureOptions, bake, vertex_coloured
 from sds3d.turntable import Renderable, render_views
 
 FLOOR = 1e-2  # density counted as empty: 2 % opacity across the whole box
-POINTS = 1 << 17  # field evaluations at once
 
 
-class DensityField(Protocol):
-    """What a mesh needs of a field. Points x (N, 3) in [-1, 1]^3; density (N,) >= 0 per unit length."""
+class DensityField(ColourField, Protocol):
+    """What a mesh needs of a field: its colours, and its density alone."""
 
     def density(self, x: Tensor) -> Tensor:
-        """Density (N,)."""
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Density (N,) and albedo (N, 3) in [0, 1]."""
+        """Density (N,) of points x (N, 3)."""
 
 
 class FieldScene(Renderable, Protocol):
@@ -53,11 +50,12 @@ class MeshOptions:
     candidates: int = 24  # thresholds tried, then as many again around the best
     min_component: float = 0.02  # pieces below this share of the largest one's volume are floaters; 0 keeps all
     smoothing: int = 5  # Taubin iterations
+    texture: TextureOptions = TextureOptions()
 
     def __post_init__(self) -> None:
         least = {"resolution": 8, "max_faces": 100, "views": 1, "view_resolution": 8, "candidates": 3}
         for name, value in vars(self).items():
-            if value < least.get(name, 0):
+            if not isinstance(value, TextureOptions) and value < least.get(name, 0):
                 raise UserError(f"mesh {name} is {value}: it must be at least {least.get(name, 0)}")
         if self.min_component > 1:
             raise UserError(f"mesh min_component is {self.min_component}: give a share of the largest piece, from 0 to 1")
@@ -68,6 +66,7 @@ class ExtractedMesh:
     """A mesh in scene axes with sRGB vertex colours (8 bit, as the albedo is), and how it came about."""
 
     mesh: trimesh.Trimesh
+    textured: trimesh.Trimesh | None  # the same cut into charts, its colours in a texture
     threshold: float  # density of the isosurface
     silhouette_iou: float  # of the final mesh with the scene's opacity > 0.5, mean over the views
     watertight: bool
@@ -230,21 +229,6 @@ def polish(grid: np.ndarray, level: float, options: MeshOptions) -> trimesh.Trim
     return separate_pinches(march(grid, level))
 
 
-@torch.no_grad()
-def surface_colour(field: DensityField, mesh: trimesh.Trimesh, step: float, device: torch.device) -> np.ndarray:
-    """Colours (V, 4) uint8: what a short ray along each vertex's inward normal collects in 7 steps of length `step`."""
-    depth = torch.arange(7)[:, None, None] * step
-    start, normal = (torch.from_numpy(np.array(a, np.float32)) for a in (mesh.vertices, mesh.vertex_normals))
-    points = (start - depth * normal).clamp(-1, 1).reshape(-1, 3)
-    parts = [field(part.to(device)) for part in points.split(POINTS)]
-    density = torch.cat([part[0].reshape(-1).float().cpu() for part in parts]).reshape(7, -1, 1)
-    albedo = torch.cat([part[1].float().cpu() for part in parts]).reshape(7, -1, 3)
-    thickness = density * step
-    weight = torch.exp(thickness - thickness.cumsum(0)) * (1 - torch.exp(-thickness)) + 1e-6
-    colour = ((weight * albedo).sum(0) / weight.sum(0)).clamp(0, 1).numpy()
-    return np.concatenate([np.round(colour * 255), np.full((len(colour), 1), 255)], axis=1).astype(np.uint8)
-
-
 def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> ExtractedMesh:
     """The scene's surface, in a few seconds on two cores.
 
@@ -262,7 +246,8 @@ def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> Ext
     level = choose_level(peaks, opaque, options.candidates)
     volume, dropped = clean_volume(grid.numpy(), level, options.min_component)
     mesh = polish(volume, level, options)
-    colours = surface_colour(scene.field, mesh, 1 / options.resolution, scene.device)
-    mesh.visual = trimesh.visual.ColorVisuals(mesh, vertex_colors=colours)
+    step = 1 / options.resolution
+    mesh = vertex_coloured(mesh, scene.field, step, scene.device)
+    textured = bake(mesh, scene.field, step, options.texture, scene.device) if options.texture.size else None
     seen = torch.from_numpy(RayCaster(mesh).cast(*cameras.rays())[0] >= 0).reshape(opaque.shape)
-    return ExtractedMesh(mesh, FLOOR * math.exp(level), mean_iou(seen, opaque), bool(mesh.is_watertight), dropped)
+    return ExtractedMesh(mesh, textured, FLOOR * math.exp(level), mean_iou(seen, opaque), bool(mesh.is_watertight), dropped)

@@ -86,9 +86,11 @@ def render_turntable(
     return render_views(scene, ring(frames, elevation, resolution), background).rgb
 
 
-def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", colours: np.ndarray, camera: Cameras) -> np.ndarray:
-    """Interpolated vertex colours and coverage (N, 4) of one camera's rays; zeros for a miss."""
+def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) -> np.ndarray:
+    """Colours and coverage (N, 4) of one camera's rays; zeros for a miss."""
     from trimesh.triangles import points_to_barycentric
+
+    from sds3d.texture import colours_at
 
     origins, directions = (ray.reshape(-1, 3).numpy() for ray in camera.rays())
     face, distance, _ = caster.cast(*camera.rays())
@@ -96,20 +98,19 @@ def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", colours: np.ndarr
     points = (origins + directions * np.where(hit, distance, 0)[:, None])[hit]
     share = points_to_barycentric(mesh.triangles[face[hit]], points).clip(0, 1).astype(np.float32)
     rgba = np.zeros((len(face), 4), np.float32)
-    rgba[hit, :3] = np.einsum("nc,ncd->nd", share, colours[mesh.faces[face[hit]]]).clip(0, 1)
+    rgba[hit, :3] = colours_at(mesh, face[hit], share)
     rgba[hit, 3] = 1
     return rgba
 
 
 def render_mesh(mesh: "trimesh.Trimesh", cameras: Cameras, background: Colour = WHITE, supersample: int = 2) -> Frames:
-    """Ray-cast views of a mesh in scene axes by its vertex colours, unlit, so that it can be laid beside its NeRF."""
+    """Ray-cast views of a mesh in scene axes by its texture or vertex colours, unlit, so that it can be laid beside its NeRF."""
     from sds3d.raycast import RayCaster
 
     caster, size = RayCaster(mesh), cameras.resolution
-    colours = np.asarray(mesh.visual.vertex_colors, np.float32)[:, :3] / 255
     views = []
     for camera in chunks(cameras.at(size * supersample), 1):
-        rgba = _hit_colours(caster, mesh, colours, camera)
+        rgba = _hit_colours(caster, mesh, camera)
         views.append(rgba.reshape(size, supersample, size, supersample, 4).mean((1, 3)))
     rgba = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
     opacity = rgba[:, 3:]  # the colours carry it already

@@ -193,10 +193,10 @@ def test_mesh_looks_like_its_scene(pair: ExtractedMesh) -> None:
     assert (seen.rgb - true.rgb).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("suffix", ["glb", "obj"])
+@pytest.mark.parametrize("suffix", ["glb", "obj", "ply"])
 def test_files_round_trip(pair: ExtractedMesh, tmp_path, suffix: str) -> None:
     paths = {path.suffix[1:]: path for path in save_mesh(pair.mesh, tmp_path / "out")}
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mesh.glb", "mesh.obj"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mesh.glb", "mesh.obj", "mesh.ply"]
     back = load_mesh(paths[suffix])
     assert back.is_watertight and back.volume == pytest.approx(pair.mesh.volume, rel=1e-4)
     assert len(back.faces) == len(pair.mesh.faces)
@@ -217,7 +217,7 @@ def test_files_are_y_up_with_the_front_at_z(tmp_path) -> None:
 
 
 def test_glb_states_bounds_and_colours(pair: ExtractedMesh, tmp_path) -> None:
-    path, obj = save_mesh(pair.mesh, tmp_path)
+    path, obj, _ = save_mesh(pair.mesh, tmp_path)
     data = path.read_bytes()
     magic, version, length, size = struct.unpack("<4sIII", data[:16])
     assert (magic, version, length) == (b"glTF", 2, len(data))
