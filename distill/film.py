@@ -46,17 +46,21 @@ def save_video(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
     return Path(path)
 
 
-def save_gif(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
-    """An endless .gif, each frame with its own octree palette (fast; the format counts hundredths of a second).
+def save_animation(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
+    """An endless .gif, each frame with its own octree palette (fast; the format counts hundredths of a second), or .webp.
 
     Raises `UserError` for wrong frames or another suffix.
     """
     from PIL import Image
 
-    if Path(path).suffix != ".gif":
-        raise UserError(f"{path} is no animation file name: it must end in .gif")
-    images = [Image.fromarray(frame).quantize(method=Image.Quantize.FASTOCTREE) for frame in _pixels(frames, fps)]
-    duration = max(round(100 / fps), 2) * 10  # players slow anything below 20 ms down
+    kind, pixels = Path(path).suffix, _pixels(frames, fps)
+    if kind not in (".gif", ".webp"):
+        raise UserError(f"{path} is no animation file name: it must end in .gif or .webp")
+    images, options = [Image.fromarray(frame) for frame in pixels], {"quality": 90, "method": 4}
+    duration = round(1000 / fps)
+    if kind == ".gif":
+        images, options = [image.quantize(method=Image.Quantize.FASTOCTREE) for image in images], {"disposal": 1}
+        duration = max(round(100 / fps), 2) * 10  # players slow anything below 20 ms down
     with atomic_path(path) as temporary:
-        images[0].save(temporary, save_all=True, append_images=images[1:], duration=duration, loop=0, disposal=1)
+        images[0].save(temporary, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
     return Path(path)

@@ -17,7 +17,7 @@ def main(config: dict[str, Any]) -> None:
     from distill.config import build
     from distill.control.adapter import controlled
     from distill.control.pictures import ControlPicture, make_control
-    from distill.film import save_gif
+    from distill.film import save_animation
     from distill.report import image_grid, pick_device
     from distill.teacher.frozen import Teacher
     from distill.text_to_image import TextToImageOptions, race, text_to_image
@@ -34,7 +34,7 @@ def main(config: dict[str, Any]) -> None:
     else:
         images, frames = text_to_image(seen, options)
     if frames is not None:
-        save_gif(frames, folder / "denoising.gif", 8)
+        save_animation(frames, folder / "denoising.gif", 8)
     save(folder, image_grid(images, columns), images, columns)
 
 

@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from distill.checkpoint import load_newest
 from distill.config import build
 from distill.data import read_json
 from distill.errors import UserError
-from distill.film import save_gif, save_video
+from distill.film import save_animation, save_video
 from distill.report import image_grid, pick_device, save_png
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import CLIP, load_clip
@@ -22,7 +22,7 @@ from sds3d.mesh_files import save_mesh
 from sds3d.prompts import view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions
 from sds3d.text_to_3d import TextTo3d
-from sds3d.turntable import contact_sheet, render_mesh, render_turntable, render_views
+from sds3d.turntable import Layer, contact_sheet, render_layers, render_mesh, render_views
 
 GREY = (0.85, 0.85, 0.85)
 
@@ -36,10 +36,14 @@ class ExportOptions:
     resolution: int = 128
     elevation: float = 20.0
     fps: int = 24
+    layers: tuple[Layer, ...] = ("rgb",)  # of the turntable, side by side
+    films: tuple[Literal["mp4", "gif", "webp"], ...] = ("mp4", "gif")
 
     def __post_init__(self) -> None:
         if self.frames < 2 or self.resolution < 16 or self.fps < 1:
             raise UserError("an export needs at least 2 frames, 16 pixels and 1 frame a second")
+        if not self.layers:
+            raise UserError("a turntable without a layer shows nothing: give some of rgb, depth, normals")
 
 
 def scene_of_run(directory: Path | str, device: str = "auto") -> Scene:
@@ -86,16 +90,16 @@ def clip_score(scene: Scene, teacher: Teacher, prompt: str) -> float | None:
 
 
 def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
-    """Write scene/, mesh.glb, .obj (with what it names) and .ply, turntable.mp4/.gif, contact_sheet.png, renders.png (mesh below NeRF).
+    """Write scene/, mesh.glb, .obj (with what it names) and .ply, turntable.*, contact_sheet.png, renders.png (mesh below NeRF).
 
     Returns the figures of the mesh. A scene without a surface still leaves its pictures; `mesh` then says why there is none.
     """
     folder = Path(folder)
     scene.save(folder / "scene")
-    frames = render_turntable(scene, options.frames, options.elevation, options.resolution, GREY)
-    save_video(frames, folder / "turntable.mp4", options.fps)
-    save_gif(frames, folder / "turntable.gif", options.fps)
-    save_png(folder / "contact_sheet.png", contact_sheet(frames, columns=8))
+    frames = render_layers(scene, ring(options.frames, options.elevation, options.resolution), options.layers, GREY)
+    for kind in options.films:
+        (save_video if kind == "mp4" else save_animation)(frames, folder / f"turntable.{kind}", options.fps)
+    save_png(folder / "contact_sheet.png", contact_sheet(frames, 8 // len(options.layers), len(options.layers)))
     cameras = ring(8, options.elevation, options.resolution)
     views = [render_views(scene, cameras, GREY).rgb]
     try:

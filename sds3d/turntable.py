@@ -1,21 +1,23 @@
 """What is looked at: turntables of a scene or a mesh, and contact sheets. Frames are (F, 3, H, W) in [0, 1]."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill.errors import UserError
-from sds3d.cameras import Cameras, ring
+from sds3d.cameras import Cameras
 
 if TYPE_CHECKING:
     import trimesh
 
     from sds3d.raycast import RayCaster
+    from sds3d.scene import Scene, Views
 
+Layer = Literal["rgb", "depth", "normals"]
 Colour = tuple[float, float, float]  # RGB in [0, 1]
 WHITE: Colour = (1.0, 1.0, 1.0)
 VIEWS = 4  # rendered at once; bounds the memory
@@ -77,13 +79,29 @@ def chunks(cameras: Cameras, size: int) -> Iterator[Cameras]:
         yield Cameras(*tensors, cameras.resolution)
 
 
-def render_turntable(
-    scene: Renderable, frames: int = 72, elevation: float = 15.0, resolution: int = 128, background: Colour | None = WHITE
-) -> Tensor:
-    """One turn around a scene, from the front on: (F, 3, H, W). Raises `UserError` for less than one frame."""
-    if frames < 1:
-        raise UserError(f"a turntable of {frames} frames was asked for: at least one is needed")
-    return render_views(scene, ring(frames, elevation, resolution), background).rgb
+@torch.no_grad()
+def render_layers(scene: "Scene", cameras: Cameras, layers: Sequence[Layer] = ("rgb",), background: Colour = WHITE) -> Tensor:
+    """Each view's layers side by side (B, 3, H, layers * W): colours; nearness to the camera, black where nothing is; normals as it sees them
+    (right, up, towards it as red, green, blue)."""
+    shown = []
+    for part in chunks(cameras.to(scene.device), VIEWS):
+        behind = torch.tensor(background, device=scene.device).expand(len(part), 3)
+        views = scene.render(part, behind, normals="normals" in layers)
+        pictures = [_picture(views, layer, part, behind[:, :, None, None]) for layer in layers]
+        shown.append(torch.cat(pictures, -1).float().cpu())
+    return torch.cat(shown).clamp(0, 1)
+
+
+def _picture(views: "Views", layer: Layer, cameras: Cameras, behind: Tensor) -> Tensor:
+    if layer == "rgb":
+        return views.rgb
+    if layer == "depth":
+        centre = cameras.position.norm(dim=-1)[:, None, None, None]
+        bare = ((centre + 1 - views.depth) / 2).clamp(0, 1)  # what lies within the unit ball
+        return (bare * views.opacity).expand(-1, 3, -1, -1)
+    assert views.normal is not None
+    seen = torch.einsum("bihw,bij->bjhw", views.normal, cameras.rotation)  # its length is the opacity
+    return (seen + views.opacity) / 2 + (1 - views.opacity) * behind
 
 
 def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) -> np.ndarray:

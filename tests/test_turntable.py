@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.film import save_gif, save_video
+from distill.film import save_animation, save_video
 from sds3d.cameras import Cameras, ring
-from sds3d.turntable import Frames, contact_sheet, render_mesh, render_turntable
+from sds3d.raycast import RayCaster
+from sds3d.scene import Views
+from sds3d.turntable import Frames, contact_sheet, render_layers, render_mesh, render_views
 
 
 class Compass:
@@ -31,8 +33,9 @@ class Compass:
         background: Tensor | None = None,
         generator: torch.Generator | None = None,
         training: bool = False,
+        normals: bool = False,
     ) -> Frames:
-        assert not training and not torch.is_grad_enabled()
+        assert not training and not normals and not torch.is_grad_enabled()
         self.batches.append(len(cameras))
         blue = torch.full((len(cameras),), 0.5) if background is None else background[:, 2]
         colour = torch.stack([cameras.azimuth / 360, cameras.elevation / 90, blue], 1)
@@ -57,14 +60,43 @@ def decode(path: object) -> tuple[dict, np.ndarray]:
 
 def test_turntable_goes_round_from_the_front() -> None:
     scene = Compass()
-    frames = render_turntable(scene, frames=9, elevation=45, resolution=16, background=(0, 0, 0.25))
+    frames = render_layers(scene, ring(9, 45, 16), background=(0, 0, 0.25))
     assert frames.shape == (9, 3, 16, 16)
     assert torch.allclose(frames[:, 0, 0, 0], torch.arange(9) / 9)
     assert torch.allclose(frames[:, 1:, 8, 8], torch.tensor([0.5, 0.25]).expand(9, 2))
     assert sum(scene.batches) == 9 and max(scene.batches) <= 4
-    assert render_turntable(scene, 1, 0, 8, None)[0, 2, 0, 0] == 0.5  # its own background
-    with pytest.raises(UserError, match="0 frames"):
-        render_turntable(scene, frames=0)
+    assert render_views(scene, ring(1, 0, 8), None).rgb[0, 2, 0, 0] == 0.5  # its own background
+
+
+class Ball:
+    """A white ball of radius .6 about the origin, by ray casting."""
+
+    device = torch.device("cpu")
+
+    def render(self, cameras: Cameras, background: Tensor, generator: None = None, training: bool = False, normals: bool = False) -> Views:
+        ball = trimesh.creation.icosphere(4, radius=0.6)
+        face, distance, normal = RayCaster(ball).cast(*cameras.rays())
+        side = cameras.resolution
+
+        def layer(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.where(face[:, None] >= 0, values, 0)).float().view(len(cameras), side, side, -1).permute(0, 3, 1, 2)
+
+        opacity = layer(np.ones((len(face), 1)))
+        rgb = opacity + (1 - opacity) * background[:, :, None, None]
+        return Views(rgb, opacity, layer(distance[:, None]), layer(normal) if normals else None, None, torch.zeros(0, 3))
+
+
+def test_layers_lie_side_by_side_as_the_camera_sees_them() -> None:
+    frames = render_layers(Ball(), ring(3, 30, 32), ("rgb", "depth", "normals"), (0.0, 0.0, 0.25))
+    assert frames.shape == (3, 3, 32, 96)
+    for first, wanted in ((0, (1.0, 1, 1)), (32, (0.8, 0.8, 0.8)), (64, (0.5, 0.5, 1.0))):  # nearest is 2.4 away of 2 to 4
+        centre = frames[:, :, 15:17, first + 15 : first + 17].mean((2, 3))
+        assert torch.allclose(centre, torch.tensor(wanted).expand(3, 3), atol=0.03)
+        corner = (0.0, 0.0, 0.0 if first == 32 else 0.25)  # no grey is mistaken for a distance
+        assert torch.allclose(frames[:, :, 0, first], torch.tensor(corner).expand(3, 3))
+    right, up = frames[0, :, 16, 64 + 21], frames[0, :, 10, 64 + 16]
+    assert right[0] > 0.7 and abs(float(right[1]) - 0.5) < 0.1 and up[1] > 0.7 and abs(float(up[0]) - 0.5) < 0.1
+    assert render_layers(Ball(), ring(1, 0, 8), ("normals",)).shape == (1, 3, 8, 8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (50, 66), (49, 63)])
@@ -79,14 +111,15 @@ def test_video_decodes_to_its_frames(tmp_path, height: int, width: int) -> None:
     assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
 
 
-def test_gif_keeps_frames_order_and_time(tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_animation_keeps_frames_order_and_time(tmp_path, kind: str) -> None:
     frames = film()
-    with Image.open(save_gif(frames, tmp_path / "turn.gif", fps=20)) as image:
-        assert image.n_frames == 10 and image.info["duration"] == 50 and image.info["loop"] == 0
+    with Image.open(save_animation(frames, tmp_path / f"turn.{kind}", fps=20)) as image:
         for index in (0, 4, 9):
             image.seek(index)
             shown = np.asarray(image.convert("RGB"), float)
             assert np.abs(shown - (frames[index].permute(1, 2, 0) * 255).numpy()).mean() < 8
+        assert image.n_frames == 10 and image.info["duration"] == 50 and image.info["loop"] == 0
 
 
 def test_contact_sheet_picks_evenly() -> None:
@@ -126,7 +159,7 @@ def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(Image.Image, "save", broken)
     monkeypatch.setattr(imageio_ffmpeg, "write_frames", cut)
-    for save, name in ((save_gif, "turn.gif"), (save_video, "turn.mp4")):
+    for save, name in ((save_animation, "turn.gif"), (save_video, "turn.mp4")):
         (tmp_path / name).write_bytes(b"older")
         with pytest.raises(OSError, match="disk full"):
             save(film(), tmp_path / name)
@@ -134,7 +167,7 @@ def test_failing_writers_leave_nothing(tmp_path, monkeypatch) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("save", [save_video, save_gif])
+@pytest.mark.parametrize("save", [save_video, save_animation])
 def test_bad_films_are_refused(tmp_path, save) -> None:
     name = "turn.mp4" if save is save_video else "turn.gif"
     for frames, fps, place, words in (
