@@ -81,8 +81,8 @@ def chunks(cameras: Cameras, size: int) -> Iterator[Cameras]:
 
 @torch.no_grad()
 def render_layers(scene: "Scene", cameras: Cameras, layers: Sequence[Layer] = ("rgb",), background: Colour = WHITE) -> Tensor:
-    """Each view's layers side by side (B, 3, H, layers * W): colours; nearness to the camera, black where nothing is; normals as it sees them
-    (right, up, towards it as red, green, blue)."""
+    """Each view's layers side by side (B, 3, H, layers * W): colours; nearness to the camera, black where nothing is;
+    normals as it sees them (right, up, towards it as red, green, blue)."""
     shown = []
     for part in chunks(cameras.to(scene.device), VIEWS):
         behind = torch.tensor(background, device=scene.device).expand(len(part), 3)
