@@ -1,5 +1,6 @@
 """A run's state as one safetensors file: tensors by their path, everything else as JSON in its metadata."""
 
+import hashlib
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.data import atomic_path
 from distill.errors import UserError
@@ -210,3 +211,11 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A name of the values of modules' weights, by which what was made with them is told from what was made with others."""
+    digest = hashlib.sha256()
+    for value in (value for module in modules for value in module.state_dict().values()):
+        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -8,11 +8,11 @@ from entry import entry
 
 def main(config: dict[str, Any]) -> None:
     from distill.config import build
-    from distill.data import load_split, read_json, write_json
+    from distill.data import load_split, write_json
     from distill.features import extractor
     from distill.judge import load_judge
     from distill.names import slug
-    from distill.one_step.evaluation import GeneratorEvaluationOptions, evaluate, reference, student_generator, teacher_generator
+    from distill.one_step.evaluation import GeneratorEvaluationOptions, evaluate, kept, reference, student_generator, teacher_generator
     from distill.one_step.folder import load_student
     from distill.report import image_grid, machine_facts, pick_device, save_png
     from distill.teacher.frozen import Teacher
@@ -23,19 +23,18 @@ def main(config: dict[str, Any]) -> None:
     generators += [teacher_generator(teacher, steps, scale) for steps in config["steps"] for scale in config["guidance"]]
     data = load_split(config["data"], "test", teacher.resolution, config["limit"])
     real = reference(data, extractor(config["features"]), load_judge(config["judge"]))
-    folder, rows = Path(config["output"]), []
+    folder = Path(config["output"])
     for generator in generators:
         path = folder / f"{slug(generator.name)}.json"
-        if not path.is_file():
+        asked = {"weights": generator.weights, **{name: config[name] for name in ("data", "judge", "features", "limit", "evaluation")}}
+        row = kept(path, asked)
+        if row is None:
             figures, shown = evaluate(generator, teacher, real, options)
             save_png(path.with_suffix(".png"), image_grid(shown, 8))
-            write_json(path, {**figures, "features": config["features"], "samples": options.samples, "machine": machine_facts()})
-        rows.append(read_json(path))
-        print(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else f"{value}" for name, value in rows[-1].items() if name != "machine"
-            )
-        )
+            row = {**figures, "asked": asked, "machine": machine_facts()}
+            write_json(path, row)
+        told = {name: value for name, value in row.items() if name not in ("asked", "machine")}
+        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else str(value) for name, value in told.items()))
     print(f"written: {folder}/*.json, *.png")
 
 

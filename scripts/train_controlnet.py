@@ -14,10 +14,10 @@ def main(config: dict[str, Any]) -> None:
     from distill.control.report import finish
     from distill.control.train import AdapterOptions, AdapterTraining, HeldOut
     from distill.data import load_split
-    from distill.one_step.latents import load_latents
     from distill.report import pick_device
     from distill.run import Run, RunOptions
     from distill.teacher.frozen import Teacher
+    from distill.teacher.latents import load_latents
     from sds3d.conditions import split_pictures
 
     condition, folder = config["condition"], config["data"]

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from distill.checkpoint import load_state
 from distill.config import build
-from distill.data import load_split
+from distill.data import load_split, write_json
 from distill.errors import UserError
 from distill.judge import Judge, JudgeOptions, load_judge, save_judge
 from distill.noise import NoiseSchedule
-from distill.one_step.latents import load_latents
+from distill.one_step.evaluation import kept, student_generator
 from distill.one_step.points import MixtureStudy, grade_points, mixture_cache, point_monitor
 from distill.one_step.regression import PairOptions, Regression, RegressionOptions, feature_distance, load_pairs, make_pairs
 from distill.one_step.start import start
@@ -32,6 +32,7 @@ from distill.run import Run, RunOptions
 from distill.sampling import sample_ode
 from distill.score import Guided
 from distill.teacher.frozen import Teacher
+from distill.teacher.latents import load_latents
 from distill.teacher.mixture import MixtureTeacher, ring
 
 METHODS = Path(__file__).parent.parent / "configs" / "method"
@@ -285,6 +286,18 @@ def test_the_scripts_train_and_grade(tiny_teacher_folder: Path, world: Path, tmp
     assert "is no student: give" in script("sample", where[0], f"student={tiny_teacher_folder}", "a red cube", code=2)
     script("make_pairs", *where[:2], f"output={tmp_path / 'pairs'}", "pairs.count=4", "pairs.steps=1")
     assert (tmp_path / "pairs" / "pairs_00000.safetensors").is_file()
+
+
+def test_a_row_is_kept_only_for_the_weights_it_was_made_with(tiny_teacher: Teacher, tmp_path: Path) -> None:
+    """A run directory filled anew has the name of the old one, and must not be given its figures."""
+    student = Student.of(tiny_teacher, StudentOptions())
+    before = {"weights": student_generator("s", student).weights, "evaluation": {"samples": 4}}
+    write_json(tmp_path / "s.json", {"frechet": 1.0, "asked": before})
+    assert kept(tmp_path / "s.json", before) == {"frechet": 1.0, "asked": before}
+    assert kept(tmp_path / "s.json", {**before, "evaluation": {"samples": 5}}) is None and kept(tmp_path / "none.json", before) is None
+    with torch.no_grad():
+        student.unet.conv_out.bias[0] += 1e-3
+    assert kept(tmp_path / "s.json", {**before, "weights": student_generator("s", student).weights}) is None
 
 
 def test_two_processes_give_the_result_of_one(tiny_teacher: Teacher, world: Path, tmp_path: Path) -> None:

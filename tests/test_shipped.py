@@ -2,10 +2,15 @@
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
-from distill.shipped import SHIPPED, WEIGHTS
+from distill.judge import load_judge, predict
+from distill.one_step.folder import load_student
+from distill.shipped import SHIPPED, WEIGHTS, located
 from distill.teacher.evaluation import EvaluationOptions, draw
 from distill.teacher.frozen import Teacher
+from distill.teacher.vocabulary import phrase
+from sds3d.shapes import COLOURS, OBJECTS
 
 
 @pytest.fixture(scope="module")
@@ -13,10 +18,12 @@ def teacher() -> Teacher:
     return Teacher.load("shapes64")
 
 
-@pytest.mark.parametrize("name", SHIPPED["teacher"])
-def test_weights_are_within_the_budget(name: str) -> None:
-    assert sum(path.stat().st_size for path in (WEIGHTS / name).rglob("*")) < 40 * 2**20
-    assert (WEIGHTS / name / "README.md").is_file()  # the model card
+def test_weights_are_within_the_budget() -> None:
+    """A student's VAE and text encoder are links to its teacher's: whole they are 20 MB at most, and the package 40."""
+    assert sum(path.lstat().st_size for path in WEIGHTS.rglob("*")) < 40 * 2**20
+    for folder in (WEIGHTS / place for kind in ("teacher", "student") for place in SHIPPED[kind].values()):
+        assert (folder / "README.md").is_file()  # the model card
+        assert sum(path.stat().st_size for path in folder.rglob("*")) < 20 * 2**20
 
 
 def test_teacher_draws_the_colour_it_is_asked_for(teacher: Teacher) -> None:
@@ -32,3 +39,32 @@ def test_reconstructions_keep_the_picture(teacher: Teacher) -> None:
     image[:, :, 20:44, 20:44] = torch.tensor([0.8, 0.1, 0.1])[:, None, None]
     restored = teacher.decode(teacher.encode_images(image))
     assert (restored - image).square().mean() < 0.01
+
+
+def test_the_student_draws_what_it_is_asked_for_in_one_call(teacher: Teacher) -> None:
+    """Every object and colour, by the judge; its parts are the teacher's, byte for byte."""
+    student, parts = load_student("shapes64")
+    assert len(student.times) == 1
+    for mine, its in ((parts.vae, teacher.vae), (parts.text_encoder, teacher.text_encoder)):
+        assert all(torch.equal(value, its.state_dict()[name]) for name, value in mine.state_dict().items())
+    asked = [(name, colour) for name in OBJECTS for colour in COLOURS]
+    states = parts.encode_text([phrase(colour, name) for name, colour in asked])
+    source = torch.Generator().manual_seed(0)
+    noise = torch.randn(len(asked), *parts.latent_shape, generator=source)
+    with torch.no_grad():
+        images = torch.cat([parts.decode(student(n, s, source)) for n, s in zip(noise.split(46), states.split(46), strict=True)])
+    told = predict(load_judge("judge64"), images)
+    right = [told["object"][i] == name and told["colour"][i] == colour for i, (name, colour) in enumerate(asked)]
+    assert sum(right) / len(right) > 0.9
+
+
+def test_the_student_is_a_stock_pipelines_folder() -> None:
+    """One step without guidance gives our image of the same noise."""
+    student, parts = load_student("shapes64")
+    noise = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = parts.decode(student(noise, parts.encode_text(["a red teapot"]), torch.Generator()))
+    stock = StableDiffusionPipeline.from_pretrained(located("student", "shapes64"), dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    told = stock("a red teapot", latents=noise, num_inference_steps=1, guidance_scale=1, output_type="pt").images
+    torch.testing.assert_close(told.float(), ours, atol=1e-3, rtol=0)

@@ -12,6 +12,8 @@ from distill.one_step.student import Student
 from distill.report import image_grid
 from distill.teacher.frozen import Teacher
 
+TIMED = 0.5  # seconds of U-Net calls that a time is the mean of, at least
+
 
 @dataclass(frozen=True)
 class StudentSampleOptions:
@@ -41,7 +43,7 @@ class Row:
 
 
 def sample_student(student: Student, parts: Teacher, teacher: Teacher | None, options: StudentSampleOptions) -> list[Row]:
-    """The student's row, then one a number of the teacher's steps; each is run once before it is timed."""
+    """The student's row, then one a number of the teacher's steps; each drawn once before it is timed, over half a second at least."""
     generators = [student_generator("student", student)]
     if options.compare and teacher is None:
         raise UserError("compare needs the teacher: give teacher=")
@@ -52,10 +54,12 @@ def sample_student(student: Student, parts: Teacher, teacher: Teacher | None, op
 
 def _row(generator: Generator, teacher: Teacher, options: StudentSampleOptions) -> Row:
     texts = [prompt for prompt in options.prompts for _ in range(options.count)]
-    if options.compare:
-        draw(generator, teacher, texts[:1], 1, options.seed)
-    drawn = draw(generator, teacher, texts, len(texts), options.seed)
-    return Row(generator.name, drawn.images, drawn.unet_seconds / len(texts), (drawn.unet_seconds + drawn.decoder_seconds) / len(texts))
+    runs = [draw(generator, teacher, texts, len(texts), options.seed)]  # not timed: text states, and kernels for these shapes, are made
+    while options.compare and sum(run.unet_seconds for run in runs[1:]) < TIMED:
+        runs.append(draw(generator, teacher, texts, len(texts), options.seed))
+    count = len(texts) * max(len(runs) - 1, 1)
+    unet, decoder = sum(run.unet_seconds for run in runs[1:]) / count, sum(run.decoder_seconds for run in runs[1:]) / count
+    return Row(generator.name, runs[0].images, unet, unet + decoder)
 
 
 def sheet(rows: Sequence[Row], options: StudentSampleOptions) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.data import Captioned
+from distill.checkpoint import fingerprint
+from distill.data import Captioned, read_json
 from distill.errors import UserError
 from distill.features import Extractor
 from distill.judge import Judge
@@ -26,11 +27,12 @@ from distill.teacher.frozen import Teacher
 
 @dataclass(frozen=True)
 class Generator:
-    """A way to latents: (states (B, L, D), noise (B, C, h, w), generator) to latents, and its forward passes a sample."""
+    """A way to latents: (states (B, L, D), noise (B, C, h, w), generator) to latents; its forward passes a sample; its weights' name."""
 
     name: str
     sample: Callable[[Tensor, Tensor, torch.Generator], Tensor]
     forwards: int
+    weights: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class GeneratorEvaluationOptions:
 
 def student_generator(name: str, student: Student) -> Generator:
     """All of a student's steps."""
-    return Generator(name, lambda states, noise, generator: student(noise, states, generator), len(student.times))
+    return Generator(name, lambda states, noise, generator: student(noise, states, generator), len(student.times), fingerprint(student))
 
 
 def teacher_generator(teacher: Teacher, steps: int, guidance: float) -> Generator:
@@ -61,7 +63,8 @@ def teacher_generator(teacher: Teacher, steps: int, guidance: float) -> Generato
     def sample(states: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
         return sample_ode(model, teacher.scheduler, states, noise, steps)
 
-    return Generator(f"teacher, {steps} steps, guidance {guidance:g}", sample, steps * (1 if guidance == 1 else 2))
+    name = f"teacher, {steps} steps, guidance {guidance:g}"
+    return Generator(name, sample, steps * (1 if guidance == 1 else 2), fingerprint(teacher.unet))
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ class Reference:
     features: Tensor
     extract: Extractor
     judge: Judge
+
+
+def kept(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """A row made earlier, where it answers the same question: the same weights, samples and features."""
+    row = read_json(path) if path.is_file() else None
+    return row if row is not None and row.get("asked") == asked else None
 
 
 def reference(data: Captioned, extract: Extractor, judge: Judge) -> Reference:

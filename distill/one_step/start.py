@@ -7,13 +7,13 @@ from torch import Tensor
 
 from distill.judge import Judge, judge_features
 from distill.metrics import moments
-from distill.one_step.latents import load_latents
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.regression import Regression, RegressionOptions, load_pairs
 from distill.one_step.train import OneStep, OneStepOptions
 from distill.optimise_image import saturation
 from distill.run import Run
 from distill.teacher.frozen import Teacher
+from distill.teacher.latents import load_latents
 from distill.teacher.unet import LatentCache
 
 

@@ -1,25 +1,16 @@
 """The latents and text states of a captioned folder under a teacher, computed once and kept beside the images."""
 
-import hashlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from distill.checkpoint import fingerprint
 from distill.data import atomic_path, load_split
 from distill.errors import UserError
 from distill.teacher.frozen import Teacher
 from distill.teacher.unet import LatentCache, cache_latents
-
-
-def fingerprint(teacher: Teacher) -> str:
-    """A name of what latents and text states depend on: the VAE's and the text encoder's weights."""
-    digest = hashlib.sha256()
-    for module in (teacher.vae, teacher.text_encoder):
-        for value in module.state_dict().values():
-            digest.update(value.float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> LatentCache:
@@ -27,7 +18,7 @@ def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> 
 
     Raises `UserError` for a folder that cannot serve.
     """
-    path = Path(folder) / ".latents" / f"{split}-{fingerprint(teacher)}.safetensors"
+    path = Path(folder) / ".latents" / f"{split}-{fingerprint(teacher.vae, teacher.text_encoder)}.safetensors"
     if path.is_file():
         try:
             saved = load_file(path)
