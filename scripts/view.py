@@ -11,7 +11,7 @@ def main(config: dict[str, Any]) -> None:
 
     options = build(ViewerOptions, config["viewer"], "viewer")
     viewer = Viewer(config["run_directory"], options, config["device"])
-    print(f"open http://{options.host}:{options.port} (Ctrl-C to stop)", flush=True)
+    print(f"open http://{options.host}:{viewer.server.get_port()} (Ctrl-C to stop)", flush=True)
     viewer.serve()
 
 

@@ -22,6 +22,7 @@ from sds3d.mesh_files import save_mesh
 from sds3d.prompts import view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions
 from sds3d.text_to_3d import TextTo3d
+from sds3d.texture import TextureOptions, bake
 from sds3d.turntable import Layer, contact_sheet, render_layers, render_mesh, render_views
 
 GREY = (0.85, 0.85, 0.85)
@@ -32,6 +33,7 @@ class ExportOptions:
     """What is written of a scene, and how finely."""
 
     mesh: MeshOptions = MeshOptions()
+    texture: TextureOptions = TextureOptions()
     frames: int = 72
     resolution: int = 128
     elevation: float = 20.0
@@ -107,8 +109,11 @@ def export_scene(scene: Scene, folder: Path | str, options: ExportOptions) -> di
     except UserError as error:
         save_png(folder / "renders.png", image_grid(views[0], 8))
         return {"mesh": None, "why": str(error)}
-    save_mesh(extracted.mesh, folder, textured=extracted.textured)
-    views.append(render_mesh(extracted.textured or extracted.mesh, cameras, GREY).rgb)
+    textured = None
+    if options.texture.size:
+        textured = bake(extracted.mesh, scene.field, 1 / options.mesh.resolution, options.texture, scene.device)
+    save_mesh(extracted.mesh, folder, textured=textured)
+    views.append(render_mesh(textured or extracted.mesh, cameras, GREY).rgb)
     save_png(folder / "renders.png", image_grid(torch.cat(views), 8))
     difference = (views[0] - views[1]).square().mean()
     return {

@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.errors import UserError
 from sds3d.cameras import Cameras, orbit
 from sds3d.raycast import RayCaster
-from sds3d.texture import POINTS, ColourField, TextureOptions, bake, vertex_coloured
+from sds3d.texture import POINTS, ColourField, vertex_coloured
 from sds3d.turntable import Renderable, render_views
 
 FLOOR = 1e-2  # density counted as empty: 2 % opacity across the whole box
@@ -50,12 +50,11 @@ class MeshOptions:
     candidates: int = 24  # thresholds tried, then as many again around the best
     min_component: float = 0.02  # pieces below this share of the largest one's volume are floaters; 0 keeps all
     smoothing: int = 5  # Taubin iterations
-    texture: TextureOptions = TextureOptions()
 
     def __post_init__(self) -> None:
         least = {"resolution": 8, "max_faces": 100, "views": 1, "view_resolution": 8, "candidates": 3}
         for name, value in vars(self).items():
-            if not isinstance(value, TextureOptions) and value < least.get(name, 0):
+            if value < least.get(name, 0):
                 raise UserError(f"mesh {name} is {value}: it must be at least {least.get(name, 0)}")
         if self.min_component > 1:
             raise UserError(f"mesh min_component is {self.min_component}: give a share of the largest piece, from 0 to 1")
@@ -66,7 +65,6 @@ class ExtractedMesh:
     """A mesh in scene axes with sRGB vertex colours (8 bit, as the albedo is), and how it came about."""
 
     mesh: trimesh.Trimesh
-    textured: trimesh.Trimesh | None  # the same cut into charts, its colours in a texture
     threshold: float  # density of the isosurface
     silhouette_iou: float  # of the final mesh with the scene's opacity > 0.5, mean over the views
     watertight: bool
@@ -246,8 +244,6 @@ def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> Ext
     level = choose_level(peaks, opaque, options.candidates)
     volume, dropped = clean_volume(grid.numpy(), level, options.min_component)
     mesh = polish(volume, level, options)
-    step = 1 / options.resolution
-    mesh = vertex_coloured(mesh, scene.field, step, scene.device)
-    textured = bake(mesh, scene.field, step, options.texture, scene.device) if options.texture.size else None
+    mesh = vertex_coloured(mesh, scene.field, 1 / options.resolution, scene.device)
     seen = torch.from_numpy(RayCaster(mesh).cast(*cameras.rays())[0] >= 0).reshape(opaque.shape)
-    return ExtractedMesh(mesh, textured, FLOOR * math.exp(level), mean_iou(seen, opaque), bool(mesh.is_watertight), dropped)
+    return ExtractedMesh(mesh, FLOOR * math.exp(level), mean_iou(seen, opaque), bool(mesh.is_watertight), dropped)

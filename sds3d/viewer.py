@@ -97,6 +97,7 @@ class Viewer:
         self.server = viser.ViserServer(options.host, options.port, label=self.prompt, verbose=False)
         self.server.scene.set_up_direction("+z")
         self.server.initial_camera.position, self.server.initial_camera.look_at = (2.6, 0.9, 1.1), (0.0, 0.0, 0.0)
+        self.solid: dict[str, Any] = {}
         self._controls()
         self._solids()
         self._frustums()
@@ -129,11 +130,10 @@ class Viewer:
         self.told.content = f"**{self.prompt}**\n\n{self.directory}\n\n{done}"
 
     def _solids(self) -> None:
-        """The mesh where there is one, and the truth, hidden until they are asked for."""
-        self.solid: dict[str, Any] = {}
+        """The mesh where there is one, and once the truth, hidden until they are asked for."""
         if (self.directory / "mesh.glb").is_file():
             self.solid["mesh"] = self.server.scene.add_mesh_trimesh("/mesh", load_mesh(self.directory / "mesh.glb"), visible=False)
-        if knows_truth(self.prompt):
+        if "truth" not in self.solid and knows_truth(self.prompt):
             shape, albedo = truth_of(self.prompt)
             mesh = trimesh.Trimesh(shape.mesh.vertices, shape.mesh.faces, process=False)
             mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=np.round(albedo * 255).astype(np.uint8))
