@@ -15,13 +15,19 @@ from distill.errors import UserError
 from sds3d.cameras import Cameras, orbit
 
 CONDITIONS = ("silhouette", "depth", "normals")
-NEAR, FAR = 1.7, 4.3  # distances from the camera told apart: what the world's cameras see of the unit ball
+FARTHEST, LEAST_RANGE = 55, 0.5  # grey of an image's farthest point; a range of distances below this is not stretched
 
 
 def depth_pictures(depth: Tensor) -> Tensor:
-    """(N, 1, H, W) uint8 of distances (N, H, W): 255 at `NEAR`, 1 at `FAR`, 0 where nothing is hit."""
-    share = ((FAR - depth.float()) / (FAR - NEAR)).clamp(0, 1)
-    return torch.where(depth > 0, 1 + (share * 254).round(), 0.0).to(torch.uint8)[:, None]
+    """(N, 1, H, W) uint8 of distances (N, H, W): 255 at an image's nearest point, 55 at its farthest, 0 where nothing is hit.
+
+    Relative, as the maps of depth estimators that ControlNets are trained on: in absolute ones an object is one grey.
+    """
+    depth = depth.float()
+    hit = depth > 0
+    near = torch.where(hit, depth, torch.inf).amin((1, 2), keepdim=True)
+    span = (depth.amax((1, 2), keepdim=True) - near).clamp_min(LEAST_RANGE)
+    return torch.where(hit, 255 - (255 - FARTHEST) * (depth - near) / span, 0.0).round().to(torch.uint8)[:, None]
 
 
 def normal_pictures(normals: Tensor, rotation: Tensor) -> Tensor:

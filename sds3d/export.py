@@ -71,7 +71,7 @@ def finish(made: TextTo3d, options: ExportOptions) -> Path:
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.place}
     figures |= {
-        "forwards": made.options.views * made.objective.options.total_cost(run.options.steps),
+        "forwards": made.forwards,
         "seconds_export": round(time.monotonic() - started, 1),
     }
     if (score := clip_score(scene, teacher, prompt)) is not None:

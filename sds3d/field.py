@@ -71,6 +71,7 @@ class Field(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
+        self.register_buffer("turn", torch.eye(3, device=device))  # what the field was turned by since it began
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (N, 3) -> density (N,) per world unit, albedo (N, 3) in [0, 1]. Density is 0 outside the
@@ -93,9 +94,14 @@ class Field(nn.Module):
         # log1p keeps the direction while taming slopes of thousands at a hard surface.
         return functional.normalize(-torch.log1p(density) @ taps, dim=-1, eps=1e-8)
 
+    def turn_by(self, quarters: int) -> None:
+        """Turn what is there about the vertical, by 90 degrees each, so that the box stays the box."""
+        quarter = self.turn.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        self.turn.copy_(torch.linalg.matrix_power(quarter, quarters % 4) @ self.turn)
+
     def _raw(self, positions: Tensor) -> Tensor:
         # Back to the positions' dtype: under autocast the MLP answers in half, too coarse to composite in.
-        return self.mlp(self.encoding((positions + 1) / 2)).to(positions.dtype)
+        return self.mlp(self.encoding((positions @ self.turn + 1) / 2)).to(positions.dtype)
 
     def _activate(self, raw: Tensor, positions: Tensor) -> Tensor:
         options = self.options

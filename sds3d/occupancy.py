@@ -58,7 +58,17 @@ class OccupancyGrid(nn.Module):
         # Only matter on all sides hides what is behind it: a surface anywhere in its cell stays visible.
         core = -functional.max_pool3d(-lower[None, None], 3, stride=1, padding=1)[0, 0]
         self.guide.copy_(torch.where(occupied, core.clamp(min=0), EMPTY))
-        cells = occupied.nonzero()
+        self._bound()
+
+    @torch.no_grad()
+    def turn_by(self, quarters: int) -> None:
+        """Turn with the field, about the vertical, by 90 degrees each."""
+        for cells in (self.levels, self.guide):
+            cells.copy_(cells.rot90(quarters, (0, 1)))
+        self._bound()
+
+    def _bound(self) -> None:
+        cells = self.occupied.nonzero()
         low, high = (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
         self.bounds.copy_(torch.stack([low, high]) * (2 / self.resolution) - 1)
 

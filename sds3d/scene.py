@@ -135,6 +135,11 @@ class Scene(nn.Module):
         if step % self.options.grid.every == 0:
             self.grid.update(self.field, generator)
 
+    def turn_by(self, quarters: int) -> None:
+        """Turn what is there about the vertical by quarters: what a camera at azimuth a saw is seen from a + 90 degrees each."""
+        self.field.turn_by(quarters)
+        self.grid.turn_by(quarters)
+
     def render(
         self,
         cameras: Cameras,
@@ -209,7 +214,9 @@ class Scene(nn.Module):
             if content.get("format") != FORMAT:
                 raise UserError(f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}")
             scene = cls(build(SceneOptions, content["options"], "options"), device)
-            scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
+            state = load_file(str(folder / "scene.safetensors"), device=str(device))
+            state.setdefault("field.turn", scene.field.turn)  # of scenes written before there was one
+            scene.load_state_dict(state)
         except UserError:
             raise
         except (

@@ -21,6 +21,7 @@ from distill.teacher.vocabulary import check_prompt
 from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
 from sds3d.control import MeshControl
+from sds3d.facing import AROUND, FacingOptions, quarter_turns, view_errors
 from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.scene import Scene, SceneOptions, Views
 
@@ -62,6 +63,7 @@ class TextTo3dOptions:
     final_rate: float = 0.1  # share of the learning rates left at the end, falling as a cosine: late gradients are mostly noise
     adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
+    facing: FacingOptions = FacingOptions()
     diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
@@ -159,7 +161,10 @@ class TextTo3d:
         run.track(scene=self.scene, optimizer=self.optimizer)
         if self.critic is not None:
             run.track(critic=self.critic)
+        asked = {round(share * run.options.steps) for share in options.facing.at} if self.faces else set()
         for step in run.steps():
+            if step in asked:
+                run.log(turned=self.face(step))
             outcome, views = self.step(step / run.options.steps, step)
             look(run, self.objective, outcome, options.diagnostics)
             run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
@@ -167,6 +172,27 @@ class TextTo3d:
                 shown = self.scene.render(ring(4, resolution=self.teacher.resolution), torch.full((4, 3), 0.85))
                 run.preview("views", shown.rgb)
         return self.scene
+
+    @property
+    def faces(self) -> bool:
+        """Whether there is a front to find: by the view words, which a mesh in control knows better."""
+        return self.options.view_words and self.control is None
+
+    @property
+    def forwards(self) -> int:
+        """U-Net work of the whole run in forward passes of one sample."""
+        asked = len(self.options.facing.at) * self.options.facing.cost if self.faces else 0
+        return asked + self.options.views * self.objective.options.total_cost(self.run.options.steps)
+
+    def face(self, step: int) -> float:
+        """Turn the scene to where the view words fit it best; by how many degrees."""
+        options, teacher, generator = self.options.facing, self.teacher, torch.Generator().manual_seed(self.run.options.seed + step)
+        cameras = ring(options.views, options.elevation, teacher.resolution)
+        latents = teacher.encode_images(self.scene.render(cameras, grey_backgrounds(self.options, options.views, generator)).rgb)
+        states = teacher.encode_text([view_prompt(self.options.prompt, word) for word in AROUND])
+        quarters = quarter_turns(view_errors(teacher, latents, states, options.draws, generator).cpu(), cameras, options.margin)
+        self.scene.turn_by(quarters)
+        return 90.0 * quarters
 
     def encode(self, images: Tensor, coarse: bool) -> Tensor:
         """Latents of renders (B, 3, H, W); coarse ones are enlarged for the VAE, or go through the linear encoder."""

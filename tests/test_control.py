@@ -14,7 +14,8 @@ from torch import Tensor
 from distill.control.adapter import Control, controlled, controlled_student, load_adapter, make_adapter, save_adapter
 from distill.control.conditions import as_input, beside, edges, of_images, scribbles
 from distill.control.evaluation import ControlEvaluationOptions, by_teacher
-from distill.control.fidelity import jump, line_f1, overlap, rank_correlation
+from distill.control.fidelity import fidelity, jump, line_f1, overlap, rank_correlation
+from distill.control.probe import Probe, ProbeOptions, depth_loss
 from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss
 from distill.data import Captioned
 from distill.errors import UserError
@@ -161,6 +162,32 @@ def test_fidelity_by_hand() -> None:
     assert float(line_f1(near, line)) == pytest.approx(1.0) and float(line_f1(far, line)) == 0.0
     assert float(line_f1(near | far, line)) == pytest.approx(2 / 3)
     assert jump([0, 200, 400, 600], [0.3, 0.32, 0.8, 0.9]) == 400 and jump([0, 200], [0.3, 0.31]) is None
+
+
+def test_depth_is_compared_where_both_have_an_object() -> None:
+    """A probe that sees the upper half with depth falling to the right, and the condition's left half: the shared quarter counts."""
+
+    class Fixed(Probe):
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            rows, columns = torch.arange(64.0)[:, None].expand(64, 64), torch.arange(64.0).expand(64, 64)
+            deep = torch.where(rows < 32, -columns, 1000.0)
+            return (32 - rows - 0.5)[None, None].expand(len(images), 1, 64, 64), deep.expand(len(images), 1, 64, 64)
+
+    picture = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    picture[..., :32] = 200 - 2 * torch.arange(32, dtype=torch.uint8)
+    told = fidelity("depth", torch.zeros(1, 3, 64, 64), picture, Fixed(ProbeOptions(width=4)))
+    assert float(told["depth_correlation"]) == pytest.approx(1.0) and float(told["silhouette_iou"]) == pytest.approx(1 / 3)
+
+
+def test_the_depth_loss_forgives_most_of_a_shift() -> None:
+    true, mask = random(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    mask[:, :, 2:6, 2:6] = 1
+    assert float(depth_loss(true, true, mask)) == 0
+    shifts = torch.tensor([0.5, -0.3])[:, None, None, None]
+    assert float(depth_loss(true + shifts, true, mask)) == pytest.approx(0.1 * 0.4, abs=1e-6)
+    assert float(depth_loss(true + 9 * (1 - mask), true, mask)) == pytest.approx(0.0, abs=1e-6)  # outside nothing counts
+    stripes = torch.tensor([1.0, -1.0]).repeat(4)  # 1 from the mean; 2 at each of 12 of 16 inner neighbours
+    assert float(depth_loss(true + stripes, true, mask)) == pytest.approx(1 + 2 * 12 / 16, abs=1e-5)
 
 
 def test_an_adapter_of_nowhere_is_one_sentence(tmp_path: Path, tiny_teacher: Teacher) -> None:

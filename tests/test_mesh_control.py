@@ -41,7 +41,12 @@ def test_pictures_of_a_ball() -> None:
     ball, cameras = trimesh.creation.icosphere(4, 0.8), ring(2, elevation=0.0)
     deep = mesh_pictures(ball, "depth", cameras)
     assert int(deep[0, 0, 0, 0]) == 0
-    assert int(deep[0, 0, 32, 32]) == pytest.approx(1 + 254 * (4.3 - 2.2) / 2.6, abs=1.5)  # seen from 3, its surface is at 2.2
+    seen = deep[0, 0][deep[0, 0] > 0]
+    assert int(deep[0, 0, 32, 32]) >= 254 and 55 <= int(seen.min()) < 75  # its middle is nearest, its outline farthest
+    offset = 3 * np.tan(np.deg2rad(17.5)) * 12.5 / 32  # of the ray through column 44, where it passes the centre
+    across = offset / np.hypot(offset, 3) * 3
+    distance = np.sqrt(9 - across**2) - np.sqrt(0.64 - across**2)
+    assert int(deep[0, 0, 32, 44]) == pytest.approx(255 - 200 * (distance - 2.2) / (np.sqrt(9 - 0.64) - 2.2), abs=4)
     outline = mesh_pictures(ball, "silhouette", cameras)
     reach = 32 * np.tan(np.arcsin(0.8 / 3)) / np.tan(np.deg2rad(17.5))  # pixels
     assert float((outline[0] > 127).sum()) == pytest.approx(np.pi * reach**2, rel=0.02)
@@ -50,7 +55,8 @@ def test_pictures_of_a_ball() -> None:
         assert view[:, 32, 32].int().tolist() == pytest.approx([127, 127, 255], abs=6)
         assert int(view[0, 32, 45]) > 160 and int(view[1, 20, 32]) > 160  # the right side faces right, the top up
     assert facing[:, :, 0, 0].sum() == 0
-    assert depth_pictures(torch.tensor([[[0.0, 1.7, 4.3, 9.0]]])).flatten().tolist() == [0, 255, 1, 1]
+    shown = depth_pictures(torch.tensor([[[0.0, 2.0, 3.0, 4.0]], [[0.0, 2.0, 2.1, 2.0]], [[0.0, 0.0, 0.0, 0.0]]])).flatten(1).tolist()
+    assert shown == [[0, 255, 155, 55], [0, 255, 215, 255], [0, 0, 0, 0]]  # stretched; a flat face is not
     assert normal_pictures(torch.zeros(1, 1, 1, 3), torch.eye(3)[None]).sum() == 0
 
 

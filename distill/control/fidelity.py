@@ -39,8 +39,8 @@ def line_f1(told: Tensor, wanted: Tensor, reach: int = 1) -> Tensor:
 def fidelity(condition: str, samples: Tensor, pictures: Tensor, probe: Probe) -> dict[str, Tensor]:
     """Figures (B,) of samples (B, 3, H, W) in [0, 1] against their uint8 condition pictures, by what the condition says.
 
-    silhouette: `silhouette_iou`; depth: the same and `depth_correlation` over the condition's object; normals: `silhouette_iou`;
-    edges and scribble: `line_f1`. Another condition has no figure.
+    silhouette: `silhouette_iou`; depth: the same and `depth_correlation`, where sample and condition both have an object;
+    normals: `silhouette_iou`; edges and scribble: `line_f1`. Another condition has no figure.
     """
     if condition in ("edges", "scribble"):
         make, reach = (edges, 1) if condition == "edges" else (scribbles, 2)
@@ -51,7 +51,7 @@ def fidelity(condition: str, samples: Tensor, pictures: Tensor, probe: Probe) ->
     wanted = pictures.amax(1, keepdim=True) > (127 if condition == "silhouette" else 0)
     told = {"silhouette_iou": overlap(logits > 0, wanted)}
     if condition == "depth":
-        told["depth_correlation"] = rank_correlation(depth * (logits > 0), pictures.float(), wanted)
+        told["depth_correlation"] = rank_correlation(depth, pictures.float(), wanted & (logits > 0))
     return told
 
 

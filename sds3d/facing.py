@@ -1,0 +1,73 @@
+"""Which way a scene faces, told by the teacher's denoising error, so that one that grew turned round is turned back."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.score import ScoreModel
+from sds3d.cameras import Cameras
+from sds3d.prompts import VIEWS, view_of
+
+AROUND = tuple(view for view in VIEWS if view != "overhead")  # the view words that tell an azimuth
+LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # t / T
+
+
+@dataclass(frozen=True)
+class FacingOptions:
+    """At shares `at` of a run it is asked which quarter turn suits the view words best; [] leaves a scene as it grows.
+
+    `views` all around, `draws` of the noise a view and level; a turn must make the error smaller by a share `margin`.
+    """
+
+    at: tuple[float, ...] = ()
+    views: int = 16
+    elevation: float = 15.0
+    draws: int = 2
+    margin: float = 0.005
+
+    def __post_init__(self) -> None:
+        if any(not 0 < share < 1 for share in self.at):
+            raise UserError(f"facing.at is {list(self.at)}: shares of the run within (0, 1) are expected")
+        if self.views < 4 or self.draws < 1 or self.margin < 0:
+            raise UserError("facing needs at least 4 views, at least 1 draw and a margin that is not negative")
+
+    @property
+    def cost(self) -> int:
+        """U-Net work of one asking in F, one forward pass of a sample."""
+        return self.views * self.draws * len(LEVELS) * len(AROUND)
+
+
+@torch.no_grad()
+def view_errors(model: ScoreModel, latents: Tensor, states: Tensor, draws: int, generator: torch.Generator) -> Tensor:
+    """|eps - noise|^2 (N, K), a mean over levels and draws, of latents (N, C, h, w) under K prompts' text states (K, L, D).
+
+    The smaller, the likelier the prompt: the diffusion classifier (Li et al. 2023, arXiv:2303.16203, eq. 5); all prompts are
+    asked about the same noise.
+    """
+    count, words = len(latents), len(states)
+    total = latents.new_zeros(count, words)
+    for level in LEVELS:
+        t = torch.full((count,), round(level * model.schedule.steps), device=latents.device)
+        for _ in range(draws):
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            x_t = model.schedule.add_noise(latents, noise, t)
+            told = model.predict(x_t.repeat(words, 1, 1, 1), t.repeat(words), states.repeat_interleave(count, 0)).eps
+            total += (told.view(words, *noise.shape) - noise).square().sum((2, 3, 4)).T
+    return total / (len(LEVELS) * draws)
+
+
+def quarter_turns(errors: Tensor, cameras: Cameras, margin: float) -> int:
+    """Quarter turns of the scene, 0 to 3, after which the view words fit best; errors (N, 3) of `AROUND` as seen from cameras (N).
+
+    What is seen from azimuth a is seen from a + 90 q after q of them. 0 where none is better by a share `margin`.
+    """
+
+    def mean(turns: int) -> float:
+        words = [AROUND.index(view_of(azimuth + 90.0 * turns, 0.0)) for azimuth in cameras.azimuth.tolist()]
+        return float(errors[torch.arange(len(words)), torch.tensor(words)].mean())
+
+    found = [mean(turns) for turns in range(4)]
+    best = min(range(4), key=found.__getitem__)
+    return best if found[best] < found[0] * (1 - margin) else 0
