@@ -205,6 +205,21 @@ def test_perp_neg_by_hand(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(told.gradient, schedule.sigma(told.t).double() ** 2 * (guided - told.noise), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 10.0])
+def test_contrast_by_hand(guidance: float, schedule: NoiseSchedule) -> None:
+    teacher = MixtureTeacher(wide_mixture(), schedule)
+    z, conditions = torch.zeros(2, 1, 4, 4, dtype=torch.float64), states(teacher, 2)
+    options = replace(load("sds"), terms=(Term("teacher", guidance=guidance, contrast=3.0), Term("noise", -1.0)))
+    told = run(teacher, options, z, conditions)
+    bound, other = (told.predictions[name].eps for name in ("conditional", "other_view_0"))  # both other views are class b here
+    free = told.predictions["unconditional"].eps if guidance > 1 else bound
+    wanted = free + guidance * (bound - free) + 3 * (bound - other)
+    assert (bound - other).abs().max() > 1e-3
+    torch.testing.assert_close(told.gradient, schedule.sigma(told.t).double() ** 2 * (wanted - told.noise), atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="a term of the noise takes no"):
+        Term("noise", contrast=1.0)
+
+
 def test_dds_of_an_image_with_its_own_source_is_nothing(schedule: NoiseSchedule) -> None:
     """The same image and prompt cancel for every noise; another prompt leaves the difference of two SDS gradients."""
     teacher = MixtureTeacher(wide_mixture(), schedule)

@@ -194,20 +194,23 @@ def _check_weight(part: Part, model: ScoreModel) -> None:
 
 
 def combined(term: Term, known: Known, progress: float) -> Prediction:
-    """A term's prediction from those it is made of: guidance, Perp-Neg, rescale."""
+    """A term's prediction from those it is made of: guidance, Perp-Neg, the contrast with other views, rescale."""
     bound = known[term.at, term.prompt]
-    if not term.guided:
-        return bound
-    free, scale = known[term.at, term.away_from], number(term.guidance, progress)
-    guided = free.toward(bound, scale)
-    if term.perp_neg:
-        toward = bound.eps - free.eps
-        away = sum(_perpendicular(known[term.at, name].eps - free.eps, toward) for name in OTHER_VIEWS)
-        guided = bound.with_eps(guided.eps - scale * term.perp_neg * away)
+    made = bound
+    if term.guided:
+        free, scale = known[term.at, term.away_from], number(term.guidance, progress)
+        made = free.toward(bound, scale)
+        if term.perp_neg:
+            toward = bound.eps - free.eps
+            away = sum(_perpendicular(known[term.at, name].eps - free.eps, toward) for name in OTHER_VIEWS)
+            made = bound.with_eps(made.eps - scale * term.perp_neg * away)
+    if term.contrast:
+        others = sum(known[term.at, name].eps for name in OTHER_VIEWS) / len(OTHER_VIEWS)
+        made = bound.with_eps(made.eps + term.contrast * (bound.eps - others))
     if term.rescale:
-        spread = bound.x0.std((1, 2, 3), keepdim=True) / guided.x0.std((1, 2, 3), keepdim=True)
-        guided = bound.with_x0(guided.x0 * (term.rescale * spread + 1 - term.rescale))
-    return guided
+        spread = bound.x0.std((1, 2, 3), keepdim=True) / made.x0.std((1, 2, 3), keepdim=True)
+        made = bound.with_x0(made.x0 * (term.rescale * spread + 1 - term.rescale))
+    return made
 
 
 def _perpendicular(vector: Tensor, onto: Tensor) -> Tensor:

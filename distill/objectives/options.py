@@ -54,10 +54,11 @@ class Term:
     times: tuple[float, float] = (0.0, 1.0)  # counts where t / T is within them, the first included
     rescale: float = 0.0  # share of CFG rescale on x0 (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16)
     perp_neg: float = 0.0  # weight of the other views' perpendicular parts (Perp-Neg, Armandpour et al. 2023, arXiv:2304.04968)
+    contrast: float = 0.0  # weight of what sets the prompt apart from the other views': eps_c minus their mean, beside the guidance
 
     def __post_init__(self) -> None:
-        if self.predict != "teacher" and (self.guidance, self.rescale, self.perp_neg) != (1.0, 0.0, 0.0):
-            raise UserError(f"a term of the {self.predict} takes no guidance, rescale or perp_neg: they belong to the teacher's")
+        if self.predict != "teacher" and (self.guidance, self.rescale, self.perp_neg, self.contrast) != (1.0, 0.0, 0.0, 0.0):
+            raise UserError(f"a term of the {self.predict} takes no guidance, rescale, perp_neg or contrast: they belong to the teacher's")
         if self.at != "now" and self.predict == "noise":
             raise UserError(f"the noise has no value at {self.at!r}: a term of the noise is at now")
 
@@ -72,7 +73,7 @@ class Term:
         if self.predict == "noise":
             return ()
         names = (self.away_from, self.prompt) if self.guided else (self.prompt,)
-        return (*names, *OTHER_VIEWS) if self.perp_neg else names
+        return (*names, *OTHER_VIEWS) if self.perp_neg or self.contrast else names
 
 
 OTHER_VIEWS = ("other_view_0", "other_view_1")  # what Perp-Neg turns from; a driver with views gives them
