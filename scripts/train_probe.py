@@ -13,15 +13,16 @@ def main(config: dict[str, Any]) -> None:
     from distill.control.probe import ProbeOptions, save_probe, train_probe
     from distill.data import load_split
     from distill.run import Run, RunOptions
-    from sds3d.conditions import world_pictures
+    from sds3d.conditions import closeness, world_geometry, world_pictures
 
     options = build(ProbeOptions, config["probe"], "probe")
     train, test = (load_split(config["data"], split) for split in ("train", "test"))
     silhouettes(train)  # before a directory is claimed
-    deep, test_deep = (world_pictures(config["data"], s, "depth", d.rows) for s, d in (("train", train), ("test", test)))
+    near = closeness(world_geometry(config["data"], "train", "depth", len(train)))
+    pictures = world_pictures(config["data"], "test", "depth", test.rows)
     run = Run(build(RunOptions, config["run"], "run"), config, "probe")
-    probe = train_probe(run, train, deep, options)
-    figures = means(fidelity("depth", test.composite(slice(None)), test_deep, probe))
+    probe = train_probe(run, train, near, options)
+    figures = means(fidelity("depth", test.composite(slice(None)), pictures, probe))
     save_probe(probe, run.directory / "probe", figures)
     run.finish(figures)
     print(json.dumps(figures, indent=2))

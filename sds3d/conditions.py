@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from distill.errors import UserError
 from sds3d.cameras import Cameras, orbit
 
 CONDITIONS = ("silhouette", "depth", "normals")
+NEAR, FAR = 1.7, 4.3  # distances from the camera between which the world's cameras see the unit ball
 FARTHEST, LEAST_RANGE = 55, 0.5  # grey of an image's farthest point; a range of distances below this is not stretched
 
 
@@ -37,26 +38,35 @@ def normal_pictures(normals: Tensor, rotation: Tensor) -> Tensor:
     return torch.where(hit, ((seen + 1) * 127.5).round().clamp(1, 255), 0.0).to(torch.uint8)
 
 
-def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequence[dict[str, Any]]) -> Tensor:
-    """The pictures (N, 1 or 3, H, W) of a world's split, from the geometry written beside it, in the order of its rows.
+def closeness(depth: Tensor) -> Tensor:
+    """(N, 1, H, W) in [0, 1] of distances (N, H, W): 1 at `NEAR`, 0 at `FAR` and where nothing is hit. What the probe learns."""
+    return torch.where(depth > 0, ((FAR - depth) / (FAR - NEAR)).clamp(0, 1), 0.0)[:, None]
+
+
+def world_geometry(folder: Path | str, split: str, name: Literal["depth", "normal"], count: int) -> Tensor:
+    """Distances (N, H, W) float16, or unit normals (N, H, W, 3) times 127 int8, of a split's first `count` images.
 
     Raises `UserError` where it was written without (`world.geometry=true`).
     """
     from safetensors.torch import load_file
 
-    paths = sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors"))
-    name = "depth" if condition == "depth" else "normal"
-    blocks = [load_file(path)[name] for path in paths]
-    whole = torch.cat(blocks)[: len(rows)] if blocks else torch.zeros(0)
-    if len(whole) < len(rows):
+    blocks = [load_file(path)[name] for path in sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors"))]
+    whole = torch.cat(blocks)[:count] if blocks else torch.zeros(0)
+    if len(whole) < count:
         make = f"scripts/make_shapes.py output={folder} world.geometry=true"
-        raise UserError(f"{folder} has {condition} of {len(whole)} of its {len(rows)} {split} images: {make}")
+        raise UserError(f"{folder} has the {name} of {len(whole)} of its {count} {split} images: {make}")
+    return whole
+
+
+def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequence[dict[str, Any]]) -> Tensor:
+    """The pictures (N, 1 or 3, H, W) of a world's split, from the geometry written beside it, in the order of its rows."""
     if condition == "depth":
-        return depth_pictures(whole)
+        return depth_pictures(world_geometry(folder, split, "depth", len(rows)))
+    normals = world_geometry(folder, split, "normal", len(rows))
     angles = torch.tensor([[row["azimuth"], row["elevation"]] for row in rows])
     ones = torch.ones(len(rows))
     rotation = orbit(angles[:, 0], angles[:, 1], 3 * ones, 35 * ones, 64).rotation
-    return torch.cat([normal_pictures(n.float() / 127, r) for n, r in zip(whole.split(1000), rotation.split(1000), strict=True)])
+    return torch.cat([normal_pictures(n.float() / 127, r) for n, r in zip(normals.split(1000), rotation.split(1000), strict=True)])
 
 
 def split_pictures(folder: Path | str, split: str, condition: str, data: Captioned) -> Tensor:

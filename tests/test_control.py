@@ -207,7 +207,7 @@ def test_the_scripts_train_probe_and_adapter_and_resume(tiny_teacher_folder: Pat
     sizes = ["world.train=24", "world.validation=4", "world.test=8", "world.supersample=1"]
     script("make_shapes", f"output={world}", *sizes)
     probing = [f"data={world}", f"run.directory={tmp_path / 'p'}", "run.steps=2", "run.trackers=[]", "probe.batch=4", "probe.width=8"]
-    assert "has depth of 0 of its 24 train images" in script("train_probe", *probing, code=2)
+    assert "has the depth of 0 of its 24 train images" in script("train_probe", *probing, code=2)
     assert not (tmp_path / "p").exists()
     script("make_shapes", f"output={world}", *sizes, "world.geometry=true")  # added to a world that has none
     script("train_probe", *probing)

@@ -53,7 +53,7 @@ class Probe(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As the class says; depth is on the scale of the pictures it was trained on, near 1, far 0."""
+        """As the class says; depth is closeness, near 1, far 0, up to a shift."""
         fine = self.fine((images * 4 - 2).contiguous(memory_format=torch.channels_last))
         middle = self.middle(fine)
         joined = self.join(torch.cat([middle, F.interpolate(self.coarse(middle), scale_factor=2)], 1))
@@ -61,8 +61,8 @@ class Probe(nn.Module):
         return told[:, :1], told[:, 1:]
 
 
-def train_probe(run: Run, data: Captioned, depth: Tensor, options: ProbeOptions) -> Probe:
-    """Train on a split with alpha and its depth pictures (N, 1, H, W) uint8; in evaluation mode, weights as they are saved."""
+def train_probe(run: Run, data: Captioned, near: Tensor, options: ProbeOptions) -> Probe:
+    """Train on a split with alpha and its closeness (N, 1, H, W), near 1, far 0; in evaluation mode, weights as they are saved."""
     probe = Probe(options).to(run.device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=options.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.1)
@@ -74,7 +74,7 @@ def train_probe(run: Run, data: Captioned, depth: Tensor, options: ProbeOptions)
         mask = data.images[index, 3:].float().to(run.device) / 255
         logits, told = probe(images)
         shape = F.binary_cross_entropy_with_logits(logits, mask)
-        deep = depth_loss(told, depth[index].float().to(run.device) / 255, mask)
+        deep = depth_loss(told, near[index].float().to(run.device), mask)
         optimizer.zero_grad(set_to_none=True)
         (shape + 4 * deep).backward()
         optimizer.step()
