@@ -81,7 +81,10 @@ def evaluate_control(
     readers: tuple[Probe, Judge],
     options: ControlEvaluationOptions,
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row of figures for the true images, and for teacher and student without and with the adapter; and their images."""
+    """A row of figures for the true images, and for teacher and student without and with the adapter; and their images.
+
+    Fidelities are of all samples and of those of a single object; the judge tells single objects only.
+    """
     probe, judge = readers
     data, pictures = data.select(range(min(options.samples, len(data)))), pictures[: options.samples]
     single = [i for i, row in enumerate(data.rows) if not row.get("relation")]
@@ -93,6 +96,9 @@ def evaluate_control(
     rows = []
     for name, made in images.items():
         told = graded(judge, made[single], [data.rows[i] for i in single])
-        figures = means(fidelity(condition, made, pictures, probe))
-        rows.append({"generator": name, **figures, **{key: told[key] for key in ("object", "colour", "object_and_colour", "view")}})
+        figures = fidelity(condition, made, pictures, probe)
+        alone = {f"{key}_single": values[single] for key, values in figures.items()}
+        rows.append(
+            {"generator": name, **means(figures | alone), **{key: told[key] for key in ("object", "colour", "object_and_colour", "view")}}
+        )
     return rows, list(images.values())
