@@ -161,9 +161,8 @@ class TextTo3d:
         run.track(scene=self.scene, optimizer=self.optimizer)
         if self.critic is not None:
             run.track(critic=self.critic)
-        asked = {round(share * run.options.steps) for share in options.facing.at} if self.faces else set()
         for step in run.steps():
-            if step in asked:
+            if step in self.turning_points:
                 run.log(turned=self.face(step))
             outcome, views = self.step(step / run.options.steps, step)
             look(run, self.objective, outcome, options.diagnostics)
@@ -174,15 +173,16 @@ class TextTo3d:
         return self.scene
 
     @property
-    def faces(self) -> bool:
-        """Whether there is a front to find: by the view words, which a mesh in control knows better."""
-        return self.options.view_words and self.control is None
+    def turning_points(self) -> frozenset[int]:
+        """The steps at which it is asked which way the scene faces: by the view words, which a mesh in control knows better."""
+        asked = self.options.view_words and self.control is None
+        return frozenset(round(share * self.run.options.steps) for share in self.options.facing.at if asked)
 
     @property
     def forwards(self) -> int:
         """U-Net work of the whole run in forward passes of one sample."""
-        asked = len(self.options.facing.at) * self.options.facing.cost if self.faces else 0
-        return asked + self.options.views * self.objective.options.total_cost(self.run.options.steps)
+        steps = self.options.views * self.objective.options.total_cost(self.run.options.steps)
+        return steps + len(self.turning_points) * self.options.facing.cost
 
     def face(self, step: int) -> float:
         """Turn the scene to where the view words fit it best; by how many degrees."""

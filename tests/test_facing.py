@@ -127,7 +127,7 @@ def test_a_scene_that_grew_turned_round_is_turned_back(scene: Scene, tmp_path: P
     assert made.face(0) == 0.0
     assert made.forwards == 2 * options.facing.cost + options.views * sds.total_cost(4)
     blind = TextTo3d(run, teacher, SceneOptions(), sds, replace(options, view_words=False))  # type: ignore[arg-type]
-    assert not blind.faces and blind.forwards == options.views * sds.total_cost(4)
+    assert not blind.turning_points and blind.forwards == options.views * sds.total_cost(4)
 
 
 def test_shares_are_within_the_run() -> None:

@@ -22,7 +22,7 @@ def test_text_to_3d_leaves_everything(run_directory):
     for name in ("mesh.glb", "mesh.obj", "turntable.mp4", "turntable.gif", "renders.png", "contact_sheet.png", "scene/scene.safetensors"):
         assert (run_directory / name).stat().st_size > 0, name
     result = json.loads((run_directory / "result.json").read_text())
-    assert result["prompt"] == "a red teapot" and result["seed"] == 0 and result["forwards"] == 16
+    assert result["prompt"] == "a red teapot" and result["seed"] == 0 and result["forwards"] == 16 + 2 * 480  # steps, and twice facing
     assert -1 <= result["clip_score"] <= 1 and result["config"]["objective"]["terms"][1]["predict"] == "noise"
     assert result["run"]["steps"] == 2 and result["run"]["seconds"] > 0
 
