@@ -58,6 +58,11 @@ class _TruncExp(torch.autograd.Function):
         return grad * ctx.saved_tensors[0].clamp(max=15).exp()
 
 
+def _unturned(field: "Field", state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Scenes and checkpoints written before fields could turn stand as they were made."""
+    state.setdefault(f"{prefix}turn", torch.eye(3))
+
+
 class Field(nn.Module):
     """Density and albedo at positions in [-1, 1]^3; no dependence on the view, as the light is baked and
     fixed to the world."""
@@ -72,6 +77,7 @@ class Field(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
         self.register_buffer("turn", torch.eye(3, device=device))  # what the field was turned by since it began
+        self.register_load_state_dict_pre_hook(_unturned)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (N, 3) -> density (N,) per world unit, albedo (N, 3) in [0, 1]. Density is 0 outside the
@@ -100,8 +106,10 @@ class Field(nn.Module):
         self.turn.copy_(torch.linalg.matrix_power(quarter, quarters % 4) @ self.turn)
 
     def _raw(self, positions: Tensor) -> Tensor:
+        with torch.autocast(positions.device.type, enabled=False):  # in half, positions would be off by a cell
+            turned = positions @ self.turn
         # Back to the positions' dtype: under autocast the MLP answers in half, too coarse to composite in.
-        return self.mlp(self.encoding((positions @ self.turn + 1) / 2)).to(positions.dtype)
+        return self.mlp(self.encoding((turned + 1) / 2)).to(positions.dtype)
 
     def _activate(self, raw: Tensor, positions: Tensor) -> Tensor:
         options = self.options

@@ -214,9 +214,7 @@ class Scene(nn.Module):
             if content.get("format") != FORMAT:
                 raise UserError(f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}")
             scene = cls(build(SceneOptions, content["options"], "options"), device)
-            state = load_file(str(folder / "scene.safetensors"), device=str(device))
-            state.setdefault("field.turn", scene.field.turn)  # of scenes written before there was one
-            scene.load_state_dict(state)
+            scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
         except UserError:
             raise
         except (

@@ -161,8 +161,9 @@ class TextTo3d:
         run.track(scene=self.scene, optimizer=self.optimizer)
         if self.critic is not None:
             run.track(critic=self.critic)
+        turning = self.turning_points
         for step in run.steps():
-            if step in self.turning_points:
+            if step in turning:
                 run.log(turned=self.face(step))
             outcome, views = self.step(step / run.options.steps, step)
             look(run, self.objective, outcome, options.diagnostics)

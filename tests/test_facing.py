@@ -66,6 +66,16 @@ def test_four_quarters_are_none_and_a_turn_is_saved(scene: Scene, tmp_path: Path
     assert torch.equal(Scene.load(tmp_path).field.density(points), before)
 
 
+def test_positions_stay_fine_under_autocast(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 tells 256 places from -1 to 1 apart at best, too few for a grid of 100 cells a side."""
+    points = torch.rand(100, 3, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    encode, seen = scene.field.encoding.forward, []
+    monkeypatch.setattr(scene.field.encoding, "forward", lambda x: seen.append(x) or encode(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        scene.field.density(points)
+    assert torch.equal(seen[0], (points + 1) / 2)
+
+
 def test_errors_are_a_point_mass_distance(gaussian: Callable[[float], Any]) -> None:
     """A teacher whose prompt k is a point at m_k: eps - noise = alpha (z - m_k) / sigma at every level."""
     model = gaussian(0.0)
