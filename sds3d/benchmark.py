@@ -24,13 +24,13 @@ from distill.teacher.vocabulary import phrase
 from sds3d.cameras import Cameras, ring
 from sds3d.export import GREY
 from sds3d.grading import Alignment, align, grade, surface
-from sds3d.mesh import mean_iou
-from sds3d.mesh_files import load_mesh
+from sds3d.mesh import is_manifold, mean_iou
+from sds3d.mesh_files import load_mesh, load_textured
 from sds3d.prompts import VIEWS, view_of
 from sds3d.raycast import RayCaster, render
 from sds3d.scene import Scene
 from sds3d.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape
-from sds3d.turntable import chunks, render_views
+from sds3d.turntable import chunks, render_mesh, render_views
 from sds3d.world import held_out
 
 TINY = ("a red teapot", "a blue torus", "a green duck", "a yellow chair", "a purple car")
@@ -115,7 +115,12 @@ def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: np.ndarray, points: 
     aligned = align(made.points, true.points)
     cameras = ring(RING, ELEVATION)
     seen = [silhouettes(each, cameras) for each in (_placed(mesh, aligned), shape.mesh)]
-    quality = {"watertight": float(mesh.is_watertight), "components": float(mesh.body_count), "triangles": float(len(mesh.faces))}
+    quality = {
+        "watertight": float(mesh.is_watertight),
+        "manifold": float(is_manifold(mesh)),
+        "components": float(mesh.body_count),
+        "triangles": float(len(mesh.faces)),
+    }
     return {**asdict(grade(made, true, aligned)), "silhouette_iou": mean_iou(*seen), **quality}
 
 
@@ -124,11 +129,9 @@ def _placed(mesh: trimesh.Trimesh, way: Alignment) -> trimesh.Trimesh:
 
 
 @torch.no_grad()
-def grade_pictures(scene: Scene, prompt: str, teacher: Teacher, graders: Graders, has_front: bool) -> tuple[Figures, Views]:
-    """A scene's ring of views by the judge and by CLIP; Janus only where the object has a front."""
-    cameras = ring(RING, ELEVATION, teacher.resolution)
-    images = render_views(scene, cameras, GREY).rgb
-    views = Views(predict(graders.judge, images), cameras.azimuth.tolist())
+def grade_pictures(images: Tensor, prompt: str, teacher: Teacher, graders: Graders, has_front: bool) -> tuple[Figures, Views]:
+    """A ring of views (RING, 3, H, W) by the judge and by CLIP; Janus only where the object has a front."""
+    views = Views(predict(graders.judge, images), ring(RING).azimuth.tolist())
     asked = wanted(prompt, graders.judge) if not any(f" {relation} " in prompt for relation in RELATIONS) else {}
     right = {f"judge_{name}": float(np.mean([t == word for t in views.told[name]])) for name, word in asked.items() if name != "view"}
     front = {"janus": janus(views)} if has_front else {}
@@ -137,21 +140,26 @@ def grade_pictures(scene: Scene, prompt: str, teacher: Teacher, graders: Graders
 
 
 def grade_scene(scene: Scene, mesh: trimesh.Trimesh | None, prompt: str, teacher: Teacher, graders: Graders) -> tuple[Figures, Views]:
-    """A scene and its mesh against the truth of a prompt of the world; without a mesh it scores 0 where a mesh would."""
+    """A scene's views, and its mesh, against the truth of a prompt of the world; without a mesh it scores 0 where a mesh would."""
     shape, albedo = truth_of(prompt)
-    figures, views = grade_pictures(scene, prompt, teacher, graders, shape.has_front)
-    solid = {"f_score_5": 0.0, "f_score_2": 0.0, "volume_iou": 0.0, "watertight": 0.0} if mesh is None else grade_mesh(mesh, shape, albedo)
-    return {**figures, **solid}, views
+    images = render_views(scene, ring(RING, ELEVATION, teacher.resolution), GREY).rgb
+    figures, views = grade_pictures(images, prompt, teacher, graders, shape.has_front)
+    missed = dict.fromkeys(("f_score_5", "f_score_2", "volume_iou", "watertight", "manifold"), 0.0)
+    return {**figures, **(missed if mesh is None else grade_mesh(mesh, shape, albedo))}, views
 
 
 def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) -> dict[str, object]:
-    """Every figure of a finished text_to_3d run, pictures, mesh and cost."""
+    """Every figure of a finished text_to_3d run, pictures, mesh and cost; those of the mesh's own pictures begin with `mesh_`."""
     result = read_json(directory / "result.json")
     mesh = None if result["mesh"] is None else load_mesh(directory / "mesh.glb")
     figures, views = grade_scene(Scene.load(directory / "scene"), mesh, prompt, teacher, graders)
     if mesh is not None:
+        images = render_mesh(load_textured(directory / "mesh.glb"), ring(RING, ELEVATION, teacher.resolution), GREY).rgb
+        told, _ = grade_pictures(images, prompt, teacher, graders, "janus" in figures)
+        figures |= {f"mesh_{name}": value for name, value in told.items()}
         figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
-    figures |= {"seconds": result["run"]["seconds"], "forwards": float(result["forwards"])}
+    run = result["run"]
+    figures |= {"seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"], "forwards": float(result["forwards"])}
     return {"prompt": prompt, **figures, "confusion": confusion(views)}
 
 

@@ -12,9 +12,10 @@ from distill.report import image_grid, save_png
 from sds3d.benchmark import averages, truth_strip
 from sds3d.prompts import VIEWS
 
-SHAPE = ("f_score_5", "silhouette_iou", "volume_iou", "watertight")
+SHAPE = ("f_score_5", "f_score_2", "silhouette_iou", "volume_iou", "watertight", "manifold")
 FIRST = (*SHAPE, "judge_object", "judge_colour", "janus", "r_precision", "colour_error", "seconds")
-PICTURES = ("contact_sheet.png", "renders.png", "truth.png")
+PICTURES = ("turntable.gif", "renders.png", "truth.png")
+PLOTTED = ("f_score_5", "f_score_2", "volume_iou", "janus", "judge_object", "r_precision", "seconds")
 Differences = Mapping[str, tuple[float, float]]
 
 
@@ -23,12 +24,17 @@ def save_page(folder: Path, title: str, rows: Sequence[dict[str, object]], facts
     means = averages(rows)
     write_json(folder / "rows.json", {"facts": facts, "means": means, "rows": list(rows), "paired": dict(compared)})
     body = [_means(means, compared)]
+    for name in PLOTTED:
+        if not (told := [row for row in rows if name in row]):
+            continue
+        body.append(page.bars(name.replace("_", " "), [str(row["prompt"]) for row in told], [float(str(row[name])) for row in told]))
     for row in rows:
         prompt = str(row["prompt"])
         directory = folder / slug(prompt)
         save_png(directory / "truth.png", image_grid(truth_strip(prompt), 8))
         body.append(f"<h2>{html.escape(prompt)}</h2>")
-        body += [page.picture((directory / name).read_bytes(), name) for name in PICTURES if (directory / name).is_file()]
+        pictures = [directory / name for name in PICTURES]
+        body += [page.picture(path.read_bytes(), path.name, path.suffix[1:]) for path in pictures if path.is_file()]
         names = [name for name in FIRST if name in row]
         body.append(page.table([[name.replace("_", " ") for name in names], [f"{row[name]:.3g}" for name in names]]))
     page.save_html(folder / "index.html", title, [*body, "<h2>Views told by the judge</h2>", page.table(_confusion(rows))], facts)

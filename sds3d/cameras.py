@@ -66,6 +66,11 @@ class Cameras:
         """The same views at another resolution."""
         return Cameras(self.position, self.azimuth, self.elevation, self.rotation, self.fovy, resolution)
 
+    def some(self, at: Tensor) -> "Cameras":
+        """The views at indices (K,)."""
+        parts = (self.position, self.azimuth, self.elevation, self.rotation, self.fovy)
+        return Cameras(*(value[at] for value in parts), self.resolution)
+
     def poses(self) -> Tensor:
         """Rotation and position as numbers (B, 12)."""
         return torch.cat([self.rotation.flatten(1), self.position], 1)

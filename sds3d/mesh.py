@@ -211,6 +211,21 @@ def separate_pinches(mesh: trimesh.Trimesh, rounds: int = 8) -> trimesh.Trimesh:
     return trimesh.Trimesh(vertices, faces)
 
 
+def is_manifold(mesh: trimesh.Trimesh) -> bool:
+    """Whether every edge has exactly two faces and the faces about every vertex are one fan: no parts touch in an edge or a point only."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    if not mesh.is_watertight:
+        return False
+    faces, beside = np.asarray(mesh.faces), mesh.face_adjacency
+    ends = mesh.face_adjacency_edges  # of faces side by side, the corners at each end of their edge belong together
+    corners = [3 * beside[:, [side]] + (faces[beside[:, side]][:, None] == ends[..., None]).argmax(2) for side in (0, 1)]
+    one, other = (corner.ravel() for corner in corners)
+    fans, _ = connected_components(coo_matrix((np.ones(len(one)), (one, other)), shape=(faces.size,) * 2), directed=False)
+    return fans == len(np.unique(faces))
+
+
 def polish(grid: np.ndarray, level: float, options: MeshOptions) -> trimesh.Trimesh:
     """A smoothed, closed mesh within the face budget. Where decimation cannot keep it closed the volume is blurred and the work
     repeated; the undecimated surface is the last resort."""

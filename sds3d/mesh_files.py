@@ -91,6 +91,16 @@ def read_scene(path: Path | str, process: bool = True) -> trimesh.Scene:
         raise UserError(f"{path} cannot be read as a mesh ({error})") from None
 
 
+def load_textured(path: Path | str) -> trimesh.Trimesh:
+    """A mesh that `save_mesh` wrote, back in scene axes as it lies in the file: cut along its charts, its texture on it.
+
+    Raises `UserError` for a file that is missing or holds no mesh.
+    """
+    mesh = next(iter(read_scene(path, process=False).geometry.values()))
+    mesh.apply_transform(TO_FILE.T)
+    return mesh
+
+
 def load_mesh(path: Path | str) -> trimesh.Trimesh:
     """A mesh that `save_mesh` wrote, back in scene axes and whole again, its colours (a texture's too) at its vertices, sRGB.
 

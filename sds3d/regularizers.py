@@ -26,6 +26,12 @@ def opacity_entropy(opacity: Tensor) -> Tensor:
     return -(sure * sure.log() + (1 - sure) * (1 - sure).log()).mean()
 
 
+def depth_variance(spread: Tensor, opacity: Tensor) -> Tensor:
+    """Mean variance of the depth along rays, world units squared, where opacities exceed 1/2: matter becomes a surface, not a fog
+    that is only opaque in the sum. spread and opacity (R,). HiFA (Zhu and Zhuang 2023, arXiv:2305.18766), eq. 12."""
+    return (spread * (opacity.detach() > 0.5)).mean()
+
+
 def sparsity(density: Tensor, scale: float = 0.1) -> Tensor:
     """mean (1 - exp(-scale * density)) at points drawn over the box, (N,): against floaters. PlenOctrees (Yu
     et al. 2021), eq. 8."""

@@ -55,13 +55,14 @@ class Rendered:
     """What R rays saw. `weights` (M,), `points` (M, 3), `albedo` (M, 3), `rays` (M,) int64 are the samples behind
     it, for regularisers.
 
-    depth is the mean distance along the ray of what was hit, 0 where nothing was. `evaluations` counts field
-    evaluations (M).
+    depth is the mean distance along the ray of what was hit, 0 where nothing was, and spread its variance. `evaluations`
+    counts field evaluations (M).
     """
 
     rgb: Tensor  # (R, 3) in [0, 1]
     opacity: Tensor  # (R,) in [0, 1]
     depth: Tensor  # (R,)
+    spread: Tensor  # (R,)
     weights: Tensor
     points: Tensor
     albedo: Tensor
@@ -107,8 +108,11 @@ def render(
     opacity = _along_rays(weights, None, samples.ray, len(origins)).squeeze(-1)
     rgb = _along_rays(weights, albedo, samples.ray, len(origins)) + (1 - opacity[:, None]) * background
     distance = samples.start + jitter[samples.ray] * options.step
-    depth = _along_rays(weights, distance[:, None], samples.ray, len(origins)).squeeze(-1)
-    return Rendered(rgb, opacity, depth / opacity.clamp(min=1e-6), weights, samples.point, albedo, samples.ray)
+    hit = opacity.clamp(min=1e-6)
+    depth = _along_rays(weights, distance[:, None], samples.ray, len(origins)).squeeze(-1) / hit
+    off = (distance - depth.detach()[samples.ray]).square()  # about the mean: its own slope adds nothing
+    spread = _along_rays(weights, off[:, None], samples.ray, len(origins)).squeeze(-1) / hit
+    return Rendered(rgb, opacity, depth, spread, weights, samples.point, albedo, samples.ray)
 
 
 def _along_rays(weights: Tensor, values: Tensor | None, rays: Tensor, count: int) -> Tensor:

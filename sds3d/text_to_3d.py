@@ -1,7 +1,7 @@
 """The optimisation: cameras -> renders -> latents -> objective -> step (DreamFusion, arXiv:2209.14988, algorithm 1)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -15,6 +15,8 @@ from distill.objectives.critic import Critic
 from distill.objectives.diagnostics import DiagnosticOptions, look
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions
 from distill.run import Run
+from distill.sampling import Picture, sample_ode
+from distill.score import Guided
 from distill.teacher.frozen import Teacher
 from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
@@ -23,6 +25,7 @@ from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
 from sds3d.control import MeshControl
 from sds3d.facing import AROUND, FacingOptions, quarter_turns, view_errors
 from sds3d.prompts import other_views, view_of, view_prompt
+from sds3d.redraw import CHUNK, Redrawn, RedrawOptions
 from sds3d.scene import Scene, SceneOptions, Views
 
 
@@ -34,6 +37,7 @@ class RegularizerOptions:
     entropy: float = 0.0
     entropy_from: float = 0.5  # share of the run after which half-transparent matter is punished
     orientation: float = 0.0
+    depth_variance: float = 0.0  # grows with the run, as orientation does
     sparsity: float = 0.0
     smooth_density: float = 0.0
     smooth_albedo: float = 0.0
@@ -64,6 +68,7 @@ class TextTo3dOptions:
     adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
     facing: FacingOptions = FacingOptions()
+    redraw: RedrawOptions = RedrawOptions()
     diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
@@ -84,13 +89,18 @@ def check_inputs(teacher: Teacher, options: TextTo3dOptions) -> None:
         check_prompt(options.negative_prompt, teacher.words)
 
 
+def view_prompts(options: TextTo3dOptions, cameras: Cameras) -> list[str]:
+    """The prompt of each camera, with its view word where they are switched on."""
+    views = [view_of(*place) for place in zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)]
+    return [view_prompt(options.prompt, view) if options.view_words else options.prompt for view in views]
+
+
 def conditions_for(teacher: Teacher, options: TextTo3dOptions, objective: ObjectiveOptions, cameras: Cameras) -> Conditions:
     """The text states the objective asks for: of each camera's prompt, with its view word where they are switched on."""
-    views = [view_of(*place) for place in zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)]
-    prompts = [view_prompt(options.prompt, view) if options.view_words else options.prompt for view in views]
-    conditions = text_conditions(teacher.encode_text, prompts, objective, options.negative_prompt)
+    conditions = text_conditions(teacher.encode_text, view_prompts(options, cameras), objective, options.negative_prompt)
     if OTHER_VIEWS[0] not in objective.names:
         return conditions
+    views = [view_of(*place) for place in zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)]
     others = [[view_prompt(options.prompt, other_views(view)[i]) for view in views] for i in range(len(OTHER_VIEWS))]
     turned = {name: teacher.encode_text(texts) for name, texts in zip(OTHER_VIEWS, others, strict=True)}
     return Conditions({**conditions.states, **turned})
@@ -112,6 +122,9 @@ def regularization(scene: Scene, views: Views, weights: RegularizerOptions, prog
     if weights.orientation:
         turned = regularizers.scene_orientation(scene.field, views.rendered, views.directions, weights.samples, generator)
         total = total + weights.orientation * progress * turned
+    if weights.depth_variance:
+        variance = regularizers.depth_variance(views.rendered.spread, views.rendered.opacity)
+        total = total + weights.depth_variance * progress * variance
     if weights.sparsity:
         points = regularizers.random_points(weights.samples, generator, scene.device)
         total = total + weights.sparsity * regularizers.sparsity(scene.field.density(points))
@@ -145,8 +158,9 @@ class TextTo3d:
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.scene = Scene(scene, run.device)
         self.critic = Critic(teacher, objective.critic) if objective.critic is not None else None
-        seen = teacher if control is None else control.teacher
-        self.objective = ScoreDistillation(seen, objective, self.critic, teacher.decode)
+        self.seen = teacher if control is None else control.teacher
+        self.objective = ScoreDistillation(self.seen, objective, self.critic, teacher.decode)
+        self.redrawn = Redrawn(options.redraw.views, teacher.resolution).to(run.device)
         self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
@@ -161,13 +175,21 @@ class TextTo3d:
         run.track(scene=self.scene, optimizer=self.optimizer)
         if self.critic is not None:
             run.track(critic=self.critic)
-        turning = self.turning_points
+        turning, rounds = self.turning_points, options.redraw.rounds(run.options.steps)
+        if rounds:
+            run.track(redrawn=self.redrawn)
         for step in run.steps():
             if step in turning:
                 run.log(turned=self.face(step))
-            outcome, views = self.step(step / run.options.steps, step)
-            look(run, self.objective, outcome, options.diagnostics)
-            run.log(g=outcome.gradient.square().mean().sqrt(), opacity=views.opacity.detach().mean())
+            if step in rounds:
+                self.redraw(rounds[step])
+            if step >= self.distilled:
+                views = self.fit(step)
+            else:
+                outcome, views = self.step(step / self.distilled, step)
+                look(run, self.objective, outcome, options.diagnostics)
+                run.log(g=outcome.gradient.square().mean().sqrt())
+            run.log(opacity=views.opacity.detach().mean())
             if run.due(run.options.preview_every):
                 shown = self.scene.render(ring(4, resolution=self.teacher.resolution), torch.full((4, 3), 0.85))
                 run.preview("views", shown.rgb)
@@ -180,10 +202,16 @@ class TextTo3d:
         return frozenset(round(share * self.run.options.steps) for share in self.options.facing.at if asked)
 
     @property
+    def distilled(self) -> int:
+        """Steps that the objective drives, its own schedules ending with them; the rest of the run is fitted to redrawn views."""
+        steps = self.run.options.steps
+        return min(self.options.redraw.rounds(steps), default=steps)
+
+    @property
     def forwards(self) -> int:
         """U-Net work of the whole run in forward passes of one sample."""
-        steps = self.options.views * self.objective.options.total_cost(self.run.options.steps)
-        return steps + len(self.turning_points) * self.options.facing.cost
+        steps = self.options.views * self.objective.options.total_cost(self.distilled)
+        return steps + len(self.turning_points) * self.options.facing.cost + self.options.redraw.cost(self.run.options.steps)
 
     def face(self, step: int) -> float:
         """Turn the scene to where the view words fit it best; by how many degrees."""
@@ -194,6 +222,45 @@ class TextTo3d:
         quarters = quarter_turns(view_errors(teacher, latents, states, options.draws, generator).cpu(), cameras, options.margin)
         self.scene.turn_by(quarters)
         return 90.0 * quarters
+
+    def redraw(self, strength: float) -> None:
+        """Draw the scene's views over, from new cameras, each by the prompt of its view."""
+        options, run, teacher = self.options, self.run, self.teacher
+        seen = replace(options.camera, elevation=options.redraw.elevation, resolution=teacher.resolution)
+        cameras = sample_cameras(seen, options.redraw.views, run.generator)
+        behind = grey_backgrounds(options, options.redraw.views, run.generator)
+        shown = self.scene.render(cameras.to(run.device), behind.to(run.device)).rgb
+        noise = torch.randn(len(shown), *teacher.encode_images(shown[:1]).shape[1:], generator=run.generator).to(shown)
+        guided = Guided(self.seen, teacher.encode_text([options.negative_prompt]), options.redraw.guidance)
+        drawn = []
+        for at in torch.arange(len(shown)).split(CHUNK):
+            if self.control is not None:
+                self.control.look(cameras.some(at))
+            states = teacher.encode_text(view_prompts(options, cameras.some(at)))
+            begun = Picture(teacher.encode_images(shown[at]), strength)
+            drawn.append(teacher.decode(sample_ode(guided, teacher.scheduler, states, noise[at], options.redraw.steps, picture=begun)))
+        self.redrawn.take(cameras, behind, torch.cat(drawn).clamp(0, 1))
+        run.preview("redrawn", self.redrawn.images)
+
+    def fit(self, step: int) -> Views:
+        """One update towards what was redrawn."""
+        options, generator = self.options.redraw, self.run.generator
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = options.learning_rate * rate / self.rates[0]
+        self.scene.update(step, generator)
+        cameras, behind, images = self.redrawn.some(self.options.views, generator)
+        views = self.scene.render(cameras, behind, generator, training=True)
+        off = (views.rgb - images).square().mean()
+        weights = replace(self.options.regularizers, opacity=options.opacity)
+        self.descend(options.weight * off + regularization(self.scene, views, weights, 1.0, generator))
+        self.run.log(off=off.detach())
+        return views
+
+    def descend(self, loss: Tensor) -> None:
+        """One step of the optimiser."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
 
     def encode(self, images: Tensor, coarse: bool) -> Tensor:
         """Latents of renders (B, 3, H, W); coarse ones are enlarged for the VAE, or go through the linear encoder."""
@@ -225,10 +292,7 @@ class TextTo3d:
             text = conditions.states["conditional"]
             conditions = Conditions({**conditions.states, "critic": self.critic.states(text, poses)})
         outcome = self.objective(latents, conditions, progress, generator, images=None if coarse else painted)
-        loss = outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
+        self.descend(outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator))
         if self.critic is not None:
             self.critic.train_on(latents, conditions.states["conditional"], poses, generator)
         return outcome, views

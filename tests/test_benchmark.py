@@ -62,7 +62,7 @@ def test_meshes_score_in_the_right_order() -> None:
     told = [grade_mesh(mesh, shape, albedo, 2000) for mesh in (true, turned, ball)]
     assert min(told[0]["f_score_5"], told[1]["f_score_5"]) > 0.99 and min(told[0]["silhouette_iou"], told[1]["silhouette_iou"]) > 0.95
     assert told[2]["f_score_5"] < 0.9 and told[2]["volume_iou"] < 0.7 and told[2]["silhouette_iou"] < 0.9
-    assert told[0]["watertight"] == 1 and told[0]["components"] == 1 and told[0]["colour_error"] < 0.01
+    assert told[0]["manifold"] == told[0]["watertight"] == 1 and told[0]["components"] == 1 and told[0]["colour_error"] < 0.01
 
 
 def test_r_precision_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,12 @@ def test_the_script_makes_grades_and_compares(tiny_teacher_folder: Path, tmp_pat
     assert (tmp_path / "a-red-torus" / "mesh.glb").stat().st_mtime_ns == made
     content = json.loads((tmp_path / "rows.json").read_text())
     assert content["rows"][0]["prompt"] == "a red torus" and content["paired"]["f_score_5"][0] == 0
+    row = content["rows"][0]
+    assert row["peak_memory_mib"] > 100 and {"mesh_r_precision", "mesh_judge_object", "manifold"} <= set(row)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<img") == 3 and "paired difference" in page
+    assert (
+        page.count("data:image/gif") == 1 and page.count("data:image/png") == 2 + 6
+    )  # views and truth, a plot a figure; a torus has no front
+    assert "paired difference" in page
     assert "no prompt of the world" in script("benchmark_3d", "prompts=[a red zebra]", f"output={tmp_path}", code=2)
     assert "expected tiny or full" in script("benchmark_3d", "suite=huge", f"output={tmp_path}", code=2)

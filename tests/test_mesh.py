@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.errors import UserError
 from sds3d import mesh as meshes
 from sds3d.cameras import Cameras
-from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, separate_pinches
+from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, is_manifold, separate_pinches
 from sds3d.mesh_files import load_mesh, save_mesh, to_linear, to_srgb
 from sds3d.turntable import Frames, render_mesh, render_views
 
@@ -85,6 +85,16 @@ def pair() -> ExtractedMesh:
     """A ball of radius 0.5 with a floater beside it."""
     main, floater = ball((0, 0, 0), 0.5), ball((0.7, 0.0, 0.6), 0.08)
     return extract_mesh(Stand(lambda x: main(x) + floater(x)), SMALL)
+
+
+def test_parts_that_touch_in_a_point_are_no_manifold() -> None:
+    box, other = trimesh.creation.box(), trimesh.creation.box()
+    other.apply_translation([1, 1, 1])
+    both = trimesh.util.concatenate([box, other])
+    assert is_manifold(box) and is_manifold(both)  # corners in one place, not shared
+    both.merge_vertices()
+    assert both.is_watertight and not is_manifold(both)
+    assert not is_manifold(trimesh.Trimesh(box.vertices, box.faces[1:]))
 
 
 def test_threshold_is_the_closed_form_of_a_gaussian_cloud() -> None:

@@ -103,6 +103,8 @@ def test_a_scene_is_driven_through_the_adapter(chair: str, tiny_teacher: Teacher
     made.step(0.5, 0)
     (pictures,) = seen
     assert pictures.shape == (4, 3, 64, 64) and torch.equal(pictures[:2], pictures[2:])  # guidance asks twice, of the same views
+    made.redraw(0.5)
+    assert len(seen) > 1 and all(torch.equal(later[:16], later[16:]) for later in seen[1:])  # and is shown what is drawn over
     assert float((pictures[0] - pictures[1]).abs().max()) > 0.1 and 0.02 < float((pictures > 0).float().mean()) < 0.5
 
 

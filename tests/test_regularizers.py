@@ -31,7 +31,7 @@ def generator() -> torch.Generator:
 def rendered(weights: list[float], rays: list[int], count: int) -> Rendered:
     points = torch.zeros(len(weights), 3)
     zero = torch.zeros(count)
-    return Rendered(torch.zeros(count, 3), zero, zero, torch.tensor(weights), points, points, torch.tensor(rays, dtype=torch.long))
+    return Rendered(torch.zeros(count, 3), zero, zero, zero, torch.tensor(weights), points, points, torch.tensor(rays, dtype=torch.long))
 
 
 def test_opacity_penalty() -> None:
@@ -78,6 +78,14 @@ def test_total_variation_is_the_mean_slope_times_the_step() -> None:
     assert regularizers.total_variation(Ramp(), points[:0], 0.02, generator()) == (0, 0)
 
 
+def test_depth_variance_counts_rays_that_are_opaque() -> None:
+    spread, opacity = (torch.tensor(v, requires_grad=True) for v in ([0.3, 0.1, 0.2], [0.9, 0.2, 0.6]))
+    loss = regularizers.depth_variance(spread, opacity)
+    torch.testing.assert_close(loss, torch.tensor(0.5 / 3))
+    loss.backward()
+    assert opacity.grad is None and torch.allclose(spread.grad, torch.tensor([1 / 3, 0, 1 / 3]))
+
+
 def test_sparsity() -> None:
     density = torch.tensor([0.0, 1.0, 100.0])
     expected = (2 - torch.exp(torch.tensor([-0.1, -10.0])).sum()) / 3
@@ -99,6 +107,7 @@ def test_a_scene_feeds_them_all() -> None:
     terms = [
         regularizers.opacity_penalty(views.opacity),
         regularizers.opacity_entropy(views.opacity),
+        regularizers.depth_variance(views.rendered.spread, torch.ones_like(views.rendered.opacity)),
         regularizers.scene_orientation(scene.field, views.rendered, views.directions, 2000, generator()),
         *regularizers.total_variation(scene.field, views.rendered.points, 0.02, generator()),
         regularizers.sparsity(scene.field.density(points)),

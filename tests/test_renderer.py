@@ -88,6 +88,18 @@ def test_sphere_depth_is_the_mean_distance_of_what_is_hit() -> None:
     assert rendered.depth[length == 0].abs().max() == 0
 
 
+def test_sphere_spread_is_the_variance_of_what_is_hit() -> None:
+    """Of an exponential law cut off at the chord's end."""
+    rendered = shoot(Sphere(), OccupancyGrid())
+    _, length = chord(*rays())
+    hit = length > 0.3
+    through = torch.exp(-SIGMA * length)
+    mean = 1 / SIGMA - length * through / (1 - through)
+    square = 2 / SIGMA * mean - length**2 * through / (1 - through)
+    torch.testing.assert_close(rendered.spread[hit], (square - mean**2)[hit], rtol=0.03, atol=1e-4)
+    assert rendered.spread[length == 0].abs().max() == 0
+
+
 def test_colour_is_composited_over_the_background() -> None:
     rendered = shoot(Sphere(), OccupancyGrid())
     opacity = rendered.opacity[:, None]

@@ -2,9 +2,12 @@
 
 import base64
 import html
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from distill.data import atomic_path
 
@@ -28,7 +31,25 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(["<table>", *lines, "</table>"])
 
 
-def picture(png: bytes, caption: str = "") -> str:
-    """A PNG with a caption."""
-    data = base64.b64encode(png).decode()
-    return f"<figure><img src='data:image/png;base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+def picture(image: bytes, caption: str = "", kind: str = "png") -> str:
+    """A PNG, or a picture of another kind, with a caption."""
+    data = base64.b64encode(image).decode()
+    return f"<figure><img src='data:image/{kind};base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def bars(title: str, labels: Sequence[str], values: Sequence[float], widths: Sequence[float] | None = None) -> str:
+    """A bar chart, with intervals where their half-widths are given; what is not a number has no bar."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
+    errors = None if widths is None else np.nan_to_num(widths)
+    axis.bar(range(len(labels)), np.nan_to_num(values), yerr=errors, color="#58a", capsize=3)
+    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+    axis.set_title(title, fontsize=10)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=80, format="png")
+    pyplot.close(figure)
+    return picture(buffer.getvalue())

@@ -1,12 +1,9 @@
 """An ablation's rows as files: JSON and CSV of every run, a Markdown table, and one HTML page with plots and pictures."""
 
 import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from distill.bench import page
 from distill.bench.ablation import Summary, columns, summarise
@@ -49,27 +46,9 @@ def markdown(table: Sequence[Summary]) -> str:
 
 def _body(table: Sequence[Summary], pictures: Mapping[str, Path]) -> list[str]:
     cells = [line.strip("| \n").split(" | ") for line in markdown(table).splitlines() if not line.startswith("|---")]
-    plots = [page.picture(image) for image in _plots(table)]
-    return [page.table(cells), *plots, *(page.picture(path.read_bytes(), name) for name, path in pictures.items())]
-
-
-def _plots(table: Sequence[Summary]) -> list[bytes]:
-    """One bar chart a figure, with its intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     labels = [row.loss if row.guidance is None else f"{row.loss} s={row.guidance:g}" for row in table]
-    drawn = []
+    plots = []
     for name in columns([row.figures for row in table]):
-        figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
         means, widths = zip(*(row.figures.get(name, MISSING) for row in table), strict=True)
-        axis.bar(range(len(labels)), np.nan_to_num(means), yerr=np.nan_to_num(widths), color="#58a", capsize=3)
-        axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=80, format="png")
-        pyplot.close(figure)
-        drawn.append(buffer.getvalue())
-    return drawn
+        plots.append(page.bars(name.replace("_", " "), labels, means, widths))
+    return [page.table(cells), *plots, *(page.picture(path.read_bytes(), name) for name, path in pictures.items())]
