@@ -42,7 +42,8 @@ class RedrawOptions:
     def rounds(self, steps: int) -> dict[int, float]:
         """The strength of each round by the step of a run that it begins at."""
         first, count = round(self.begin * steps), len(self.strengths)
-        return {first + (steps - first) * number // count: strength for number, strength in enumerate(self.strengths)}
+        begins = {first + (steps - first) * number // count: strength for number, strength in enumerate(self.strengths)}
+        return {at: strength for at, strength in begins.items() if at < steps}
 
     def cost(self, steps: int) -> int:
         """U-Net work of the rounds of a run of so many steps in F, one forward pass of a sample."""

@@ -1,15 +1,38 @@
-"""Penalties on what a scene looks like, apart from the score: small pure functions, each a scalar (a mean).
+"""Penalties on what a scene looks like, apart from the score: small pure functions, each a scalar (a mean), and their weighted sum.
 
 They read what `Scene.render(..., training=True)` returns: `views.opacity`, and the samples in
 `views.rendered` (`weights`, `points`, `rays`, the last an index into `views.directions`). Terms that ask the
 field take it as it is.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from distill.errors import UserError
 from sds3d.field import Field
 from sds3d.renderer import Rendered
+from sds3d.scene import Scene, Views
+
+
+@dataclass(frozen=True)
+class RegularizerOptions:
+    """Weights on the summed-gradient scale of the objective; 0 leaves a term out, and unevaluated."""
+
+    opacity: float = 0.0
+    entropy: float = 0.0
+    entropy_from: float = 0.5  # share of the run after which half-transparent matter is punished
+    orientation: float = 0.0
+    depth_variance: float = 0.0  # grows with the run, as orientation does
+    sparsity: float = 0.0
+    smooth_density: float = 0.0
+    smooth_albedo: float = 0.0
+    samples: int = 4096  # random points or samples a term looks at
+
+    def __post_init__(self) -> None:
+        if min(vars(self).values()) < 0 or self.samples < 1:
+            raise UserError("regulariser weights must not be negative and samples must be positive")
 
 
 def opacity_penalty(opacity: Tensor) -> Tensor:
@@ -28,7 +51,8 @@ def opacity_entropy(opacity: Tensor) -> Tensor:
 
 def depth_variance(spread: Tensor, opacity: Tensor) -> Tensor:
     """Mean variance of the depth along rays, world units squared, where opacities exceed 1/2: matter becomes a surface, not a fog
-    that is only opaque in the sum. spread and opacity (R,). HiFA (Zhu and Zhuang 2023, arXiv:2305.18766), eq. 12."""
+    that is only opaque in the sum. spread and opacity (R,). HiFA (Zhu and Zhuang 2023, arXiv:2305.18766), its
+    z-variance."""
     return (spread * (opacity.detach() > 0.5)).mean()
 
 
@@ -90,3 +114,33 @@ def total_variation(field: Field, points: Tensor, step: float, generator: torch.
 def random_points(count: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Points (count, 3) uniform in the box [-1, 1]^3, for `sparsity` and `total_variation`."""
     return (torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1).to(device)
+
+
+def regularization(scene: Scene, views: Views, weights: RegularizerOptions, progress: float, generator: torch.Generator) -> Tensor:
+    """The weighted sum of the regularisers that are switched on."""
+    total = views.opacity.new_zeros(())
+    if weights.opacity:
+        total = total + weights.opacity * opacity_penalty(views.opacity)
+    if weights.entropy and progress >= weights.entropy_from:
+        total = total + weights.entropy * opacity_entropy(views.opacity)
+    if weights.orientation:
+        turned = scene_orientation(scene.field, views.rendered, views.directions, weights.samples, generator)
+        total = total + weights.orientation * progress * turned
+    if weights.depth_variance:
+        variance = depth_variance(views.rendered.spread, views.rendered.opacity)
+        total = total + weights.depth_variance * progress * variance
+    if weights.sparsity:
+        points = random_points(weights.samples, generator, scene.device)
+        total = total + weights.sparsity * sparsity(scene.field.density(points))
+    if weights.smooth_density or weights.smooth_albedo:
+        points = surface_points(views, weights.samples, generator)
+        density, albedo = total_variation(scene.field, points, 0.02, generator)
+        total = total + weights.smooth_density * density + weights.smooth_albedo * albedo
+    return total
+
+
+def surface_points(views: Views, count: int, generator: torch.Generator) -> Tensor:
+    """Up to `count` (N, 3) of the rendered samples, chosen evenly."""
+    points = views.rendered.points
+    chosen = torch.randint(max(len(points), 1), (min(count, len(points)),), generator=generator)
+    return points[chosen.to(points.device)]

@@ -20,32 +20,13 @@ from distill.score import Guided
 from distill.teacher.frozen import Teacher
 from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
-from sds3d import regularizers
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
 from sds3d.control import MeshControl
 from sds3d.facing import AROUND, FacingOptions, quarter_turns, view_errors
 from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.redraw import CHUNK, Redrawn, RedrawOptions
+from sds3d.regularizers import RegularizerOptions, regularization
 from sds3d.scene import Scene, SceneOptions, Views
-
-
-@dataclass(frozen=True)
-class RegularizerOptions:
-    """Weights on the summed-gradient scale of the objective; 0 leaves a term out, and unevaluated."""
-
-    opacity: float = 0.0
-    entropy: float = 0.0
-    entropy_from: float = 0.5  # share of the run after which half-transparent matter is punished
-    orientation: float = 0.0
-    depth_variance: float = 0.0  # grows with the run, as orientation does
-    sparsity: float = 0.0
-    smooth_density: float = 0.0
-    smooth_albedo: float = 0.0
-    samples: int = 4096  # random points or samples a term looks at
-
-    def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or self.samples < 1:
-            raise UserError("regulariser weights must not be negative and samples must be positive")
 
 
 @dataclass(frozen=True)
@@ -110,36 +91,6 @@ def grey_backgrounds(options: TextTo3dOptions, count: int, generator: torch.Gene
     """One grey a view, (count, 3)."""
     low, high = options.background
     return (low + (high - low) * torch.rand(count, 1, generator=generator)).expand(count, 3)
-
-
-def regularization(scene: Scene, views: Views, weights: RegularizerOptions, progress: float, generator: torch.Generator) -> Tensor:
-    """The weighted sum of the regularisers that are switched on."""
-    total = views.opacity.new_zeros(())
-    if weights.opacity:
-        total = total + weights.opacity * regularizers.opacity_penalty(views.opacity)
-    if weights.entropy and progress >= weights.entropy_from:
-        total = total + weights.entropy * regularizers.opacity_entropy(views.opacity)
-    if weights.orientation:
-        turned = regularizers.scene_orientation(scene.field, views.rendered, views.directions, weights.samples, generator)
-        total = total + weights.orientation * progress * turned
-    if weights.depth_variance:
-        variance = regularizers.depth_variance(views.rendered.spread, views.rendered.opacity)
-        total = total + weights.depth_variance * progress * variance
-    if weights.sparsity:
-        points = regularizers.random_points(weights.samples, generator, scene.device)
-        total = total + weights.sparsity * regularizers.sparsity(scene.field.density(points))
-    if weights.smooth_density or weights.smooth_albedo:
-        points = surface_points(views, weights.samples, generator)
-        density, albedo = regularizers.total_variation(scene.field, points, 0.02, generator)
-        total = total + weights.smooth_density * density + weights.smooth_albedo * albedo
-    return total
-
-
-def surface_points(views: Views, count: int, generator: torch.Generator) -> Tensor:
-    """Up to `count` (N, 3) of the rendered samples, chosen evenly."""
-    points = views.rendered.points
-    chosen = torch.randint(max(len(points), 1), (min(count, len(points)),), generator=generator)
-    return points[chosen.to(points.device)]
 
 
 class TextTo3d:
@@ -230,14 +181,15 @@ class TextTo3d:
         cameras = sample_cameras(seen, options.redraw.views, run.generator)
         behind = grey_backgrounds(options, options.redraw.views, run.generator)
         shown = self.scene.render(cameras.to(run.device), behind.to(run.device)).rgb
-        noise = torch.randn(len(shown), *teacher.encode_images(shown[:1]).shape[1:], generator=run.generator).to(shown)
+        clean = torch.cat([teacher.encode_images(part) for part in shown.split(CHUNK)])
+        noise = torch.randn(clean.shape, generator=run.generator).to(clean)
         guided = Guided(self.seen, teacher.encode_text([options.negative_prompt]), options.redraw.guidance)
         drawn = []
         for at in torch.arange(len(shown)).split(CHUNK):
             if self.control is not None:
                 self.control.look(cameras.some(at))
             states = teacher.encode_text(view_prompts(options, cameras.some(at)))
-            begun = Picture(teacher.encode_images(shown[at]), strength)
+            begun = Picture(clean[at], strength)
             drawn.append(teacher.decode(sample_ode(guided, teacher.scheduler, states, noise[at], options.redraw.steps, picture=begun)))
         self.redrawn.take(cameras, behind, torch.cat(drawn).clamp(0, 1))
         run.preview("redrawn", self.redrawn.images)

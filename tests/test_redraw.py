@@ -45,6 +45,7 @@ def test_rounds_share_what_is_left_of_a_run() -> None:
     assert RedrawOptions().rounds(600) == {} and RedrawOptions().cost(600) == 0
     assert RedrawOptions((0.6, 0.25), views=3, steps=20).cost(600) == 3 * 2 * (12 + 5)
     assert RedrawOptions((0.6, 0.5, 0.4), begin=0.5).rounds(2) == {1: 0.4}  # too short for more
+    assert RedrawOptions((0.6, 0.5), begin=0.8).rounds(2) == {}
     for wrong in ({"strengths": (1.5,)}, {"strengths": (0.01,)}, {"begin": 1.0}, {"views": 0}, {"weight": 0.0}):
         with pytest.raises(UserError, match="redraw"):
             RedrawOptions(**wrong)  # type: ignore[arg-type]

@@ -19,9 +19,10 @@ from distill.teacher.frozen import Teacher
 from sds3d.cameras import CameraOptions, orbit
 from sds3d.encoding import HashEncodingOptions
 from sds3d.field import FieldOptions
+from sds3d.regularizers import RegularizerOptions
 from sds3d.renderer import RenderOptions
 from sds3d.scene import GridOptions, SceneOptions
-from sds3d.text_to_3d import RegularizerOptions, TextTo3d, TextTo3dOptions, check_inputs, conditions_for, grey_backgrounds
+from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_inputs, conditions_for, grey_backgrounds
 
 OBJECTIVES = Path(__file__).parent.parent / "configs" / "objective"
 SDS = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
@@ -137,7 +138,7 @@ def test_backgrounds_are_grey_and_within_the_range():
     assert 0.4 <= greys.min() < 0.42 and 0.88 < greys.max() <= 0.9
 
 
-@pytest.mark.parametrize("name", ["opacity", "entropy", "orientation", "sparsity", "smooth_density", "smooth_albedo"])
+@pytest.mark.parametrize("name", ["opacity", "entropy", "orientation", "depth_variance", "sparsity", "smooth_density", "smooth_albedo"])
 def test_every_regulariser_reaches_the_scene(tmp_path, name):
     weights = RegularizerOptions(**{name: 1.0}, entropy_from=0.0, samples=256)
     no_pull = ObjectiveOptions((Term("noise", 0.0),))
