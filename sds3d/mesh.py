@@ -211,19 +211,34 @@ def separate_pinches(mesh: trimesh.Trimesh, rounds: int = 8) -> trimesh.Trimesh:
     return trimesh.Trimesh(vertices, faces)
 
 
-def is_manifold(mesh: trimesh.Trimesh) -> bool:
-    """Whether every edge has exactly two faces and the faces about every vertex are one fan: no parts touch in an edge or a point only."""
+def _fans(mesh: trimesh.Trimesh) -> np.ndarray:
+    """Which fan each corner (F, 3) belongs to, numbered from 0: faces about one vertex that are joined by their edges at it."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    if not mesh.is_watertight:
-        return False
-    faces, beside = np.asarray(mesh.faces), mesh.face_adjacency
-    ends = mesh.face_adjacency_edges  # of faces side by side, the corners at each end of their edge belong together
+    faces, beside, ends = np.asarray(mesh.faces), mesh.face_adjacency, mesh.face_adjacency_edges
+    # of faces side by side, the corners at each end of their edge belong together
     corners = [3 * beside[:, [side]] + (faces[beside[:, side]][:, None] == ends[..., None]).argmax(2) for side in (0, 1)]
-    one, other = (corner.ravel() for corner in corners)
-    fans, _ = connected_components(coo_matrix((np.ones(len(one)), (one, other)), shape=(faces.size,) * 2), directed=False)
-    return fans == len(np.unique(faces))
+    joined = coo_matrix((np.ones(ends.size), [corner.ravel() for corner in corners]), shape=(faces.size,) * 2)
+    return connected_components(joined, directed=False)[1].reshape(faces.shape)
+
+
+def is_manifold(mesh: trimesh.Trimesh) -> bool:
+    """Whether every edge has exactly two faces and the faces about every vertex are one fan: no parts touch in an edge or a point only."""
+    return bool(mesh.is_watertight) and int(_fans(mesh).max()) + 1 == len(np.unique(mesh.faces))
+
+
+def separate_points(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """The mesh with vertices that several fans share taken apart: each fan gets its own, moved a little towards its faces."""
+    fans, faces = _fans(mesh), np.asarray(mesh.faces)
+    owner = np.zeros(fans.max() + 1, int)
+    owner[fans] = faces
+    points = np.asarray(mesh.vertices)[owner]
+    shared = np.bincount(owner)[owner] > 1
+    middles = np.stack([np.bincount(fans.ravel(), np.repeat(mesh.triangles_center[:, axis], 3)) for axis in range(3)], 1)
+    middles /= np.bincount(fans.ravel())[:, None]
+    points[shared] += 0.05 * (middles - points)[shared]
+    return trimesh.Trimesh(points, fans)
 
 
 def polish(grid: np.ndarray, level: float, options: MeshOptions) -> trimesh.Trimesh:
@@ -236,10 +251,10 @@ def polish(grid: np.ndarray, level: float, options: MeshOptions) -> trimesh.Trim
         trimesh.smoothing.filter_taubin(mesh, iterations=options.smoothing)
         if len(mesh.faces) > options.max_faces:  # the margin is for the faces that taking pinches apart adds
             mesh = mesh.simplify_quadric_decimation(face_count=int(0.98 * options.max_faces))
-        mesh = separate_pinches(mesh)
+        mesh = separate_points(separate_pinches(mesh))
         if mesh.is_watertight and mesh.volume > 0 and len(mesh.faces) <= options.max_faces:
             return mesh
-    return separate_pinches(march(grid, level))
+    return separate_points(separate_pinches(march(grid, level)))
 
 
 def extract_mesh(scene: FieldScene, options: MeshOptions = MeshOptions()) -> ExtractedMesh:

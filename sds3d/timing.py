@@ -32,4 +32,6 @@ def time_step(task: TextTo3d, runs: int) -> list[Timing]:
         timed("occupancy grid update (one step in 16)", lambda: task.scene.update(0, generator), runs),
         timed("whole step, 64 pixels", lambda: task.step(0.99, 1), runs),
         timed("whole step, coarse", lambda: task.step(0.0, 1), runs),
+        timed("redrawing a round of views, strength .5", lambda: task.redraw(0.5), 1),
+        timed("step towards what was redrawn", lambda: task.fit(1), runs),
     ]

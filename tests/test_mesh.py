@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.errors import UserError
 from sds3d import mesh as meshes
 from sds3d.cameras import Cameras
-from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, is_manifold, separate_pinches
+from sds3d.mesh import ExtractedMesh, MeshOptions, extract_mesh, is_manifold, separate_pinches, separate_points
 from sds3d.mesh_files import load_mesh, save_mesh, to_linear, to_srgb
 from sds3d.turntable import Frames, render_mesh, render_views
 
@@ -94,6 +94,11 @@ def test_parts_that_touch_in_a_point_are_no_manifold() -> None:
     assert is_manifold(box) and is_manifold(both)  # corners in one place, not shared
     both.merge_vertices()
     assert both.is_watertight and not is_manifold(both)
+    apart = separate_points(both)
+    assert is_manifold(apart) and len(apart.vertices) == 16 and np.abs(apart.bounds - both.bounds).max() < 1e-6
+    apart.merge_vertices()  # as a file is read
+    assert is_manifold(apart)
+    assert np.allclose(separate_points(box).triangles.mean(1), box.triangles.mean(1))  # nothing to separate, nothing moved
     assert not is_manifold(trimesh.Trimesh(box.vertices, box.faces[1:]))
 
 
