@@ -4,13 +4,20 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from distill.bench import page
 from distill.bench.report import shown
 from distill.data import write_json
 from distill.names import slug
 from distill.report import image_grid, save_png
-from sds3d.benchmark import averages, truth_strip
+from sds3d.benchmark import ELEVATION, averages, truth_strip
+from sds3d.cameras import ring
+from sds3d.export import GREY
+from sds3d.mesh_files import load_textured
 from sds3d.prompts import VIEWS
+from sds3d.turntable import render_mesh
 
 SHAPE = ("f_score_5", "f_score_2", "silhouette_iou", "volume_iou", "watertight", "manifold")
 FIRST = (*SHAPE, "judge_object", "judge_colour", "janus", "r_precision", "colour_error", "seconds")
@@ -20,10 +27,11 @@ Differences = Mapping[str, tuple[float, float]]
 
 
 def save_page(folder: Path, title: str, rows: Sequence[dict[str, object]], facts: object, compared: Differences) -> None:
-    """Write rows.json and index.html; `compared` are paired differences to another benchmark, empty where there is none."""
+    """Write rows.json, overview.png and index.html; `compared` are paired differences to another benchmark, empty where there is none."""
     means = averages(rows)
     write_json(folder / "rows.json", {"facts": facts, "means": means, "rows": list(rows), "paired": dict(compared)})
-    body = [_means(means, compared)]
+    save_png(folder / "overview.png", overview(folder, [str(row["prompt"]) for row in rows]))
+    body = [_means(means, compared), page.picture((folder / "overview.png").read_bytes(), "four views of each mesh, and of the truth")]
     for name in PLOTTED:
         if not (told := [row for row in rows if name in row]):
             continue
@@ -38,6 +46,16 @@ def save_page(folder: Path, title: str, rows: Sequence[dict[str, object]], facts
         names = [name for name in FIRST if name in row]
         body.append(page.table([[name.replace("_", " ") for name in names], [f"{row[name]:.3g}" for name in names]]))
     page.save_html(folder / "index.html", title, [*body, "<h2>Views told by the judge</h2>", page.table(_confusion(rows))], facts)
+
+
+def overview(folder: Path, prompts: Sequence[str], resolution: int = 64) -> Tensor:
+    """Four views of each prompt's mesh, beside them the truth's, as one grid: two prompts a row where there are many."""
+    strips = []
+    for prompt in prompts:
+        path, truth = folder / slug(prompt) / "mesh.glb", truth_strip(prompt, 4, resolution)
+        made = path.is_file()
+        strips += [render_mesh(load_textured(path), ring(4, ELEVATION, resolution), GREY).rgb if made else torch.ones_like(truth), truth]
+    return image_grid(torch.cat(strips), 16 if len(prompts) > 8 else 8)
 
 
 def _means(means: Differences, compared: Differences) -> str:
