@@ -24,7 +24,7 @@ class RedrawOptions:
     """
 
     strengths: tuple[float, ...] = ()
-    begin: float = 0.7
+    begin: float = 0.8
     views: int = 32
     elevation: tuple[float, float] = (-10.0, 50.0)  # from above, what is drawn over loses the legs of chairs
     guidance: float = 4.0
@@ -34,8 +34,10 @@ class RedrawOptions:
     opacity: float = 10.0  # the regulariser's weight meanwhile: the pictures say what is empty
 
     def __post_init__(self) -> None:
-        if any(not 1 / self.steps <= strength <= 1 for strength in self.strengths):
-            raise UserError(f"redraw.strengths is {list(self.strengths)}: shares in [1 / steps, 1] are expected, steps being {self.steps}")
+        if self.steps < 1 or any(not 1 <= strength * self.steps <= self.steps for strength in self.strengths):
+            raise UserError(
+                f"redraw.strengths is {list(self.strengths)}, steps {self.steps}: shares up to 1 of at least one step each are expected"
+            )
         if not 0 <= self.begin < 1 or self.views < 1 or min(self.weight, self.learning_rate) <= 0 or self.opacity < 0:
             raise UserError("redraw needs begin in [0, 1), at least 1 view, a positive weight and learning_rate, opacity of 0 or more")
 

@@ -55,6 +55,11 @@ class TextTo3dOptions:
     def __post_init__(self) -> None:
         if self.views < 1:
             raise UserError(f"views is {self.views}: at least 1 is needed")
+        replace(self.camera, elevation=self.redraw.elevation)  # raises for a range that no camera can have
+        if self.redraw.strengths and max(self.facing.at, default=0) >= self.redraw.begin:
+            raise UserError(
+                f"facing.at is {list(self.facing.at)}: what is redrawn, from {self.redraw.begin:g} of the run on, must not turn"
+            )
         if not 0 <= self.final_rate <= 1 or min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
             raise UserError("final_rate must be a share in [0, 1], learning rates and adam_epsilon must be positive")
         if not 0 <= self.coarse_until <= 1:

@@ -108,9 +108,8 @@ def test_the_script_makes_grades_and_compares(tiny_teacher_folder: Path, tmp_pat
     row = content["rows"][0]
     assert row["peak_memory_mib"] > 100 and {"mesh_r_precision", "mesh_judge_object", "manifold"} <= set(row)
     page = (tmp_path / "index.html").read_text()
-    assert (
-        page.count("data:image/gif") == 1 and page.count("data:image/png") == 3 + 6
-    )  # views and truth, a plot a figure; a torus has no front
+    # overview, views, truth; plots, and none of a front that a torus lacks
+    assert page.count("data:image/gif") == 1 and page.count("data:image/png") == 3 + 6
     assert "paired difference" in page
     assert "no prompt of the world" in script("benchmark_3d", "prompts=[a red zebra]", f"output={tmp_path}", code=2)
     assert "expected tiny or full" in script("benchmark_3d", "suite=huge", f"output={tmp_path}", code=2)

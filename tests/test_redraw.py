@@ -14,6 +14,7 @@ from distill.objectives.options import ObjectiveOptions, Term
 from distill.run import Run
 from distill.score import Prediction
 from sds3d.cameras import orbit, ring
+from sds3d.facing import FacingOptions
 from sds3d.redraw import Redrawn, RedrawOptions
 from sds3d.text_to_3d import TextTo3d
 
@@ -46,9 +47,20 @@ def test_rounds_share_what_is_left_of_a_run() -> None:
     assert RedrawOptions((0.6, 0.25), views=3, steps=20).cost(600) == 3 * 2 * (12 + 5)
     assert RedrawOptions((0.6, 0.5, 0.4), begin=0.5).rounds(2) == {1: 0.4}  # too short for more
     assert RedrawOptions((0.6, 0.5), begin=0.8).rounds(2) == {}
-    for wrong in ({"strengths": (1.5,)}, {"strengths": (0.01,)}, {"begin": 1.0}, {"views": 0}, {"weight": 0.0}):
+    for wrong in (
+        {"strengths": (1.5,)},
+        {"strengths": (0.01,)},
+        {"strengths": (0.5,), "steps": 0},
+        {"begin": 1.0},
+        {"views": 0},
+        {"weight": 0.0},
+    ):
         with pytest.raises(UserError, match="redraw"):
             RedrawOptions(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"camera elevation is \[50, 10\]"):
+        replace(OPTIONS, redraw=RedrawOptions(elevation=(50, 10)))
+    with pytest.raises(UserError, match="must not turn"):
+        replace(OPTIONS, redraw=REDRAW, facing=FacingOptions(at=(0.6,)))
 
 
 def test_views_are_drawn_towards_what_the_teacher_knows(tmp_path: Path) -> None:
