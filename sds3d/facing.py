@@ -15,28 +15,38 @@ LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # t / T
 
 
 @dataclass(frozen=True)
-class FacingOptions:
-    """At shares `at` of a run it is asked which quarter turn suits the view words best; [] leaves a scene as it grows.
+class Ask:
+    """At a share `at` of a run, with so many `draws` of the noise a view and level; a turn must make the error smaller by a share `margin`.
 
-    `views` all around, `draws` of the noise a view and level; a turn must make the error smaller by a share `margin`.
+    Early a turn costs nothing, but a vague shape says little; of a finished one small differences tell, if enough noise is drawn.
     """
 
-    at: tuple[float, ...] = ()
-    views: int = 16
-    elevation: float = 15.0
+    at: float
     draws: int = 2
     margin: float = 0.005
 
     def __post_init__(self) -> None:
-        if any(not 0 < share < 1 for share in self.at):
-            raise UserError(f"facing.at is {list(self.at)}: shares of the run within (0, 1) are expected")
-        if self.views < 4 or self.draws < 1 or self.margin < 0:
-            raise UserError("facing needs at least 4 views, at least 1 draw and a margin that is not negative")
+        if not 0 < self.at < 1 or self.draws < 1 or self.margin < 0:
+            raise UserError(
+                f"facing is asked at {self.at:g}: a share within (0, 1), at least 1 draw and a margin of 0 or more are expected"
+            )
 
-    @property
-    def cost(self) -> int:
-        """U-Net work of one asking in F, one forward pass of a sample."""
-        return self.views * self.draws * len(LEVELS) * len(AROUND)
+
+@dataclass(frozen=True)
+class FacingOptions:
+    """Which quarter turn suits the view words best is asked of `views` all around, so often; no asks leave a scene as it grows."""
+
+    asks: tuple[Ask, ...] = ()
+    views: int = 16
+    elevation: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.views < 4:
+            raise UserError(f"facing.views is {self.views}: at least 4 are needed to see all around")
+
+    def cost(self, ask: Ask) -> int:
+        """U-Net work of one ask in F, one forward pass of a sample."""
+        return self.views * len(LEVELS) * len(AROUND) * ask.draws
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d.cameras import CameraOptions, Cameras, ring, sample_cameras
 from sds3d.control import MeshControl
-from sds3d.facing import AROUND, FacingOptions, quarter_turns, view_errors
+from sds3d.facing import AROUND, Ask, FacingOptions, quarter_turns, view_errors
 from sds3d.prompts import other_views, view_of, view_prompt
 from sds3d.redraw import CHUNK, Redrawn, RedrawOptions
 from sds3d.regularizers import RegularizerOptions, regularization
@@ -56,10 +56,9 @@ class TextTo3dOptions:
         if self.views < 1:
             raise UserError(f"views is {self.views}: at least 1 is needed")
         replace(self.camera, elevation=self.redraw.elevation)  # raises for a range that no camera can have
-        if self.redraw.strengths and max(self.facing.at, default=0) >= self.redraw.begin:
-            raise UserError(
-                f"facing.at is {list(self.facing.at)}: what is redrawn, from {self.redraw.begin:g} of the run on, must not turn"
-            )
+        last = max((ask.at for ask in self.facing.asks), default=0.0)
+        if self.redraw.strengths and last >= self.redraw.begin:
+            raise UserError(f"facing is asked at {last:g}: what is redrawn, from {self.redraw.begin:g} of the run on, must not turn")
         if not 0 <= self.final_rate <= 1 or min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
             raise UserError("final_rate must be a share in [0, 1], learning rates and adam_epsilon must be positive")
         if not 0 <= self.coarse_until <= 1:
@@ -136,7 +135,7 @@ class TextTo3d:
             run.track(redrawn=self.redrawn)
         for step in run.steps():
             if step in turning:
-                run.log(turned=self.face(step))
+                run.log(turned=self.face(turning[step], step))
             if step in rounds:
                 self.redraw(rounds[step])
             if step >= self.distilled:
@@ -152,10 +151,11 @@ class TextTo3d:
         return self.scene
 
     @property
-    def turning_points(self) -> frozenset[int]:
-        """The steps at which it is asked which way the scene faces: by the view words, which a mesh in control knows better."""
+    def turning_points(self) -> dict[int, Ask]:
+        """By the steps at which it is asked which way the scene faces: by the view words, which a mesh in control knows better."""
         asked = self.options.view_words and self.control is None
-        return frozenset(round(share * self.run.options.steps) for share in self.options.facing.at if asked)
+        steps = self.run.options.steps
+        return {at: ask for ask in self.options.facing.asks if asked and (at := round(ask.at * steps)) < steps}
 
     @property
     def distilled(self) -> int:
@@ -167,15 +167,16 @@ class TextTo3d:
     def forwards(self) -> int:
         """U-Net work of the whole run in forward passes of one sample."""
         steps = self.options.views * self.objective.options.total_cost(self.distilled)
-        return steps + len(self.turning_points) * self.options.facing.cost + self.options.redraw.cost(self.run.options.steps)
+        asked = sum(self.options.facing.cost(ask) for ask in self.turning_points.values())
+        return steps + asked + self.options.redraw.cost(self.run.options.steps)
 
-    def face(self, step: int) -> float:
+    def face(self, ask: Ask, step: int) -> float:
         """Turn the scene to where the view words fit it best; by how many degrees."""
         options, teacher, generator = self.options.facing, self.teacher, torch.Generator().manual_seed(self.run.options.seed + step)
         cameras = ring(options.views, options.elevation, teacher.resolution)
         latents = teacher.encode_images(self.scene.render(cameras, grey_backgrounds(self.options, options.views, generator)).rgb)
         states = teacher.encode_text([view_prompt(self.options.prompt, word) for word in AROUND])
-        quarters = quarter_turns(view_errors(teacher, latents, states, options.draws, generator).cpu(), cameras, options.margin)
+        quarters = quarter_turns(view_errors(teacher, latents, states, ask.draws, generator).cpu(), cameras, ask.margin)
         self.scene.turn_by(quarters)
         return 90.0 * quarters
 

@@ -16,7 +16,7 @@ from distill.objectives.options import ObjectiveOptions, Term
 from distill.run import Run, RunOptions
 from distill.score import Prediction, ScoreModel
 from sds3d.cameras import orbit, ring
-from sds3d.facing import AROUND, LEVELS, FacingOptions, quarter_turns, view_errors
+from sds3d.facing import AROUND, LEVELS, Ask, FacingOptions, quarter_turns, view_errors
 from sds3d.prompts import view_of
 from sds3d.scene import Scene, SceneOptions
 from sds3d.text_to_3d import TextTo3d, TextTo3dOptions
@@ -86,7 +86,7 @@ def test_errors_are_a_point_mass_distance(gaussian: Callable[[float], Any]) -> N
     weight = (model.schedule.alpha(t) / model.schedule.sigma(t)).square().mean()
     expected = weight * (latents[:, None] - means[None, :, None, None, None]).square().sum((2, 3, 4))
     assert torch.allclose(told, expected, rtol=1e-3)
-    assert sum(len(asked) for asked in model.asked) == 5 * FacingOptions(views=5, draws=2).cost / 5
+    assert sum(len(asked) for asked in model.asked) == 5 * FacingOptions(views=5).cost(Ask(0.5, draws=2)) / 5
 
 
 def errors_of(turned: int, strength: float = 0.1) -> Tensor:
@@ -124,7 +124,7 @@ class Views(ScoreModel):
 
 def test_a_scene_that_grew_turned_round_is_turned_back(scene: Scene, tmp_path: Path) -> None:
     """The teacher's front is what the scene shows behind, its back what it shows before."""
-    options = TextTo3dOptions("a red ball", background=(0.7, 0.7), facing=FacingOptions(at=(0.25, 0.5)))
+    options = TextTo3dOptions("a red ball", background=(0.7, 0.7), facing=FacingOptions((Ask(0.25), Ask(0.5, draws=3))))
     around = ring(4, options.facing.elevation, Views.resolution)
     front, right, back, left = scene.render(around, torch.full((4, 3), 0.7)).rgb
     teacher = Views([back, (right + left) / 2, front])
@@ -132,14 +132,16 @@ def test_a_scene_that_grew_turned_round_is_turned_back(scene: Scene, tmp_path: P
     sds = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
     made = TextTo3d(run, teacher, SceneOptions(), sds, options)  # type: ignore[arg-type]
     made.scene.load_state_dict(scene.state_dict())
-    assert made.face(0) == 180.0
+    assert made.face(Ask(0.5), 0) == 180.0
     assert torch.allclose(made.scene.render(around, torch.full((4, 3), 0.7)).rgb[0], back, atol=2e-3)
-    assert made.face(0) == 0.0
-    assert made.forwards == 2 * options.facing.cost + options.views * sds.total_cost(4)
+    assert made.face(Ask(0.5), 0) == 0.0
+    assert made.forwards == 16 * 5 * 3 * (2 + 3) + options.views * sds.total_cost(4)
     blind = TextTo3d(run, teacher, SceneOptions(), sds, replace(options, view_words=False))  # type: ignore[arg-type]
     assert not blind.turning_points and blind.forwards == options.views * sds.total_cost(4)
 
 
 def test_shares_are_within_the_run() -> None:
-    with pytest.raises(UserError, match=r"facing.at is \[1.5\]"):
-        FacingOptions(at=(1.5,))
+    with pytest.raises(UserError, match=r"asked at 1.5"):
+        Ask(1.5)
+    with pytest.raises(UserError, match=r"facing.views is 3"):
+        FacingOptions(views=3)

@@ -14,7 +14,7 @@ from distill.objectives.options import ObjectiveOptions, Term
 from distill.run import Run
 from distill.score import Prediction
 from sds3d.cameras import orbit, ring
-from sds3d.facing import FacingOptions
+from sds3d.facing import Ask, FacingOptions
 from sds3d.redraw import Redrawn, RedrawOptions
 from sds3d.text_to_3d import TextTo3d
 
@@ -60,7 +60,7 @@ def test_rounds_share_what_is_left_of_a_run() -> None:
     with pytest.raises(UserError, match=r"camera elevation is \[50, 10\]"):
         replace(OPTIONS, redraw=RedrawOptions(elevation=(50, 10)))
     with pytest.raises(UserError, match="must not turn"):
-        replace(OPTIONS, redraw=REDRAW, facing=FacingOptions(at=(0.6,)))
+        replace(OPTIONS, redraw=REDRAW, facing=FacingOptions((Ask(0.6),)))
 
 
 def test_views_are_drawn_towards_what_the_teacher_knows(tmp_path: Path) -> None:
