@@ -7,6 +7,7 @@ from torch import Tensor
 
 from distill.data import atomic_path
 from distill.errors import UserError
+from distill.report import to_bytes
 
 
 def _pixels(frames: Tensor, fps: float) -> np.ndarray:
@@ -15,7 +16,7 @@ def _pixels(frames: Tensor, fps: float) -> np.ndarray:
         raise UserError(f"frames have shape {tuple(frames.shape)}: expected (frames, 3, height, width) with at least one frame")
     if not fps > 0:
         raise UserError(f"fps is {fps}: give a number above zero")
-    return (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return to_bytes(frames)
 
 
 def save_video(frames: Tensor, path: Path | str, fps: float = 24) -> Path:

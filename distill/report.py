@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -38,11 +39,16 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Tensor:
     return grid
 
 
+def to_bytes(images: Tensor) -> np.ndarray:
+    """(..., H, W, 3) of 0 to 255 from images (..., 3, H, W) in [0, 1]; values beyond are clamped, what is no number is 0."""
+    levels = images.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return levels.movedim(-3, -1).contiguous().cpu().numpy()
+
+
 def save_png(path: Path | str, image: Tensor) -> None:
-    """Write an image (3, H, W) in [0, 1], values beyond clamped, atomically."""
-    levels = image.detach().float().nan_to_num(0.0).clamp(0, 1).mul(255).round().to(torch.uint8)
+    """Write an image (3, H, W) in [0, 1] as `to_bytes` takes it, atomically."""
     with atomic_path(path) as temporary:
-        Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()).save(temporary)
+        Image.fromarray(to_bytes(image)).save(temporary)
 
 
 class Trackers:

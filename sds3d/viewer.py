@@ -15,6 +15,7 @@ from distill.checkpoint import checkpoints
 from distill.config import build
 from distill.data import read_json
 from distill.errors import UserError
+from distill.report import to_bytes
 from distill.score import Guided
 from distill.teacher.frozen import Teacher
 from sds3d.benchmark import knows_truth, truth_of
@@ -68,11 +69,6 @@ class Window:
         rows, columns = (round(side / self.aspect), side) if self.aspect >= 1 else (side, round(side * self.aspect))
         top, left = (side - rows) // 2, (side - columns) // 2
         return image[top : top + rows, left : left + columns]
-
-
-def pixels(image: torch.Tensor) -> np.ndarray:
-    """(H, W, 3) bytes of (3, H, W) in [0, 1]."""
-    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 class Viewer:
@@ -183,7 +179,7 @@ class Viewer:
             return
         size = self.options.still if wanted == before else self.options.moving
         if chosen == "NeRF":
-            image = window.crop(pixels(render_views(self.scene, window.camera(size), GREY).rgb[0]))
+            image = window.crop(to_bytes(render_views(self.scene, window.camera(size), GREY).rgb[0]))
         else:
             image, size = np.full((8, 8, 3), round(255 * GREY[0]), np.uint8), self.options.still
         client.scene.set_background_image(image, "jpeg", jpeg_quality=92)
@@ -205,7 +201,7 @@ class Viewer:
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
         guided = Guided(teacher, teacher.encode_text([""]), self.guidance.value)
         told = guided.predict(teacher.schedule.add_noise(clean, noise, t), t, teacher.encode_text([prompt]))
-        return pixels(torch.cat([render[0], teacher.decode(told.x0)[0]], -1))
+        return to_bytes(torch.cat([render[0], teacher.decode(told.x0)[0]], -1))
 
     def serve(self) -> None:
         """Until interrupted."""
