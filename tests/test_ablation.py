@@ -1,16 +1,21 @@
 """The bench of losses: equal compute, intervals by hand, resuming, the report; and what theory says of losses on a mixture."""
 
+import base64
 import csv
+import io
 import json
 import math
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 from distill.bench.ablation import AblationOptions, Cell, coverage, interval, plan, run_cells, summarise, with_guidance
+from distill.bench.page import bars
 from distill.bench.particles import ParticleOptions, run_particles
 from distill.bench.report import markdown, save_report
 from distill.config import build
@@ -132,3 +137,12 @@ def test_sds_collapses_where_a_critic_spreads(tmp_path: Path, schedule: NoiseSch
     assert float(str(rows["diff_instruct"]["kl"])) < 1.0 < float(str(rows["sds"]["kl"]))
     assert rows["diff_instruct"]["coverage"] == 1.0
     assert float(str(rows["diff_instruct"]["w2"])) < float(str(rows["sds"]["w2"]))
+
+
+def test_long_labels_are_whole_in_a_plot() -> None:
+    words = "a green cone next to a yellow cylinder, as a caption may say"
+    page = bars("F-score", [f"{words} {number}" for number in range(26)], [0.1 * number for number in range(26)])
+    (data,) = re.findall(r"base64,([^']+)", page)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))
+    edges = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert edges.min() == 255 and pixels[:, :200].min() < 100, "nothing is cut off at the border, and the labels are there"

@@ -38,16 +38,18 @@ def picture(image: bytes, caption: str = "", kind: str = "png") -> str:
 
 
 def bars(title: str, labels: Sequence[str], values: Sequence[float], widths: Sequence[float] | None = None) -> str:
-    """A bar chart, with intervals where their half-widths are given; what is not a number has no bar."""
+    """A bar chart, a line a label, with intervals where their half-widths are given; what is not a number has no bar."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(1.2 + 0.55 * len(labels), 2.8), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(7.5, 0.8 + 0.24 * len(labels)), layout="constrained")
     errors = None if widths is None else np.nan_to_num(widths)
-    axis.bar(range(len(labels)), np.nan_to_num(values), yerr=errors, color="#58a", capsize=3)
-    axis.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+    axis.barh(range(len(labels)), np.nan_to_num(values), xerr=errors, color="#58a", capsize=3)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.margins(y=0.01)
     axis.set_title(title, fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=80, format="png")
