@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from distill.data import atomic_path
@@ -52,8 +53,6 @@ def save_animation(frames: Tensor, path: Path | str, fps: float = 24) -> Path:
 
     Raises `UserError` for wrong frames or another suffix.
     """
-    from PIL import Image
-
     kind, pixels = Path(path).suffix, _pixels(frames, fps)
     if kind not in (".gif", ".webp"):
         raise UserError(f"{path} is no animation file name: it must end in .gif or .webp")

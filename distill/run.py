@@ -2,18 +2,14 @@
 
 import json
 import math
-import os
 import shlex
 import signal
 import sys
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,6 +31,7 @@ from distill.data import write_json
 from distill.errors import UserError
 from distill.report import Trackers, image_grid, machine_facts, peak_memory, pick_device, save_png
 from distill.run_directory import claim, truncate_metrics
+from distill.signals import Noted, noted_signals
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,6 @@ class Run:
         self._figures: dict[str, list[Any]] = {}  # name -> [sum, count] since the last logged step
         self._in_step = False
         self._begun = False
-        self._signal = 0
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._peak_before: dict[str, float] = {}
@@ -129,14 +125,14 @@ class Run:
         try:
             if self.step < self.options.steps:
                 self._trackers.start(self.label, self.step)
-                with self._signals(), self._progress() as bar:
-                    yield from self._loop(bar)
+                with noted_signals(self.label) as noted, self._progress() as bar:
+                    yield from self._loop(bar, noted)
         finally:
             self._in_step = False
             self._trackers.close()
             self._release()
 
-    def _loop(self, bar: tqdm) -> Iterator[int]:
+    def _loop(self, bar: tqdm, noted: Noted) -> Iterator[int]:
         while self.step < self.options.steps:
             self._in_step = True
             yield self.step
@@ -145,12 +141,12 @@ class Run:
             if self.due(self.options.log_every):
                 self._flush(bar)
             bar.update(self.step - bar.n)  # back, where it was rewound
-            self._signal = processes.largest(self._signal)
-            if self._signal or self.due(self.options.checkpoint_every):
+            number = processes.largest(noted.number)  # of several processes all end, whichever was told to
+            if number or self.due(self.options.checkpoint_every):
                 self.save()
-            if self._signal:
+            if number:
                 bar.close()
-                self._stop()
+                self._stop(number)
 
     def log(self, **figures: float | Tensor) -> None:
         """Note scalars of a step; every `log_every` steps their means go to bar, trackers and metrics.jsonl.
@@ -277,30 +273,9 @@ class Run:
         with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3), **finite}) + "\n")
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are noted within; a second one meets the default handler and kills."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may set handlers
-            return
-
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-            for each in previous:
-                signal.signal(each, signal.SIG_DFL)
-            said = f"{self.label}: {signal.Signals(number).name}: stops with a checkpoint after this step; a second one kills"
-            os.write(2, f"\n{said}\n".encode())  # print is not reentrant
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _stop(self) -> None:
-        name = signal.Signals(self._signal).name
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
         again = shlex.join(word for word in sys.orig_argv if not word.lower().endswith("overwrite=true"))
         where = f"{self.label}: stopped by {name} after step {self.step} of {self.options.steps}"
         print(f"{where}, checkpoint written; resume with: {again}", file=sys.stderr)
-        raise SystemExit(128 + self._signal)
+        raise SystemExit(128 + number)

@@ -132,6 +132,7 @@ def test_a_scene_that_grew_turned_round_is_turned_back(scene: Scene, tmp_path: P
     sds = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
     made = TextTo3d(run, teacher, SceneOptions(), sds, options)  # type: ignore[arg-type]
     made.scene.load_state_dict(scene.state_dict())
+    assert made.face(Ask(0.5, margin=1.0), 0) == 0.0  # nothing is better by so much
     assert made.face(Ask(0.5), 0) == 180.0
     assert torch.allclose(made.scene.render(around, torch.full((4, 3), 0.7)).rgb[0], back, atol=2e-3)
     assert made.face(Ask(0.5), 0) == 0.0

@@ -84,6 +84,14 @@ def test_the_scene_is_fitted_and_the_work_is_as_stated(tmp_path: Path) -> None:
     assert task.teacher.forwards == task.forwards == 2 * 60 + 6 * (10 + 5)  # type: ignore[attr-defined]
 
 
+def test_what_is_asked_of_a_facing_is_asked_in_the_run_and_stated(tmp_path: Path) -> None:
+    task = made(tmp_path, 20)
+    task.options = replace(task.options, facing=FacingOptions((Ask(0.1), Ask(0.3, draws=3)), views=4))
+    assert task.turning_points == {2: Ask(0.1), 6: Ask(0.3, draws=3)}
+    task.train()
+    assert task.teacher.forwards == task.forwards == 4 * 5 * 3 * (2 + 3) + 6 * (10 + 5)  # type: ignore[attr-defined]
+
+
 def test_only_the_second_stage_moves_a_scene_that_is_left_alone(tmp_path: Path) -> None:
     task = made(tmp_path, 40)
     before = task.scene.field.mlp[0].weight.detach().clone()

@@ -115,4 +115,4 @@ def save_diagnosis(folder: Path, step: int, diagnosis: Diagnosis, strips: Tensor
         figure.savefig(temporary, dpi=90)
     pyplot.close(figure)
     rows = strips.transpose(0, 1).flatten(0, 1)  # a sample's levels side by side
-    save_png(place / f"x0_{step:08d}.png", image_grid(rows.clamp(0, 1).cpu(), len(strips)))
+    save_png(place / f"x0_{step:08d}.png", image_grid(rows, len(strips)))
