@@ -6,15 +6,15 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
     from distill.objectives.options import ObjectiveOptions
-    from distill.report import machine_facts, pick_device
-    from distill.run import Run, RunOptions
-    from distill.teacher.frozen import Teacher
-    from sds3d.export import scene_of_run
-    from sds3d.scene import SceneOptions
-    from sds3d.text_to_3d import TextTo3d, TextTo3dOptions
-    from sds3d.timing import time_step
+    from distill.runtime.config import build
+    from distill.runtime.machine import machine_facts, pick_device
+    from distill.runtime.run import Run, RunOptions
+    from distill.teacher.latent import Teacher
+    from sds3d.evaluation.timing import time_step
+    from sds3d.export.export import scene_of_run
+    from sds3d.scene.nerf import SceneOptions
+    from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
     run = Run(build(RunOptions, config["run"], "run"), config, "bench")
     teacher = Teacher.load(config["teacher"], pick_device(config["run"]["device"]))

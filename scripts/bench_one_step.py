@@ -6,14 +6,14 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from distill.judge import load_judge
-    from distill.one_step.start import start
+    from distill.evaluation.judge import load_judge
+    from distill.one_step.build import start
     from distill.one_step.timing import profile_cycle, time_cycle
-    from distill.one_step.train import OneStepOptions
-    from distill.report import machine_facts, pick_device
-    from distill.run import Run, RunOptions
-    from distill.teacher.frozen import Teacher
+    from distill.one_step.trainer import OneStepOptions
+    from distill.runtime.config import build
+    from distill.runtime.machine import machine_facts, pick_device
+    from distill.runtime.run import Run, RunOptions
+    from distill.teacher.latent import Teacher
 
     run = Run(build(RunOptions, config["run"], "run"), config, "bench")
     options = build(OneStepOptions, {**config["distill"], "method": config["method"]}, "distill")

@@ -8,15 +8,15 @@ from text_to_3d import main as text_to_3d
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.bench.images import Graders
-    from distill.data import read_json
-    from distill.errors import UserError
-    from distill.judge import load_judge
-    from distill.report import machine_facts
+    from distill.evaluation.ablation.images import Graders
+    from distill.evaluation.judge import load_judge
+    from distill.runtime.errors import UserError
+    from distill.runtime.files import read_json
+    from distill.runtime.machine import machine_facts
     from distill.teacher.folder import load_clip
-    from distill.teacher.frozen import Teacher
-    from sds3d.benchmark import TINY, averages, full_suite, grade_run, paired, run_suite, truth_of
-    from sds3d.benchmark_page import save_page
+    from distill.teacher.latent import Teacher
+    from sds3d.evaluation.benchmark import TINY, averages, full_suite, grade_run, paired, run_suite, truth_of
+    from sds3d.evaluation.page import save_page
 
     suites = {"tiny": TINY, "full": full_suite()}
     if config["suite"] not in suites:
@@ -31,10 +31,16 @@ def main(config: dict[str, Any]) -> None:
     def make(prompt: str, directory: Path) -> None:
         options = {**config["text_to_3d"], "prompt": prompt}
         run = {**config["run"], "directory": str(directory)}
-        own = {key: value for key, value in config.items() if key not in ("suite", "prompts", "output", "compare", "judge")}
+        own = {
+            key: value
+            for key, value in config.items()
+            if key not in ("suite", "prompts", "output", "compare", "judge")
+        }
         text_to_3d({**own, "prompt": prompt, "text_to_3d": options, "run": run})
 
-    rows = run_suite(prompts, folder, make, lambda directory, prompt: grade_run(directory, prompt, teacher, graders))
+    rows = run_suite(
+        prompts, folder, make, lambda directory, prompt: grade_run(directory, prompt, teacher, graders)
+    )
     compared = {} if before is None else paired(before, rows)
     save_page(folder, f"Text to 3-D, suite {config['suite']}", rows, machine_facts(), compared)
     for name, (mean, width) in averages(rows).items():

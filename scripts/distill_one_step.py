@@ -7,16 +7,16 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill import processes
-    from distill.config import build
-    from distill.judge import load_judge
+    from distill.evaluation.judge import load_judge
+    from distill.one_step.build import start
     from distill.one_step.folder import save_student
-    from distill.one_step.start import start
     from distill.one_step.student import chosen_time
-    from distill.one_step.train import OneStepOptions
-    from distill.report import pick_device
-    from distill.run import Run, RunOptions
-    from distill.teacher.frozen import Teacher
+    from distill.one_step.trainer import OneStepOptions
+    from distill.runtime import processes
+    from distill.runtime.config import build
+    from distill.runtime.machine import pick_device
+    from distill.runtime.run import Run, RunOptions
+    from distill.teacher.latent import Teacher
 
     processes.join()
     options = build(OneStepOptions, {**config["distill"], "method": config["method"]}, "distill")
@@ -33,7 +33,9 @@ def main(config: dict[str, Any]) -> None:
     figures = task.monitor.look(task.samples())
     run.finish({**figures, "alarms": task.monitor.alarms, "forwards": task.forwards, "config": config})
     if run.main:
-        print(f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}")
+        print(
+            f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}"
+        )
 
 
 if __name__ == "__main__":

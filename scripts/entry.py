@@ -15,8 +15,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from distill.errors import UserError  # noqa: E402
-from distill.names import slug  # noqa: E402
+from distill.runtime.errors import UserError  # noqa: E402
+from distill.runtime.names import slug  # noqa: E402
 
 
 def quoted(argument: str) -> str:
@@ -44,7 +44,9 @@ def load_group(group: str, name: str) -> dict[str, Any]:
 
     path = CONFIGS / group / f"{name}.yaml"
     if not path.is_file():
-        raise UserError(f"{group} {name!r} is none of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
+        raise UserError(
+            f"{group} {name!r} is none of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}"
+        )
     return OmegaConf.to_container(compose(f"{group}/{name}")[group])  # type: ignore[return-value]
 
 
@@ -66,8 +68,19 @@ def _check(name: str, overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         absent = re.search(r"Missing mandatory value: (\S+)", str(error))
         if absent:
-            raise UserError(f"{absent[1]} is missing: give {absent[1]}=... (--help lists the options)") from None
-        noise = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path", "provider=", "^")
+            raise UserError(
+                f"{absent[1]} is missing: give {absent[1]}=... (--help lists the options)"
+            ) from None
+        noise = (
+            "full_key",
+            "object_type",
+            "reference_type",
+            "See ",
+            "To append",
+            "Config search path",
+            "provider=",
+            "^",
+        )
         lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
         told = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
         raise UserError(f"{'; '.join(told)} (--help lists the options)") from None
@@ -98,7 +111,9 @@ def entry(name: str, main: Callable[[dict[str, Any]], None], positional: str | N
             _leave(error)
 
     try:
-        overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+        overrides = [
+            argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")
+        ]
         if not {"--multirun", "-m", "--help", "-h"} & set(sys.argv):
             _check(name, overrides)
         hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(run)()

@@ -7,26 +7,42 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from distill.data import load_split, write_json
-    from distill.features import extractor
-    from distill.judge import load_judge
-    from distill.names import slug
-    from distill.one_step.evaluation import GeneratorEvaluationOptions, evaluate, kept, reference, student_generator, teacher_generator
+    from distill.data.folders import load_split
+    from distill.evaluation.features import extractor
+    from distill.evaluation.generator import (
+        GeneratorEvaluationOptions,
+        evaluate,
+        kept,
+        reference,
+        student_generator,
+        teacher_generator,
+    )
+    from distill.evaluation.judge import load_judge
     from distill.one_step.folder import load_student
-    from distill.report import image_grid, machine_facts, pick_device, save_png
-    from distill.teacher.frozen import Teacher
+    from distill.runtime.config import build
+    from distill.runtime.files import write_json
+    from distill.runtime.images import image_grid, save_png
+    from distill.runtime.machine import machine_facts, pick_device
+    from distill.runtime.names import slug
+    from distill.teacher.latent import Teacher
 
     options = build(GeneratorEvaluationOptions, config["evaluation"], "evaluation")
     teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
-    generators = [student_generator(place, load_student(place, teacher.device)[0]) for place in config["students"]]
-    generators += [teacher_generator(teacher, steps, scale) for steps in config["steps"] for scale in config["guidance"]]
+    generators = [
+        student_generator(place, load_student(place, teacher.device)[0]) for place in config["students"]
+    ]
+    generators += [
+        teacher_generator(teacher, steps, scale) for steps in config["steps"] for scale in config["guidance"]
+    ]
     data = load_split(config["data"], "test", teacher.resolution, config["limit"])
     real = reference(data, extractor(config["features"]), load_judge(config["judge"]))
     folder = Path(config["output"])
     for generator in generators:
         path = folder / f"{slug(generator.name)}.json"
-        asked = {"weights": generator.weights, **{name: config[name] for name in ("data", "judge", "features", "limit", "evaluation")}}
+        asked = {
+            "weights": generator.weights,
+            **{name: config[name] for name in ("data", "judge", "features", "limit", "evaluation")},
+        }
         row = kept(path, asked)
         if row is None:
             figures, shown = evaluate(generator, teacher, real, options)
@@ -34,7 +50,12 @@ def main(config: dict[str, Any]) -> None:
             row = {**figures, "asked": asked, "machine": machine_facts()}
             write_json(path, row)
         told = {name: value for name, value in row.items() if name not in ("asked", "machine")}
-        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else str(value) for name, value in told.items()))
+        print(
+            "  ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else str(value)
+                for name, value in told.items()
+            )
+        )
     print(f"written: {folder}/*.json, *.png")
 
 

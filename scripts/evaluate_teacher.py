@@ -8,12 +8,14 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from distill.data import load_split, write_json
-    from distill.judge import load_judge
-    from distill.report import image_grid, machine_facts, save_png
-    from distill.teacher.evaluation import EvaluationOptions, evaluate_teacher
-    from distill.teacher.frozen import Teacher
+    from distill.data.folders import load_split
+    from distill.evaluation.judge import load_judge
+    from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher
+    from distill.runtime.config import build
+    from distill.runtime.files import write_json
+    from distill.runtime.images import image_grid, save_png
+    from distill.runtime.machine import machine_facts
+    from distill.teacher.latent import Teacher
 
     options = build(EvaluationOptions, config["evaluation"], "evaluation")
     teacher = Teacher.load(config["teacher"])

@@ -7,8 +7,8 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from sds3d.export import ExportOptions, export_scene, scene_of_run
+    from distill.runtime.config import build
+    from sds3d.export.export import ExportOptions, export_scene, scene_of_run
 
     options = build(ExportOptions, config["export"], "export")
     scene = scene_of_run(config["run_directory"], config["device"])

@@ -8,11 +8,11 @@ from entry import entry
 def main(config: dict[str, Any]) -> None:
     from pathlib import Path
 
-    from distill.config import build
-    from distill.data import read_rows
+    from distill.data.folders import read_rows
     from distill.one_step.regression import PairOptions, make_pairs
-    from distill.report import pick_device
-    from distill.teacher.frozen import Teacher
+    from distill.runtime.config import build
+    from distill.runtime.machine import pick_device
+    from distill.teacher.latent import Teacher
 
     teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
     captions = [row["text"] for row in read_rows(Path(config["data"]) / "train")]

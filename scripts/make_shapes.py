@@ -6,8 +6,8 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from sds3d.world import WorldOptions, make_world
+    from distill.runtime.config import build
+    from sds3d.world.world import WorldOptions, make_world
 
     make_world(config["output"], build(WorldOptions, config["world"], "world"), config["workers"])
     print(f"written: {config['output']}")

@@ -6,15 +6,15 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
     from distill.objectives.options import ObjectiveOptions
-    from distill.report import pick_device
-    from distill.run import Run, RunOptions
-    from distill.teacher.frozen import Teacher
-    from sds3d.control import MeshControl, MeshControlOptions
-    from sds3d.export import ExportOptions, finish
-    from sds3d.scene import SceneOptions
-    from sds3d.text_to_3d import TextTo3d, TextTo3dOptions, check_inputs
+    from distill.runtime.config import build
+    from distill.runtime.machine import pick_device
+    from distill.runtime.run import Run, RunOptions
+    from distill.teacher.latent import Teacher
+    from sds3d.export.export import ExportOptions, finish
+    from sds3d.scene.nerf import SceneOptions
+    from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
+    from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
     options = build(TextTo3dOptions, config["text_to_3d"], "text_to_3d")
     shape = build(MeshControlOptions, config["control"], "control") if config.get("control") else None
@@ -29,7 +29,9 @@ def main(config: dict[str, Any]) -> None:
     made = TextTo3d(run, teacher, scene, objective, options, control)
     made.train()
     result = finish(made, export)
-    print(f"written: {result.parent}: mesh.glb, mesh.obj, mesh.ply, turntable.mp4, turntable.gif, renders.png, result.json")
+    print(
+        f"written: {result.parent}: mesh.glb, mesh.obj, mesh.ply, turntable.mp4, turntable.gif, renders.png, result.json"
+    )
 
 
 if __name__ == "__main__":

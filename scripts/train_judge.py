@@ -7,10 +7,10 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from distill.data import load_split
-    from distill.judge import JudgeOptions, accuracy, save_judge, train_judge
-    from distill.run import Run, RunOptions
+    from distill.data.folders import load_split
+    from distill.evaluation.judge import JudgeOptions, accuracy, save_judge, train_judge
+    from distill.runtime.config import build
+    from distill.runtime.run import Run, RunOptions
 
     options = build(JudgeOptions, config["judge"], "judge")
     train, test = (load_split(config["data"], split) for split in ("train", "test"))

@@ -7,13 +7,13 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
     from distill.control.conditions import silhouettes
-    from distill.control.fidelity import fidelity, means
-    from distill.control.probe import ProbeOptions, save_probe, train_probe
-    from distill.data import load_split
-    from distill.run import Run, RunOptions
-    from sds3d.conditions import closeness, world_geometry, world_pictures
+    from distill.data.folders import load_split
+    from distill.evaluation.fidelity import fidelity, means
+    from distill.evaluation.probe import ProbeOptions, save_probe, train_probe
+    from distill.runtime.config import build
+    from distill.runtime.run import Run, RunOptions
+    from sds3d.world.conditions import closeness, world_geometry, world_pictures
 
     options = build(ProbeOptions, config["probe"], "probe")
     train, test = (load_split(config["data"], split) for split in ("train", "test"))

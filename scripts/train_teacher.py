@@ -6,11 +6,13 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
-    from distill.run import RunOptions
+    from distill.runtime.config import build
+    from distill.runtime.run import RunOptions
     from distill.teacher.train import TeacherOptions, train_teacher
 
-    folder = train_teacher(build(RunOptions, config["run"], "run"), build(TeacherOptions, config["teacher"], "teacher"))
+    folder = train_teacher(
+        build(RunOptions, config["run"], "run"), build(TeacherOptions, config["teacher"], "teacher")
+    )
     print(f"written: {folder}")
 
 

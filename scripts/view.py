@@ -6,7 +6,7 @@ from entry import entry
 
 
 def main(config: dict[str, Any]) -> None:
-    from distill.config import build
+    from distill.runtime.config import build
     from sds3d.viewer import Viewer, ViewerOptions
 
     options = build(ViewerOptions, config["viewer"], "viewer")

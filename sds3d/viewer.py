@@ -11,19 +11,19 @@ import torch
 import trimesh
 from trimesh.transformations import quaternion_from_matrix, quaternion_matrix
 
-from distill.checkpoint import checkpoints
-from distill.config import build
-from distill.data import read_json
-from distill.errors import UserError
-from distill.report import to_bytes
-from distill.score import Guided
-from distill.teacher.frozen import Teacher
-from sds3d.benchmark import knows_truth, truth_of
-from sds3d.cameras import CameraOptions, Cameras, sample_cameras
-from sds3d.export import GREY, scene_of_run
-from sds3d.mesh_files import load_mesh
-from sds3d.prompts import view_of, view_prompt
-from sds3d.turntable import render_views
+from distill.core.score import Guided
+from distill.runtime.checkpoint import checkpoints
+from distill.runtime.config import build
+from distill.runtime.errors import UserError
+from distill.runtime.files import read_json
+from distill.runtime.images import to_bytes
+from distill.teacher.latent import Teacher
+from sds3d.evaluation.benchmark import knows_truth, truth_of
+from sds3d.export.export import GREY, scene_of_run
+from sds3d.export.files import load_mesh
+from sds3d.export.turntable import render_views
+from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
+from sds3d.text_to_3d.prompts import view_of, view_prompt
 
 SUBJECTS = ("NeRF", "mesh", "truth")
 FRUSTUMS = 24
@@ -42,7 +42,9 @@ class ViewerOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536 or min(self.moving, self.still) < 16 or self.poll <= 0:
-            raise UserError("the viewer needs a port from 1 to 65535, at least 16 pixels and a positive time between looks")
+            raise UserError(
+                "the viewer needs a port from 1 to 65535, at least 16 pixels and a positive time between looks"
+            )
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,27 @@ class Window:
         """One square camera that covers it, `resolution` along its longer side; with a field of its own (radians) where one is given."""
         position = torch.tensor(self.position, dtype=torch.float32)
         rotation = torch.from_numpy(quaternion_matrix(self.wxyz)[:3, :3] @ TO_CV).float()
-        azimuth, elevation = torch.atan2(position[1], position[0]), torch.asin(position[2] / position.norm().clamp_min(1e-6))
+        azimuth, elevation = (
+            torch.atan2(position[1], position[0]),
+            torch.asin(position[2] / position.norm().clamp_min(1e-6)),
+        )
         reach = np.tan(self.fov / 2) * max(self.aspect, 1.0)
         field = torch.tensor([2 * np.arctan(reach) if fovy is None else fovy], dtype=torch.float32)
-        return Cameras(position[None], azimuth.rad2deg()[None], elevation.rad2deg()[None], rotation[None], field, resolution)
+        return Cameras(
+            position[None],
+            azimuth.rad2deg()[None],
+            elevation.rad2deg()[None],
+            rotation[None],
+            field,
+            resolution,
+        )
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """The part (H, W, 3) of that camera's square picture that the window shows."""
         side = len(image)
-        rows, columns = (round(side / self.aspect), side) if self.aspect >= 1 else (side, round(side * self.aspect))
+        rows, columns = (
+            (round(side / self.aspect), side) if self.aspect >= 1 else (side, round(side * self.aspect))
+        )
         top, left = (side - rows) // 2, (side - columns) // 2
         return image[top : top + rows, left : left + columns]
 
@@ -92,7 +106,10 @@ class Viewer:
         self.polled = time.monotonic()
         self.server = viser.ViserServer(options.host, options.port, label=self.prompt, verbose=False)
         self.server.scene.set_up_direction("+z")
-        self.server.initial_camera.position, self.server.initial_camera.look_at = (2.6, 0.9, 1.1), (0.0, 0.0, 0.0)
+        self.server.initial_camera.position, self.server.initial_camera.look_at = (
+            (2.6, 0.9, 1.1),
+            (0.0, 0.0, 0.0),
+        )
         self.solid: dict[str, Any] = {}
         self._controls()
         self._solids()
@@ -101,13 +118,19 @@ class Viewer:
     def newest(self) -> tuple[str, float]:
         """The finished scene or the newest checkpoint, and when it was written."""
         finished = self.directory / "scene" / "scene.json"
-        path = finished if finished.is_file() else next(reversed(checkpoints(self.directory / "checkpoints")), self.directory)
+        path = (
+            finished
+            if finished.is_file()
+            else next(reversed(checkpoints(self.directory / "checkpoints")), self.directory)
+        )
         return path.stem, path.stat().st_mtime
 
     def _controls(self) -> None:
         gui = self.server.gui
         self.told = gui.add_markdown("")
-        self.subject = gui.add_dropdown("show", [name for name in SUBJECTS if name != "truth" or knows_truth(self.prompt)])
+        self.subject = gui.add_dropdown(
+            "show", [name for name in SUBJECTS if name != "truth" or knows_truth(self.prompt)]
+        )
         self.frustums = gui.add_checkbox("training cameras", False)
         with gui.add_folder("the teacher's view"):
             self.noise = gui.add_slider("noise level t", 0.02, 0.98, 0.02, 0.5)
@@ -128,11 +151,15 @@ class Viewer:
     def _solids(self) -> None:
         """The mesh where there is one, and once the truth, hidden until they are asked for."""
         if (self.directory / "mesh.glb").is_file():
-            self.solid["mesh"] = self.server.scene.add_mesh_trimesh("/mesh", load_mesh(self.directory / "mesh.glb"), visible=False)
+            self.solid["mesh"] = self.server.scene.add_mesh_trimesh(
+                "/mesh", load_mesh(self.directory / "mesh.glb"), visible=False
+            )
         if "truth" not in self.solid and knows_truth(self.prompt):
             shape, albedo = truth_of(self.prompt)
             mesh = trimesh.Trimesh(shape.mesh.vertices, shape.mesh.faces, process=False)
-            mesh.visual = trimesh.visual.ColorVisuals(mesh, face_colors=np.round(albedo * 255).astype(np.uint8))
+            mesh.visual = trimesh.visual.ColorVisuals(
+                mesh, face_colors=np.round(albedo * 255).astype(np.uint8)
+            )
             self.solid["truth"] = self.server.scene.add_mesh_trimesh("/truth", mesh, visible=False)
 
     def _frustums(self) -> None:
@@ -140,13 +167,17 @@ class Viewer:
         options = build(CameraOptions, self.config["text_to_3d"]["camera"], "camera")
         cameras = sample_cameras(options, FRUSTUMS, torch.Generator().manual_seed(self.config["run"]["seed"]))
         self.poses = []
-        for number, (position, rotation, fovy) in enumerate(zip(cameras.position, cameras.rotation, cameras.fovy, strict=True)):
+        for number, (position, rotation, fovy) in enumerate(
+            zip(cameras.position, cameras.rotation, cameras.fovy, strict=True)
+        ):
             turn = np.eye(4)
             turn[:3, :3] = rotation.double().numpy() @ TO_CV
             wxyz, at = quaternion_from_matrix(turn), tuple(position.tolist())
             name = f"/cameras/{number}"
             self.poses.append(
-                self.server.scene.add_camera_frustum(name, float(fovy), 1.0, scale=0.12, wxyz=wxyz, position=at, visible=False)
+                self.server.scene.add_camera_frustum(
+                    name, float(fovy), 1.0, scale=0.12, wxyz=wxyz, position=at, visible=False
+                )
             )
 
     def tick(self) -> None:
@@ -216,4 +247,9 @@ class Viewer:
 def window_of(client: Any) -> Window:
     """What a viser client looks through."""
     camera = client.camera
-    return Window(tuple(map(float, camera.wxyz)), tuple(map(float, camera.position)), float(camera.fov), float(camera.aspect))
+    return Window(
+        tuple(map(float, camera.wxyz)),
+        tuple(map(float, camera.position)),
+        float(camera.fov),
+        float(camera.aspect),
+    )

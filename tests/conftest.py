@@ -13,17 +13,17 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from distill.noise import NoiseSchedule
-from distill.score import Prediction, ScoreModel
+from distill.core.noise import NoiseSchedule
+from distill.core.score import Prediction, ScoreModel
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.folder import save_teacher
-from distill.teacher.frozen import Teacher
+from distill.teacher.latent import Teacher
 from distill.teacher.unet import UnetOptions, build_unet, make_scheduler
 from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
-from sds3d.prompts import VIEWS, view_prompt
-from sds3d.shapes import COLOURS, OBJECTS, RELATIONS
-from sds3d.world import PHRASES, VIEW_PHRASES
+from sds3d.text_to_3d.prompts import VIEWS, view_prompt
+from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS
+from sds3d.world.world import PHRASES, VIEW_PHRASES
 
 
 @final
@@ -45,7 +45,9 @@ class GaussianScore(ScoreModel):
 @pytest.fixture(scope="session")
 def schedule() -> NoiseSchedule:
     """Stable Diffusion's schedule."""
-    return NoiseSchedule(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod)
+    return NoiseSchedule(
+        DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    )
 
 
 @pytest.fixture
@@ -58,7 +60,10 @@ def world_captions() -> list[str]:
     """Captions in which every word of the world stands."""
     colours, things = list(COLOURS), list(OBJECTS)
     named = [(colours[i % len(colours)], thing) for i, thing in enumerate(things)]
-    single = [view_prompt(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {t}", VIEWS[i % 4]) for i, (c, t) in enumerate(named)]
+    single = [
+        view_prompt(f"{'an' if c[0] in 'aeiou' else 'a'} {c} {t}", VIEWS[i % 4])
+        for i, (c, t) in enumerate(named)
+    ]
     phrases = [phrase.format(thing="a red cube", bare="red cube") for phrase in PHRASES]
     views = [phrase.format(text="a red cube", view=VIEWS[0]) for phrase in VIEW_PHRASES]
     return [*single, *phrases, *views, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]

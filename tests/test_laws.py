@@ -12,8 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("distill", "sds3d", "scripts")
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if "weights" not in path.parts)
-MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES if path.parts[len(ROOT.parts)] != "scripts"]
+FILES = sorted(
+    path for package in PACKAGES for path in (ROOT / package).rglob("*.py") if "weights" not in path.parts
+)
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in FILES
+    if path.parts[len(ROOT.parts)] != "scripts"
+]
 MODULES = [name.removesuffix(".__init__") for name in MODULES]
 LONGEST = 310
 NEVER = ("hydra", "omegaconf", "matplotlib", "nerfacc", "skimage", "imageio", "tinycudann", "datasets")
@@ -21,7 +27,7 @@ OPTIONAL = (*NEVER, "accelerate", "trimesh", "embreex", "diffusers")
 IMPORT = """
 import importlib, json, sys, torch
 modules, never, optional = json.loads(sys.argv[1])
-import distill, sds3d, sds3d.scene, sds3d.renderer
+import distill, sds3d, sds3d.scene.nerf, sds3d.scene.renderer
 light = [name for name in optional if name in sys.modules]
 for name in modules:
     importlib.import_module(name)
@@ -41,7 +47,9 @@ def _imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add((node.module or "").split(".")[0] if node.level == 0 else path.relative_to(ROOT).parts[0])
+            found.add(
+                (node.module or "").split(".")[0] if node.level == 0 else path.relative_to(ROOT).parts[0]
+            )
     return found
 
 
@@ -60,7 +68,11 @@ def _breaches(path: Path) -> list[str]:
             found.append(f"{node.lineno}: bare except")
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.save", "torch.load"):
             found.append(f"{node.lineno}: {ast.unparse(node)}")
-        if isinstance(node, ast.ImportFrom) and node.module == "torch" and {a.name for a in node.names} & {"save", "load"}:
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "torch"
+            and {a.name for a in node.names} & {"save", "load"}
+        ):
             found.append(f"{node.lineno}: torch.save or torch.load")
         if isinstance(node, ast.arguments) and node.kwarg is not None and not _typed(node.kwarg):
             found.append(f"{node.kwarg.lineno}: **{node.kwarg.arg}")
@@ -72,8 +84,10 @@ def _name(path: Path) -> str:
 
 
 def test_the_sources_are_found() -> None:
-    assert {"distill/errors.py", "sds3d/world.py", "scripts/entry.py"} <= {_name(path) for path in FILES}
-    assert {"distill", "distill.teacher", "sds3d.world"} <= set(MODULES)
+    assert {"distill/runtime/errors.py", "sds3d/world/world.py", "scripts/entry.py"} <= {
+        _name(path) for path in FILES
+    }
+    assert {"distill", "distill.teacher", "sds3d.world.world"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -116,6 +130,6 @@ def test_modules_import_without_a_gpu_and_without_what_is_optional() -> None:
     done = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     light, everywhere, initialised = json.loads(done.stdout.splitlines()[-1])
-    assert light == [], "import sds3d.scene, sds3d.renderer"
+    assert light == [], "import sds3d.scene.nerf, sds3d.scene.renderer"
     assert everywhere == [], "importing every module"
     assert not initialised

@@ -14,13 +14,12 @@ from diffusers import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
-from distill.data import read_json, write_json
-from distill.errors import UserError
-from distill.noise import NoiseSchedule
+from distill.core.noise import NoiseSchedule
 from distill.one_step.student import Student
-from distill.shipped import known, located
-from distill.teacher.folder import replaced_folder
-from distill.teacher.frozen import Teacher, UNetScore
+from distill.runtime.errors import UserError
+from distill.runtime.files import read_json, replaced_folder, write_json
+from distill.runtime.shipped import known, located
+from distill.teacher.latent import Teacher, UNetScore
 
 MARK = "condition.json"  # beside the weights: what the adapter takes
 # Of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256.
@@ -31,7 +30,9 @@ def make_adapter(teacher: Teacher) -> ControlNetModel:
     """A copy of the lower half of the teacher's U-Net that takes a picture, silent until it is trained."""
     halvings = (teacher.resolution // teacher.latent_shape[1]).bit_length()
     if halvings > len(WIDTHS):
-        raise UserError(f"the VAE makes a latent of 1 in {2 ** (halvings - 1)} pixels a side: at most {2 ** (len(WIDTHS) - 1)} is expected")
+        raise UserError(
+            f"the VAE makes a latent of 1 in {2 ** (halvings - 1)} pixels a side: at most {2 ** (len(WIDTHS) - 1)} is expected"
+        )
     made = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=WIDTHS[:halvings])
     return made.float().to(teacher.device, memory_format=torch.channels_last)
 
@@ -65,11 +66,15 @@ class Control:
     def seen(self, count: int) -> Tensor:
         """The pictures for a batch of `count`. Raises `UserError` where it is no multiple of theirs."""
         if count % len(self.pictures):
-            raise UserError(f"{len(self.pictures)} control pictures cannot serve a batch of {count}: give one, or one an image")
+            raise UserError(
+                f"{len(self.pictures)} control pictures cannot serve a batch of {count}: give one, or one an image"
+            )
         return self.pictures.repeat(count // len(self.pictures), 1, 1, 1)
 
 
-def residuals(controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Tensor, steps: int) -> tuple[list[Tensor], Tensor] | None:
+def residuals(
+    controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Tensor, steps: int
+) -> tuple[list[Tensor], Tensor] | None:
     """What controls add to the skips and to the middle of a U-Net, summed; None where none acts."""
     total: tuple[list[Tensor], Tensor] | None = None
     for control in controls:
@@ -82,7 +87,11 @@ def residuals(controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Te
         down, middle = told.down_block_res_samples, told.mid_block_res_sample
         scale = weights.to(middle.dtype)
         down, middle = [value * scale for value in down], middle * scale
-        total = (down, middle) if total is None else ([a + b for a, b in zip(total[0], down, strict=True)], total[1] + middle)
+        total = (
+            (down, middle)
+            if total is None
+            else ([a + b for a, b in zip(total[0], down, strict=True)], total[1] + middle)
+        )
     return total
 
 
@@ -116,16 +125,25 @@ class ControlledUnet(nn.Module):
 def controlled(teacher: Teacher, controls: Sequence[Control]) -> Teacher:
     """The teacher seen through its controls: the same parts, another score. It obeys the teacher protocol, so every objective takes it."""
     seen = copy.copy(teacher)
-    seen.score = UNetScore(ControlledUnet(teacher.unet, teacher.schedule, controls), teacher.schedule, teacher.score.kind)
+    seen.score = UNetScore(
+        ControlledUnet(teacher.unet, teacher.schedule, controls), teacher.schedule, teacher.score.kind
+    )
     return seen
 
 
 def controlled_student(student: Student, controls: Sequence[Control]) -> Student:
     """A student seen through adapters of its teacher, whose U-Net it began as."""
-    return Student(ControlledUnet(student.unet, student.schedule, controls), student.schedule, student.kind, student.times)
+    return Student(
+        ControlledUnet(student.unet, student.schedule, controls),
+        student.schedule,
+        student.kind,
+        student.times,
+    )
 
 
-def save_adapter(folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]) -> None:
+def save_adapter(
+    folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]
+) -> None:
     """Write `ControlNetModel`'s own folder in fp16, and what it is conditioned on; an older adapter in its place is replaced."""
     with replaced_folder(folder, MARK, "an adapter") as temporary:
         copy.deepcopy(adapter).half().save_pretrained(temporary)
@@ -139,7 +157,9 @@ def load_adapter(name: Path | str, device: torch.device | str = "cpu") -> tuple[
     """
     folder = located("adapter", name)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{name} is no adapter: give {known('adapter')}, or a folder that train_controlnet.py wrote")
+        raise UserError(
+            f"{name} is no adapter: give {known('adapter')}, or a folder that train_controlnet.py wrote"
+        )
     adapter = ControlNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     condition = read_json(folder / MARK)["condition"] if (folder / MARK).is_file() else ""
     return adapter.to(device, memory_format=torch.channels_last), condition

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data import Captioned, open_image
-from distill.errors import UserError
+from distill.data.folders import Captioned
+from distill.data.images import open_image
+from distill.runtime.errors import UserError
 
 COLUMN = "conditioning_image"  # as in diffusers' ControlNet training and the data sets made for it
 
@@ -16,7 +17,9 @@ COLUMN = "conditioning_image"  # as in diffusers' ControlNet training and the da
 def silhouettes(data: Captioned) -> Tensor:
     """(N, 1, H, W) uint8, white where the object is: a picture's own alpha. Raises `UserError` for pictures without one."""
     if data.images.shape[1] != 4:
-        raise UserError("a silhouette is an image's alpha channel: these images have none, choose condition=edges or scribble")
+        raise UserError(
+            "a silhouette is an image's alpha channel: these images have none, choose condition=edges or scribble"
+        )
     return data.images[:, 3:]
 
 
@@ -41,7 +44,9 @@ def beside(folder: Path | str, data: Captioned) -> Tensor:
     place, size = Path(folder), data.images.shape[-1]
     missing = next((row["file_name"] for row in data.rows if not row.get(COLUMN)), None)
     if missing is not None:
-        raise UserError(f"{place}: {missing} has no {COLUMN} in metadata.jsonl: add the column, or choose a condition made of the image")
+        raise UserError(
+            f"{place}: {missing} has no {COLUMN} in metadata.jsonl: add the column, or choose a condition made of the image"
+        )
     found = [open_image(place / row[COLUMN], size)[..., :3] for row in data.rows]
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 

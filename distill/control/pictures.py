@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.control.adapter import Control, load_adapter
-from distill.data import composed, open_image
-from distill.teacher.frozen import Teacher
+from distill.data.images import composed, open_image
+from distill.teacher.latent import Teacher
 
 
 @dataclass(frozen=True)

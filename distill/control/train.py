@@ -9,15 +9,15 @@ from torch.nn import functional as F
 
 from distill.control.adapter import Control, controlled, make_adapter
 from distill.control.conditions import as_input
-from distill.control.evaluation import ControlEvaluationOptions, by_teacher, images_of
-from distill.control.fidelity import fidelity, means
-from distill.control.probe import Probe
-from distill.data import batches
-from distill.errors import UserError
-from distill.run import Run
-from distill.score import Prediction
-from distill.teacher.frozen import Teacher
-from distill.teacher.unet import LatentCache
+from distill.core.score import Prediction
+from distill.data.folders import batches
+from distill.data.latents import LatentCache
+from distill.evaluation.control import ControlEvaluationOptions, by_teacher, images_of
+from distill.evaluation.fidelity import fidelity, means
+from distill.evaluation.probe import Probe
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run
+from distill.teacher.latent import Teacher
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ class HeldOut:
     images: Tensor
 
 
-def adapter_loss(teacher: Teacher, adapter: ControlNetModel, batch: tuple[Tensor, Tensor, Tensor, Tensor], pictures: Tensor) -> Tensor:
+def adapter_loss(
+    teacher: Teacher, adapter: ControlNetModel, batch: tuple[Tensor, Tensor, Tensor, Tensor], pictures: Tensor
+) -> Tensor:
     """The teacher's own denoising loss on (latents, noise, t, text states), seen through the adapter with its pictures (B, 3, H, W)."""
     clean, noise, t, states = batch
     x_t = teacher.schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
@@ -68,19 +70,40 @@ def adapter_loss(teacher: Teacher, adapter: ControlNetModel, batch: tuple[Tensor
 class AdapterTraining:
     """An adapter and its teacher; `train` runs inside a `Run`."""
 
-    def __init__(self, run: Run, teacher: Teacher, cache: LatentCache, pictures: Tensor, condition: str, options: AdapterOptions) -> None:
+    def __init__(
+        self,
+        run: Run,
+        teacher: Teacher,
+        cache: LatentCache,
+        pictures: Tensor,
+        condition: str,
+        options: AdapterOptions,
+    ) -> None:
         """pictures (N, 1 or 3, H, W) uint8 belong to the cache's latents. Raises `UserError` where their numbers differ."""
         if len(pictures) != len(cache.latents):
-            raise UserError(f"{len(pictures)} condition pictures for {len(cache.latents)} images: one an image is expected")
-        self.run, self.teacher, self.cache, self.pictures, self.condition, self.options = run, teacher, cache, pictures, condition, options
+            raise UserError(
+                f"{len(pictures)} condition pictures for {len(cache.latents)} images: one an image is expected"
+            )
+        self.run, self.teacher, self.cache, self.pictures, self.condition, self.options = (
+            run,
+            teacher,
+            cache,
+            pictures,
+            condition,
+            options,
+        )
         self.adapter = make_adapter(teacher)
-        self.optimizer = torch.optim.AdamW(self.adapter.parameters(), lr=options.learning_rate, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            self.adapter.parameters(), lr=options.learning_rate, weight_decay=0.01
+        )
 
     def train(self, held_out: HeldOut, probe: Probe) -> ControlNetModel:
         """Run to the end; the adapter in evaluation mode."""
         run, options = self.run, self.options
         run.track(adapter=self.adapter, optimizer=self.optimizer)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, run.options.steps, options.learning_rate * options.final_rate)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, run.options.steps, options.learning_rate * options.final_rate
+        )
         run.track(decay=decay)
         for step in run.steps():
             if step == 0:
@@ -113,7 +136,9 @@ class AdapterTraining:
         """Figures of samples of held-out conditions, logged; a strip of condition, sample and truth for the first of them."""
         chosen = self.options.validation
         pictures, texts = held_out.pictures[: chosen.samples], held_out.texts[: chosen.samples]
-        samples = images_of(by_teacher(self.teacher, chosen), self.teacher, self.adapter, texts, pictures, chosen)
+        samples = images_of(
+            by_teacher(self.teacher, chosen), self.teacher, self.adapter, texts, pictures, chosen
+        )
         self.run.log(**means(fidelity(self.condition, samples, pictures, probe)))
         if self.run.due(self.run.options.preview_every) or self.run.step == 0:
             self.run.preview(

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
+from distill.core.score import Counted, Prediction, ScoreModel
 from distill.objectives.inversion import invert
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions, Part, Place, Term, Weight, number
-from distill.score import Counted, Prediction, ScoreModel
+from distill.runtime.errors import UserError
 
 Known = dict[tuple[Place, str], Prediction]
 
@@ -29,7 +29,9 @@ class Conditions:
         """The states of one prompt, one a sample. Raises `UserError` where a term needs a prompt that is not given."""
         if name not in self.states:
             given = {"negative": "give negative_prompt", "reference": "give the reference's prompt"}
-            fix = given.get(name, f"add it to the objective's prompts, or use one of {', '.join(self.states)}")
+            fix = given.get(
+                name, f"add it to the objective's prompts, or use one of {', '.join(self.states)}"
+            )
             raise UserError(f"the objective has a term with the prompt {name!r}: {fix}")
         return self.states[name].expand(count, *self.states[name].shape[1:])
 
@@ -76,7 +78,9 @@ class ScoreDistillation:
         for part in options.parts:
             _check_weight(part, model)
         if options.needs_critic and critic is None:
-            raise UserError("the objective has a term of the critic: give a critic (a LoRA or a copy of the teacher)")
+            raise UserError(
+                "the objective has a term of the critic: give a critic (a LoRA or a copy of the teacher)"
+            )
         if options.image and decode is None:
             raise UserError("the objective weighs images: give a decoder")
         self.options, self.decode = options, decode
@@ -105,29 +109,57 @@ class ScoreDistillation:
             raise UserError("the objective has a term at the reference: give the reference's latents")
         clean, before = latents.detach(), self.forwards
         with torch.no_grad():
-            draws = [self._draw(part, clean, conditions, progress, generator, reference) for part in self.options.parts]
+            draws = [
+                self._draw(part, clean, conditions, progress, generator, reference)
+                for part in self.options.parts
+            ]
             known = self._predict(self.model, "teacher", draws, conditions, progress)
-            judged = self._predict(self.critic, "critic", draws, conditions, progress) if self.critic is not None else [{} for _ in draws]
+            judged = (
+                self._predict(self.critic, "critic", draws, conditions, progress)
+                if self.critic is not None
+                else [{} for _ in draws]
+            )
             terms: list[Tensor] = []
             for part, drawn, told, critic in zip(self.options.parts, draws, known, judged, strict=True):
                 terms += self._terms(part, drawn, told, critic, clean, progress)
             total = sum(terms, torch.zeros_like(clean))
-            gradient = _clip(total.clamp(-self.options.clamp, self.options.clamp) if self.options.clamp else total, self.options.clip)
+            gradient = _clip(
+                total.clamp(-self.options.clamp, self.options.clamp) if self.options.clamp else total,
+                self.options.clip,
+            )
         self._check_cost((self.forwards - before) / len(clean), progress)
         loss = surrogate_loss(latents, gradient)
         if self.options.image and images is not None:
             loss = loss + self._image_loss(images, draws[0], known[0], progress)
         first = {name: prediction for (place, name), prediction in known[0].items() if place == "now"}
-        return Distilled(loss, gradient, draws[0].t, draws[0].noise, draws[0].places["now"][0], first, tuple(terms), clean, conditions)
+        return Distilled(
+            loss,
+            gradient,
+            draws[0].t,
+            draws[0].noise,
+            draws[0].places["now"][0],
+            first,
+            tuple(terms),
+            clean,
+            conditions,
+        )
 
     def _check_cost(self, counted: float, progress: float) -> None:
         """Comparisons at equal compute rest on the stated cost: a loss that costs something else must not go on."""
         stated = sum(part.forwards(progress) for part in self.options.parts)
         if counted != stated:
-            raise RuntimeError(f"the objective took {counted} forward passes a sample where it states {stated}: mend Part.forwards")
+            raise RuntimeError(
+                f"the objective took {counted} forward passes a sample where it states {stated}: mend Part.forwards"
+            )
 
     def _draw(
-        self, part: Part, clean: Tensor, conditions: Conditions, progress: float, generator: torch.Generator, reference: Tensor | None
+        self,
+        part: Part,
+        clean: Tensor,
+        conditions: Conditions,
+        progress: float,
+        generator: torch.Generator,
+        reference: Tensor | None,
     ) -> Drawn:
         schedule, law, count = self.model.schedule, part.noise, len(clean)
         t = part.time.draw(count, schedule.steps, progress, generator).to(clean.device)
@@ -146,7 +178,12 @@ class ScoreDistillation:
         return Drawn(t, noise, places, {})
 
     def _predict(
-        self, model: ScoreModel, of: Literal["teacher", "critic"], draws: Sequence[Drawn], conditions: Conditions, progress: float
+        self,
+        model: ScoreModel,
+        of: Literal["teacher", "critic"],
+        draws: Sequence[Drawn],
+        conditions: Conditions,
+        progress: float,
     ) -> list[Known]:
         """Everything the parts ask of a model, in one call."""
         known = [dict(drawn.known) if of == "teacher" else {} for drawn in draws]
@@ -162,15 +199,23 @@ class ScoreDistillation:
             known[index][key] = prediction
         return known
 
-    def _terms(self, part: Part, drawn: Drawn, told: Known, critic: Known, clean: Tensor, progress: float) -> list[Tensor]:
+    def _terms(
+        self, part: Part, drawn: Drawn, told: Known, critic: Known, clean: Tensor, progress: float
+    ) -> list[Tensor]:
         schedule = self.model.schedule
         factor = time_weight(part.weight, schedule.alpha(drawn.t), schedule.sigma(drawn.t))
         if part.normalise:
-            factor = factor / (clean - combined(part.teacher, told, progress).x0).abs().mean((1, 2, 3), keepdim=True)
+            factor = factor / (clean - combined(part.teacher, told, progress).x0).abs().mean(
+                (1, 2, 3), keepdim=True
+            )
         share = drawn.t[:, None, None, None] / schedule.steps
         values = []
         for term in part.active(progress):
-            eps = drawn.noise if term.predict == "noise" else combined(term, told if term.predict == "teacher" else critic, progress).eps
+            eps = (
+                drawn.noise
+                if term.predict == "noise"
+                else combined(term, told if term.predict == "teacher" else critic, progress).eps
+            )
             counts = (share >= term.times[0]) & (share < term.times[1] + (term.times[1] == 1.0))
             values.append(factor * number(term.coefficient, progress) * counts * eps)
         return values
@@ -190,7 +235,9 @@ class ScoreDistillation:
 def _check_weight(part: Part, model: ScoreModel) -> None:
     last = torch.tensor([round(max(part.time.high) * (model.schedule.steps - 1))])
     if part.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
-        raise UserError("the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1")
+        raise UserError(
+            "the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1"
+        )
 
 
 def combined(term: Term, known: Known, progress: float) -> Prediction:
@@ -215,7 +262,9 @@ def combined(term: Term, known: Known, progress: float) -> Prediction:
 
 def _perpendicular(vector: Tensor, onto: Tensor) -> Tensor:
     """The part of each sample's vector (B, C, H, W) that is perpendicular to another."""
-    along = (vector * onto).sum((1, 2, 3), keepdim=True) / onto.square().sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
+    along = (vector * onto).sum((1, 2, 3), keepdim=True) / onto.square().sum(
+        (1, 2, 3), keepdim=True
+    ).clamp_min(1e-12)
     return vector - along * onto
 
 
@@ -244,7 +293,11 @@ def surrogate_loss(latents: Tensor, gradient: Tensor) -> Tensor:
 
 
 def text_conditions(
-    encode: Callable[[Sequence[str]], Tensor], prompts: Sequence[str], options: ObjectiveOptions, negative: str = "", reference: str = ""
+    encode: Callable[[Sequence[str]], Tensor],
+    prompts: Sequence[str],
+    options: ObjectiveOptions,
+    negative: str = "",
+    reference: str = "",
 ) -> Conditions:
     """Conditions of prompts, one a sample, through a teacher's `encode_text`: what the objective asks for, and no more.
 

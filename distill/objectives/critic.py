@@ -8,10 +8,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from distill.errors import UserError
+from distill.core.score import Prediction, ScoreModel
 from distill.objectives.options import CriticOptions
-from distill.score import Prediction, ScoreModel
-from distill.teacher.frozen import Distillable, UNetScore
+from distill.runtime.errors import UserError
+from distill.teacher.latent import Distillable, UNetScore
 from distill.teacher.unet import denoising_loss
 
 ADAPTER = "critic"
@@ -29,7 +29,11 @@ class Critic(ScoreModel):
         """Raises `UserError` where peft is needed and not installed."""
         self.options, self.schedule = options, teacher.schedule
         self._lora = options.kind == "lora"
-        self.unet = _add_lora(teacher.unet, options.rank) if self._lora else copy.deepcopy(teacher.unet).requires_grad_(True)
+        self.unet = (
+            _add_lora(teacher.unet, options.rank)
+            if self._lora
+            else copy.deepcopy(teacher.unet).requires_grad_(True)
+        )
         self.score = UNetScore(self.unet, teacher.schedule, teacher.score.kind)
         width = teacher.unet.config.cross_attention_dim
         self.embed = nn.Linear(CAMERA, width).to(teacher.device) if options.camera else None
@@ -41,7 +45,9 @@ class Critic(ScoreModel):
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        named = [value for name, value in self.unet.named_parameters() if not self._lora or f".{ADAPTER}." in name]
+        named = [
+            value for name, value in self.unet.named_parameters() if not self._lora or f".{ADAPTER}." in name
+        ]
         return named + ([] if self.embed is None else list(self.embed.parameters()))
 
     @contextmanager
@@ -61,7 +67,9 @@ class Critic(ScoreModel):
         if self.embed is None:
             return text
         if poses is None:
-            raise UserError("a critic with a camera must be told the view: give poses, or set objective.critic.camera=false")
+            raise UserError(
+                "a critic with a camera must be told the view: give poses, or set objective.critic.camera=false"
+            )
         token = self.embed(poses.to(text))
         if forget is not None:
             token = torch.where(forget[:, None], torch.zeros_like(token), token)
@@ -79,9 +87,13 @@ class Critic(ScoreModel):
         t = torch.randint(self.schedule.steps, (len(clean),), generator=generator).to(clean.device)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         forget = (torch.rand(len(clean), generator=generator) < self.options.dropout).to(clean.device)
-        return denoising_loss(self.unet, self.schedule, (clean, noise, t, self.states(text, poses, forget)), self.score.kind)
+        return denoising_loss(
+            self.unet, self.schedule, (clean, noise, t, self.states(text, poses, forget)), self.score.kind
+        )
 
-    def train_on(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> float:
+    def train_on(
+        self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator
+    ) -> float:
         """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last loss."""
         loss = latents.new_zeros(())
         for _ in range(self.options.updates):
@@ -94,7 +106,10 @@ class Critic(ScoreModel):
 
     def state_dict(self) -> dict[str, Any]:
         """The trained parameters, in order, and the optimizer."""
-        return {"parameters": [value.detach() for value in self.parameters()], "optimizer": self.optimizer.state_dict()}
+        return {
+            "parameters": [value.detach() for value in self.parameters()],
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -108,9 +123,14 @@ def _add_lora(unet: Any, rank: int) -> Any:
     try:
         from peft import LoraConfig
     except ImportError:
-        raise UserError("a LoRA critic needs peft: pip install peft, or set objective.critic.kind=copy") from None
+        raise UserError(
+            "a LoRA critic needs peft: pip install peft, or set objective.critic.kind=copy"
+        ) from None
     if ADAPTER in getattr(unet, "peft_config", {}):
         unet.delete_adapters(ADAPTER)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True), adapter_name=ADAPTER)
+    unet.add_adapter(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True),
+        adapter_name=ADAPTER,
+    )
     return unet

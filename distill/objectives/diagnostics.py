@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.data import atomic_path, write_json
-from distill.errors import UserError
 from distill.objectives.algebra import Distilled, Known, ScoreDistillation, combined
 from distill.objectives.options import ObjectiveOptions, Part, TimeLaw
-from distill.report import image_grid, save_png
-from distill.run import Run
+from distill.runtime.errors import UserError
+from distill.runtime.files import atomic_path, write_json
+from distill.runtime.images import image_grid, save_png
+from distill.runtime.run import Run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def at_level(options: ObjectiveOptions, share: float) -> ObjectiveOptions:
 
 
 @torch.no_grad()
-def diagnose(objective: ScoreDistillation, outcome: Distilled, progress: float, options: DiagnosticOptions) -> tuple[Diagnosis, Tensor]:
+def diagnose(
+    objective: ScoreDistillation, outcome: Distilled, progress: float, options: DiagnosticOptions
+) -> tuple[Diagnosis, Tensor]:
     """Figures of a step over the objective's own range of t, and x0 (L, B, C, h, w) of its first teacher term at each level.
 
     Draws its own noise, so that the run it looks at goes on unchanged.
@@ -59,13 +61,19 @@ def diagnose(objective: ScoreDistillation, outcome: Distilled, progress: float, 
     shares = torch.linspace(law.low, law.upper(progress), options.levels).tolist()
     rows, clean = [], []
     for share in shares:
-        held = ScoreDistillation(objective.model.model, at_level(objective.options, share), critic, objective.decode)
+        held = ScoreDistillation(
+            objective.model.model, at_level(objective.options, share), critic, objective.decode
+        )
         generator = torch.Generator().manual_seed(0)
-        outcomes = [held(latents, conditions, progress, generator, reference=latents) for _ in range(options.draws)]
+        outcomes = [
+            held(latents, conditions, progress, generator, reference=latents) for _ in range(options.draws)
+        ]
         drawn = torch.stack([outcome.gradient for outcome in outcomes]).flatten(2)  # (draws, B, N)
         mean = drawn.mean(0)
         noise = (drawn - mean).square().sum(2).mean() * options.draws / (options.draws - 1)
-        signal = (mean.square().sum(1).mean() - noise / options.draws).clamp_min(0)  # the mean's own noise taken off
+        signal = (mean.square().sum(1).mean() - noise / options.draws).clamp_min(
+            0
+        )  # the mean's own noise taken off
         cosine = torch.cosine_similarity(drawn, mean[None], dim=2).mean()
         told: Known = {("now", name): prediction for name, prediction in outcomes[0].predictions.items()}
         parts = _split(objective.options, told, outcomes[0].noise, progress)

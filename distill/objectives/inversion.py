@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.score import Guided, Prediction, ScoreModel
+from distill.core.score import Guided, Prediction, ScoreModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,15 @@ def path_times(t: Tensor, steps: int, gap: int) -> Tensor:
 
 
 @torch.no_grad()
-def invert(model: ScoreModel, latents: Tensor, t: Tensor, states: dict[str, Tensor], guidance: float, steps: int, gap: int) -> Path:
+def invert(
+    model: ScoreModel,
+    latents: Tensor,
+    t: Tensor,
+    states: dict[str, Tensor],
+    guidance: float,
+    steps: int,
+    gap: int,
+) -> Path:
     """The path from latents (B, C, H, W) to times t (B,); `states` holds the conditional and/or unconditional ones (B, ...)."""
     if guidance == 0:
         guided, bound = model, states["unconditional"]

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
+from distill.runtime.errors import UserError
 
 Weight = Literal["sigma_squared", "one", "sigma", "alpha_sigma_squared", "sigma_over_alpha"]
 Place = Literal["now", "earlier", "reference"]
@@ -24,7 +24,9 @@ class Ramp:
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.until <= 1:
-            raise UserError(f"a ramp goes from {self.begin} until {self.until}: expected 0 <= begin < until <= 1")
+            raise UserError(
+                f"a ramp goes from {self.begin} until {self.until}: expected 0 <= begin < until <= 1"
+            )
 
     def at(self, progress: float) -> float:
         """The number at a share of the run in [0, 1]."""
@@ -47,7 +49,9 @@ class Term:
 
     predict: Literal["noise", "teacher", "critic"]
     coefficient: float | Ramp = 1.0
-    prompt: str = "conditional"  # or unconditional, negative, reference, or one of the objective's own `prompts`
+    prompt: str = (
+        "conditional"  # or unconditional, negative, reference, or one of the objective's own `prompts`
+    )
     guidance: float | Ramp = 1.0
     away_from: str = "unconditional"
     at: Place = "now"  # x_t; or the earlier point of an inversion path; or the reference's x_t (DDS)
@@ -57,8 +61,15 @@ class Term:
     contrast: float = 0.0  # weight of what sets the prompt apart from the other views': eps_c minus their mean, beside the guidance
 
     def __post_init__(self) -> None:
-        if self.predict != "teacher" and (self.guidance, self.rescale, self.perp_neg, self.contrast) != (1.0, 0.0, 0.0, 0.0):
-            raise UserError(f"a term of the {self.predict} takes no guidance, rescale, perp_neg or contrast: they belong to the teacher's")
+        if self.predict != "teacher" and (self.guidance, self.rescale, self.perp_neg, self.contrast) != (
+            1.0,
+            0.0,
+            0.0,
+            0.0,
+        ):
+            raise UserError(
+                f"a term of the {self.predict} takes no guidance, rescale, perp_neg or contrast: they belong to the teacher's"
+            )
         if self.at != "now" and self.predict == "noise":
             raise UserError(f"the noise has no value at {self.at!r}: a term of the noise is at now")
 
@@ -107,8 +118,16 @@ class TimeLaw:
 
     def draw(self, count: int, steps: int, progress: float, generator: torch.Generator) -> Tensor:
         """Integer times (count,) on the CPU."""
-        share = torch.ones(1) if self.deterministic else torch.rand(1 if self.one_time else count, generator=generator)
-        return ((self.low + (self.upper(progress) - self.low) * share.expand(count)) * (steps - 1)).round().long()
+        share = (
+            torch.ones(1)
+            if self.deterministic
+            else torch.rand(1 if self.one_time else count, generator=generator)
+        )
+        return (
+            ((self.low + (self.upper(progress) - self.low) * share.expand(count)) * (steps - 1))
+            .round()
+            .long()
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,9 @@ class CriticOptions:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.updates < 1 or self.learning_rate <= 0 or not 0 <= self.dropout <= 1:
-            raise UserError("a critic's rank and updates must be at least 1, its learning rate positive and dropout within [0, 1]")
+            raise UserError(
+                "a critic's rank and updates must be at least 1, its learning rate positive and dropout within [0, 1]"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,7 +190,9 @@ class Part:
         if not self.terms:
             raise UserError("an objective needs at least one term")
         if any(term.at == "earlier" for term in self.terms) and not self.noise.has_gap:
-            raise UserError("a term at earlier needs a path to be earlier on: give noise.kind=inversion and a noise.gap")
+            raise UserError(
+                "a term at earlier needs a path to be earlier on: give noise.kind=inversion and a noise.gap"
+            )
         if self.needs_teacher:
             _ = self.teacher
 
@@ -208,12 +231,18 @@ class Part:
         """The prompts that an inversion step asks for."""
         if self.noise.kind != "inversion":
             return ()
-        return {0.0: ("unconditional",), 1.0: ("conditional",)}.get(self.noise.guidance, ("unconditional", "conditional"))
+        return {0.0: ("unconditional",), 1.0: ("conditional",)}.get(
+            self.noise.guidance, ("unconditional", "conditional")
+        )
 
     def forwards(self, progress: float) -> int:
         """Forward passes of the teacher and critic a sample, in units of one U-Net call (F)."""
         path = len(self.path_prompts) * (self.noise.steps + self.noise.has_gap)
-        return path + len(set(self.asked("teacher", progress)) - self.reused()) + len(self.asked("critic", progress))
+        return (
+            path
+            + len(set(self.asked("teacher", progress)) - self.reused())
+            + len(self.asked("critic", progress))
+        )
 
 
 @dataclass(frozen=True)
@@ -240,7 +269,9 @@ class ObjectiveOptions(Part):
         if self.image < 0:
             raise UserError(f"image is {self.image}: a weight of at least 0 is expected")
         if self.image_guidance is not None and not (self.image and self.teacher.guided):
-            raise UserError("image_guidance needs a weight image and a guided first term of the teacher, whose two predictions it mixes")
+            raise UserError(
+                "image_guidance needs a weight image and a guided first term of the teacher, whose two predictions it mixes"
+            )
 
     @property
     def needs_teacher(self) -> bool:

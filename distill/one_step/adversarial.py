@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.errors import UserError
 from distill.objectives.critic import Critic
+from distill.runtime.errors import UserError
 
-Divergence = Literal["reverse_kl", "forward_kl", "jensen_shannon", "squared_hellinger", "jeffreys", "softened_reverse_kl"]
+Divergence = Literal[
+    "reverse_kl", "forward_kl", "jensen_shannon", "squared_hellinger", "jeffreys", "softened_reverse_kl"
+]
 
 # h(r) = r^2 f''(r) of D_f(p | q), r = p / q real over generated: what the matching gradient is multiplied by (arXiv:2502.15681, table 1)
 WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
@@ -45,7 +47,9 @@ class GanOptions:
         if not 0 < self.high <= 1:
             raise UserError(f"gan.high is {self.high}: a share of the noise levels in (0, 1] is expected")
         if min(self.generator, self.critic) < 0 or self.learning_rate <= 0 or self.width < 8:
-            raise UserError("the adversarial weights must not be negative, its learning rate positive and its width at least 8")
+            raise UserError(
+                "the adversarial weights must not be negative, its learning rate positive and its width at least 8"
+            )
 
 
 class _Reached(Exception):
@@ -117,7 +121,12 @@ class Adversary:
         self.critic, self.options = critic, options
         device = states.device
         with torch.no_grad():
-            middle = bottleneck(critic.unet, torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.long, device=device), states)
+            middle = bottleneck(
+                critic.unet,
+                torch.zeros(1, *shape, device=device),
+                torch.zeros(1, dtype=torch.long, device=device),
+                states,
+            )
         self.head = Discriminator(middle.shape[1], options.width).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=0.0)
 

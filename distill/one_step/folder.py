@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 
-from distill.data import write_json
-from distill.errors import UserError
-from distill.noise import NoiseSchedule
+from distill.core.noise import NoiseSchedule
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student, spaced_times
-from distill.shipped import known, located
-from distill.teacher.folder import replaced_folder, save_pipeline
-from distill.teacher.frozen import Teacher
+from distill.runtime.errors import UserError
+from distill.runtime.files import replaced_folder, write_json
+from distill.runtime.shipped import known, located
+from distill.teacher.folder import save_pipeline
+from distill.teacher.latent import Teacher
 from distill.teacher.vocabulary import WORDS
 
 PIPELINE = "pipeline.py"  # its presence tells a student's folder from a teacher's
@@ -74,4 +74,6 @@ def load_student(name: Path | str, device: torch.device | str = "cpu") -> tuple[
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     steps = scheduler.config.original_inference_steps
     times = spaced_times(scheduler.config.num_train_timesteps, steps)
-    return Student(parts.unet, NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, times), parts
+    return Student(
+        parts.unet, NoiseSchedule(scheduler.alphas_cumprod), scheduler.config.prediction_type, times
+    ), parts

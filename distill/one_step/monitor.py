@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
-from distill.metrics import Moments, frechet_distance, moments
+from distill.evaluation.metrics import Moments, frechet_distance, moments
+from distill.runtime.errors import UserError
 
 Features = Callable[[Tensor], Tensor]
 
@@ -31,8 +31,15 @@ class MonitorOptions:
     rollbacks: int = 3  # after so many the run stops
 
     def __post_init__(self) -> None:
-        if min(self.every, self.captions) < 1 or self.each < 2 or self.worse <= 1 or not 0 <= self.collapse < 1:
-            raise UserError("a monitor needs a period, captions and two samples of each; worse above 1, collapse within [0, 1)")
+        if (
+            min(self.every, self.captions) < 1
+            or self.each < 2
+            or self.worse <= 1
+            or not 0 <= self.collapse < 1
+        ):
+            raise UserError(
+                "a monitor needs a period, captions and two samples of each; worse above 1, collapse within [0, 1)"
+            )
 
 
 @dataclass
@@ -55,7 +62,11 @@ class Monitor:
         told = self.features(seen)
         groups = told.reshape(-1, self.options.each, told.shape[1])
         spread = float((groups - groups.mean(1, keepdim=True)).square().sum(2).mean().sqrt())
-        return {"frechet": frechet_distance(moments(told), self.real), "spread": spread, "saturation": self.saturation(seen)}
+        return {
+            "frechet": frechet_distance(moments(told), self.real),
+            "spread": spread,
+            "saturation": self.saturation(seen),
+        }
 
     def judge(self, figures: dict[str, float]) -> str | None:
         """Why the run has diverged; None, and the best figures are kept, where it has not."""
@@ -66,7 +77,9 @@ class Monitor:
         if figures["spread"] < self.options.collapse * self.best.get("spread", 0.0):
             return f"the spread of one caption's samples fell from {self.best['spread']:.3g} to {figures['spread']:.3g}"
         if figures["saturation"] > self.options.saturation:
-            self.alarms.append(f"samples are {figures['saturation']:.2f} times as saturated as real ones: lower the teacher's guidance")
+            self.alarms.append(
+                f"samples are {figures['saturation']:.2f} times as saturated as real ones: lower the teacher's guidance"
+            )
         self.best["frechet"] = min(figures["frechet"], self.best.get("frechet", math.inf))
         self.best["spread"] = max(figures["spread"], self.best.get("spread", 0.0))
         return None

@@ -10,20 +10,21 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from distill.bench.ablation import Figures, coverage
-from distill.metrics import divergence_from, moments, wasserstein_2
+from distill.core.sampling import sample_ode
+from distill.core.score import Prediction, ScoreModel
+from distill.data.latents import LatentCache
+from distill.evaluation.ablation.plan import Figures, coverage
+from distill.evaluation.metrics import divergence_from, moments, wasserstein_2
 from distill.objectives.options import CriticOptions
-from distill.one_step.meter import LagOptions
+from distill.one_step.critic_diagnostics import LagOptions
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.regression import Pairs, Regression
 from distill.one_step.student import Student, StudentOptions
-from distill.one_step.train import MethodOptions, OneStep, OneStepOptions
-from distill.run import Run, RunOptions
-from distill.sampling import sample_ode
-from distill.score import Prediction, ScoreModel
-from distill.teacher.frozen import UNetScore
+from distill.one_step.trainer import MethodOptions, OneStep, OneStepOptions
+from distill.runtime.run import Run, RunOptions
+from distill.teacher.latent import UNetScore
 from distill.teacher.mixture import MixtureTeacher
-from distill.teacher.unet import LatentCache, denoising_loss
+from distill.teacher.unet import denoising_loss
 
 
 @final
@@ -36,7 +37,9 @@ class PointNet(nn.Module):
         self.frequencies = 2.0 ** torch.arange(6) * math.pi / 1000
         self.conv_in = nn.Linear(2 + 12 + classes, width)
         self.down = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.mid_block = nn.Sequential(nn.Flatten(), nn.SiLU(), nn.Linear(width, width), nn.Unflatten(1, (width, 1, 1)))
+        self.mid_block = nn.Sequential(
+            nn.Flatten(), nn.SiLU(), nn.Linear(width, width), nn.Unflatten(1, (width, 1, 1))
+        )
         self.up = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.conv_out = nn.Linear(width, 2)
 
@@ -48,7 +51,9 @@ class PointNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
         """The answer (B, 2, 1, 1) as `.sample`."""
         angle = timestep[:, None].to(sample) * self.frequencies.to(sample)
-        told = torch.cat([sample.flatten(1), angle.sin(), angle.cos(), encoder_hidden_states[:, 0].to(sample)], 1)
+        told = torch.cat(
+            [sample.flatten(1), angle.sin(), angle.cos(), encoder_hidden_states[:, 0].to(sample)], 1
+        )
         first = self.conv_in(told)
         middle = self.mid_block(first + self.down(first))
         return SimpleNamespace(sample=self.conv_out(first + self.up(middle.flatten(1)))[..., None, None])
@@ -101,7 +106,12 @@ def mixture_cache(exact: MixtureTeacher, count: int, generator: torch.Generator)
 def point_monitor(cache: LatentCache, options: MonitorOptions) -> Monitor:
     """Watches points as they are: the features are the coordinates."""
     return Monitor(
-        moments(cache.latents.flatten(1)), lambda points: points, lambda points: points.flatten(1), lambda points: 1.0, options, {}
+        moments(cache.latents.flatten(1)),
+        lambda points: points,
+        lambda points: points.flatten(1),
+        lambda points: 1.0,
+        options,
+        {},
     )
 
 
@@ -138,7 +148,10 @@ class PointOptions:
     batch: int = 128
     learning_rate: float = 1e-3
     critic_rate: float = 2e-3
-    adversary: tuple[float, float] = (3.0, 0.01)  # its weights on student and critic: a point has two numbers, not a latent's thousand
+    adversary: tuple[float, float] = (
+        3.0,
+        0.01,
+    )  # its weights on student and critic: a point has two numbers, not a latent's thousand
     fitting: int = 3000  # steps of the network that student and critic start from
     pairs: int = 4096
 
@@ -156,14 +169,23 @@ def unguided(method: MethodOptions, options: PointOptions) -> MethodOptions:
     second = None if method.second_order is None else replace(method.second_order, guidance=1.0)
     consistency = None if method.consistency is None else replace(method.consistency, guidance=1.0)
     progressive = None if method.progressive is None else replace(method.progressive, guidance=1.0)
-    parts = {"objective": objective, "second_order": second, "consistency": consistency, "progressive": progressive}
+    parts = {
+        "objective": objective,
+        "second_order": second,
+        "consistency": consistency,
+        "progressive": progressive,
+    }
     if method.gan is not None:
-        parts["gan"] = replace(method.gan, generator=options.adversary[0], critic=options.adversary[1], high=1.0)
+        parts["gan"] = replace(
+            method.gan, generator=options.adversary[0], critic=options.adversary[1], high=1.0
+        )
     return replace(method, **parts, critic=plain(method.critic))
 
 
 @torch.no_grad()
-def point_pairs(study: MixtureStudy, cache: LatentCache, count: int, generator: torch.Generator, steps: int = 50) -> Pairs:
+def point_pairs(
+    study: MixtureStudy, cache: LatentCache, count: int, generator: torch.Generator, steps: int = 50
+) -> Pairs:
     """Noise and where the exact ODE takes it, by DDIM."""
     noise, caption = torch.randn(count, 2, 1, 1, generator=generator), cache.caption[:count]
     scheduler = DDIMScheduler(
@@ -177,22 +199,35 @@ def point_pairs(study: MixtureStudy, cache: LatentCache, count: int, generator: 
     return Pairs(noise, latents, cache.states, caption)
 
 
-def run_points(study: MixtureStudy, method: MethodOptions, options: PointOptions, directory: Path, seed: int) -> dict[str, float]:
+def run_points(
+    study: MixtureStudy, method: MethodOptions, options: PointOptions, directory: Path, seed: int
+) -> dict[str, float]:
     """Distil the study by a method within the budget, in a run of its own; the grades of the averaged student."""
     cache = mixture_cache(study.exact, 8192, torch.Generator().manual_seed(seed + 5))
     chosen = unguided(method, options)
     regression = None
     if chosen.regression is not None:
         pairs = point_pairs(study, cache, options.pairs, torch.Generator().manual_seed(seed + 6))
-        regression = Regression(pairs, replace(chosen.regression, distance="latents"), lambda latents: latents, None)
+        regression = Regression(
+            pairs, replace(chosen.regression, distance="latents"), lambda latents: latents, None
+        )
     trajectory = chosen.consistency is not None or chosen.progressive is not None
     watch = MonitorOptions(every=10**6, worse=1e9, collapse=0.0)
     student = StudentOptions(level=None if trajectory else 2.5)
-    training = OneStepOptions(chosen, student, options.batch, learning_rate=options.learning_rate, lag=LagOptions(every=0), monitor=watch)
+    training = OneStepOptions(
+        chosen,
+        student,
+        options.batch,
+        learning_rate=options.learning_rate,
+        lag=LagOptions(every=0),
+        monitor=watch,
+    )
 
     def task(steps: int, place: Path) -> OneStep:
         run = Run(
-            RunOptions(str(place), steps, seed, trackers=(), preview_every=10**9, checkpoint_every=10**9), {"steps": steps}, place.name
+            RunOptions(str(place), steps, seed, trackers=(), preview_every=10**9, checkpoint_every=10**9),
+            {"steps": steps},
+            place.name,
         )
         return OneStep(run, study, cache, training, point_monitor(cache, watch), regression)
 

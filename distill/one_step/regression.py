@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.data import atomic_path, read_json, write_json
-from distill.errors import UserError
+from distill.core.sampling import sample_ode
+from distill.core.score import Guided
 from distill.one_step.student import Student
-from distill.sampling import sample_ode
-from distill.score import Guided
-from distill.teacher.frozen import Teacher
+from distill.runtime.errors import UserError
+from distill.runtime.files import atomic_path, read_json, write_json
+from distill.teacher.latent import Teacher
 
 FORMAT = "distill-pairs-1"
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -52,7 +52,9 @@ def make_pairs(teacher: Teacher, captions: Sequence[str], folder: Path | str, op
     folder = Path(folder)
     facts = {"format": FORMAT, "teacher": teacher.place, "options": vars(options), "captions": list(captions)}
     if (folder / "pairs.json").is_file() and read_json(folder / "pairs.json") != facts:
-        raise UserError(f"{folder} holds pairs of another teacher, captions or options: choose another folder")
+        raise UserError(
+            f"{folder} holds pairs of another teacher, captions or options: choose another folder"
+        )
     write_json(folder / "pairs.json", facts)
     model = Guided(teacher, teacher.encode_text([""]), options.guidance)
     starts = range(0, options.count, options.shard)
@@ -64,14 +66,22 @@ def make_pairs(teacher: Teacher, captions: Sequence[str], folder: Path | str, op
             noise = torch.randn(size, *teacher.latent_shape, generator=generator).half()
             index = torch.arange(start, start + size) % len(captions)
             latents = [
-                _sampled(model, teacher, captions, index[part], noise[part], options) for part in torch.arange(size).split(options.batch)
+                _sampled(model, teacher, captions, index[part], noise[part], options)
+                for part in torch.arange(size).split(options.batch)
             ]
             with atomic_path(path) as temporary:
                 save_file({"noise": noise, "latents": torch.cat(latents).half(), "caption": index}, temporary)
     return folder
 
 
-def _sampled(model: Guided, teacher: Teacher, captions: Sequence[str], index: Tensor, noise: Tensor, options: PairOptions) -> Tensor:
+def _sampled(
+    model: Guided,
+    teacher: Teacher,
+    captions: Sequence[str],
+    index: Tensor,
+    noise: Tensor,
+    options: PairOptions,
+) -> Tensor:
     states = teacher.encode_text([captions[i] for i in index])
     return sample_ode(model, teacher.scheduler, states, noise.float().to(teacher.device), options.steps).cpu()
 
@@ -96,7 +106,9 @@ def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Tensor]) ->
     try:
         shards = [load_file(path) for path in paths]
     except (SafetensorError, OSError) as error:
-        raise UserError(f"a shard of {folder} is damaged ({error}): delete it and make the pairs again") from None
+        raise UserError(
+            f"a shard of {folder} is damaged ({error}): delete it and make the pairs again"
+        ) from None
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in ("noise", "latents", "caption")}
     states = torch.cat([encode(part) for part in _chunks(facts["captions"], 256)])
     return Pairs(joined["noise"].float(), joined["latents"].float(), states, joined["caption"])
@@ -127,7 +139,13 @@ class RegressionOptions:
 class Regression:
     """The loss on a random batch of pairs."""
 
-    def __init__(self, pairs: Pairs, options: RegressionOptions, decode: Callable[[Tensor], Tensor], features: Features | None) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        options: RegressionOptions,
+        decode: Callable[[Tensor], Tensor],
+        features: Features | None,
+    ) -> None:
         self.pairs, self.options, self.decode, self.features = pairs, options, decode, features
 
     def __call__(self, student: Student, batch: int, generator: torch.Generator) -> Tensor:

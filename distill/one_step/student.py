@@ -7,10 +7,10 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from distill.errors import UserError
-from distill.noise import Kind, NoiseSchedule
-from distill.score import Prediction
-from distill.teacher.frozen import Distillable, UNetScore
+from distill.core.noise import Kind, NoiseSchedule
+from distill.core.score import Prediction
+from distill.runtime.errors import UserError
+from distill.teacher.latent import Distillable, UNetScore
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,20 @@ class StudentOptions:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.level is not None and self.level <= 0):
-            raise UserError(f"a student of {self.steps} steps from the level {self.level}: at least 1 step and a level above 0 are needed")
+            raise UserError(
+                f"a student of {self.steps} steps from the level {self.level}: at least 1 step and a level above 0 are needed"
+            )
 
 
 def student_times(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
     """Its times, falling. Raises `UserError` where there are fewer levels than steps."""
-    last = schedule.steps - 1 if options.level is None else int(schedule.nearest(torch.tensor([options.level])))
+    last = (
+        schedule.steps - 1 if options.level is None else int(schedule.nearest(torch.tensor([options.level])))
+    )
     if last + 1 < options.steps:
-        raise UserError(f"a student of {options.steps} steps cannot start at t = {last}: give a higher level or fewer steps")
+        raise UserError(
+            f"a student of {options.steps} steps cannot start at t = {last}: give a higher level or fewer steps"
+        )
     return spaced_times(last + 1, options.steps)
 
 
@@ -54,7 +60,10 @@ def rounding_error(schedule: NoiseSchedule, t: int, kind: Kind, dtype: torch.dty
     rounded = float((answer.to(dtype).float() - answer).square().mean().sqrt())
     place = torch.tensor([t])
     alpha, sigma = float(schedule.alpha(place)), float(schedule.sigma(place))
-    return rounded * {"epsilon": sigma / alpha if alpha else float("inf"), "v_prediction": sigma, "sample": 1.0}[kind]
+    return (
+        rounded
+        * {"epsilon": sigma / alpha if alpha else float("inf"), "v_prediction": sigma, "sample": 1.0}[kind]
+    )
 
 
 def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: Kind) -> str:
@@ -63,7 +72,8 @@ def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: Kind) ->
     place = torch.tensor([t])
     level = float(schedule.sigma(place) / schedule.alpha(place))
     errors = [
-        f"{rounding_error(schedule, t, kind, dtype):.4f} in {name}" for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.half))
+        f"{rounding_error(schedule, t, kind, dtype):.4f} in {name}"
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.half))
     ]
     return f"pure noise is taken for t = {t} (sigma / alpha {level:.3g}); rounding the network's answer errs x0 by {' and '.join(errors)}"
 
@@ -83,7 +93,9 @@ class Student(nn.Module):
         times, kind = student_times(teacher.schedule, options), teacher.score.kind
         if options.parameterisation == "sample" and kind != "sample":
             if kind != "v_prediction":
-                raise UserError("parameterisation=sample starts from a teacher that answers v or x0: this one answers eps")
+                raise UserError(
+                    "parameterisation=sample starts from a teacher that answers v or x0: this one answers eps"
+                )
             _answer_sample(unet, float(teacher.schedule.sigma(torch.tensor(times[:1]))))
             kind = "sample"
         return Student(unet, teacher.schedule, kind, times)

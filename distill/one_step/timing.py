@@ -2,9 +2,9 @@
 
 import torch
 
-from distill.one_step.train import OneStep
+from distill.one_step.trainer import OneStep
+from distill.runtime.timing import Timing, timed
 from distill.teacher.unet import denoising_loss
-from distill.timing import Timing, timed
 
 
 def time_cycle(task: OneStep, runs: int) -> tuple[list[Timing], float]:
@@ -37,4 +37,6 @@ def profile_cycle(task: OneStep, rows: int = 12) -> str:
     """The operators that a cycle spends its time in, their own time, by torch's profiler."""
     with torch.profiler.profile() as profile:
         task.cycle(0)
-    return profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=40)
+    return profile.key_averages().table(
+        sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=40
+    )

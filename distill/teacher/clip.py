@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from distill.augmentation import add_noise, move, soften, some
-from distill.data import Captioned, batches, grey_levels
-from distill.run import Run
-from distill.teacher.neighbours import OneWordApart
+from distill.data.augmentation import add_noise, move, soften, some
+from distill.data.folders import Captioned, batches, grey_levels
+from distill.runtime.run import Run
+from distill.teacher.hard_negatives import OneWordApart
 
 MEAN = (0.5, 0.5, 0.5)  # pixel normalisation, in the image processor's files too
 STD = (0.25, 0.25, 0.25)
@@ -32,7 +32,9 @@ class ClipOptions:
     weight_decay: float = 0.05
     image_to_text: float = 0.5
     negatives: int = 256  # further random captions each image is told from in a step
-    mirror: bool = True  # half of the images mirrored in the first part; false where captions say left or right
+    mirror: bool = (
+        True  # half of the images mirrored in the first part; false where captions say left or right
+    )
     hard_negatives: int = 4  # in the second part: captions one word apart, for each image
     hard_learning_rate: float = 1e-3
 
@@ -74,7 +76,9 @@ def normalise(images: Tensor) -> Tensor:
 
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
     """Unit features (B, D) of images (B, 3, H, W) in [0, 1] at the model's resolution."""
-    return F.normalize(model.visual_projection(model.vision_model(pixel_values=normalise(images)).pooler_output), dim=-1)
+    return F.normalize(
+        model.visual_projection(model.vision_model(pixel_values=normalise(images)).pooler_output), dim=-1
+    )
 
 
 def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
@@ -84,7 +88,9 @@ def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
     return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, log_scale: Tensor, image_to_text: float) -> Tensor:
+def contrastive_loss(
+    image: Tensor, text: Tensor, same: Tensor, log_scale: Tensor, image_to_text: float
+) -> Tensor:
     """Weighted symmetric cross-entropy over unit features (B, D) and (B + N, D), the last N texts without an image.
 
     `same` (B, B + N) marks equal captions, all of them positives.
@@ -92,8 +98,12 @@ def contrastive_loss(image: Tensor, text: Tensor, same: Tensor, log_scale: Tenso
     """
     logits = log_scale.exp() * image @ text.T
     paired = slice(0, len(image))
-    forward, backward = (target / target.sum(1, keepdim=True) for target in (same, same[:, paired]))  # the paired part is symmetric
-    return image_to_text * F.cross_entropy(logits, forward) + (1 - image_to_text) * F.cross_entropy(logits[:, paired].T, backward)
+    forward, backward = (
+        target / target.sum(1, keepdim=True) for target in (same, same[:, paired])
+    )  # the paired part is symmetric
+    return image_to_text * F.cross_entropy(logits, forward) + (1 - image_to_text) * F.cross_entropy(
+        logits[:, paired].T, backward
+    )
 
 
 def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
@@ -108,15 +118,21 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
     distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror)
-        others = distinct[torch.randint(len(distinct), (options.negatives,), generator=run.generator)].to(run.device)
+        images = augment(
+            data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror
+        )
+        others = distinct[torch.randint(len(distinct), (options.negatives,), generator=run.generator)].to(
+            run.device
+        )
         with torch.no_grad():  # they are targets to be told from; texts learn from the paired part
             return images, others, text_features(model, others)
 
     return _train(run, model, distinct[caption], options, options.learning_rate, batch)
 
 
-def train_hard(run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
+def train_hard(
+    run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions
+) -> CLIPModel:
     """Train on, each image told from captions one word apart (`OneWordApart`), both towers learning from them.
 
     Nothing is mirrored: the light that is fixed to the world tells one view from another. Half of the images stay as they are.
@@ -128,7 +144,9 @@ def train_hard(run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPToken
     def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = data.composite(index, grey_levels(len(index), run.generator))
         images = torch.where(some(images, run.generator, 0.5), augment(images, run.generator, False), images)
-        others = distinct[neighbours.draw(caption[index], options.hard_negatives, run.generator).flatten()].to(run.device)
+        others = distinct[
+            neighbours.draw(caption[index], options.hard_negatives, run.generator).flatten()
+        ].to(run.device)
         return images, others, text_features(model, others)
 
     return _train(run, model, distinct[caption], options, options.hard_learning_rate, batch)
@@ -143,8 +161,12 @@ def _train(
     batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> CLIPModel:
     """The loop: `batch` gives the images of rows, and further captions with their features."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=run.options.steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rate, total_steps=run.options.steps, pct_start=0.1
+    )
     run.track(model=model, optimizer=optimizer, schedule=schedule)
     for step in run.steps():
         index = batches(len(ids), options.batch, step, run.options.seed)
@@ -152,7 +174,9 @@ def _train(
         words = ids[index].to(run.device)
         same = (words[:, None] == torch.cat([words, others])[None]).all(-1).float()
         text = torch.cat([text_features(model, words), far])
-        loss = contrastive_loss(image_features(model, images.to(run.device)), text, same, model.logit_scale, options.image_to_text)
+        loss = contrastive_loss(
+            image_features(model, images.to(run.device)), text, same, model.logit_scale, options.image_to_text
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,14 +189,18 @@ def _train(
 
 
 @torch.no_grad()
-def caption_features(model: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], batch: int = 512) -> Tensor:
+def caption_features(
+    model: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], batch: int = 512
+) -> Tensor:
     """Unit features (N, D) of captions."""
     ids = tokenize(tokenizer, captions).to(model.device)
     return torch.cat([text_features(model, part) for part in ids.split(batch)])
 
 
 @torch.no_grad()
-def label_shares(model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250) -> Tensor:
+def label_shares(
+    model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250
+) -> Tensor:
     """Shares (N, K) of K labels for images (N, 3, H, W) in [0, 1]: softmax of scaled cosines (arXiv:2103.00020, section 3.1)."""
     text = caption_features(model, tokenizer, labels)
     parts = [image_features(model, part.to(model.device)) @ text.T for part in images.split(batch)]

@@ -1,18 +1,15 @@
 """Trained parts to a complete diffusers folder: what `StableDiffusionPipeline.from_pretrained` loads, and CLIP beside it."""
 
 import copy
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from distill.data import read_json, write_json
-from distill.errors import UserError
-from distill.shipped import located
+from distill.runtime.errors import UserError
+from distill.runtime.files import read_json, replaced_folder, write_json
+from distill.runtime.shipped import located
 from distill.teacher.vocabulary import WORDS, save_vocabulary
 
 Parts = tuple[CLIPTokenizer, list[str], CLIPModel, AutoencoderKL]
@@ -23,7 +20,10 @@ def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
     """CLIP's text tower as a pipeline's text encoder, with the same weights."""
     encoder = CLIPTextModel(clip.config.text_config)
     own = set(encoder.state_dict())
-    weights = {name if name in own else name.removeprefix("text_model."): value for name, value in clip.state_dict().items()}
+    weights = {
+        name if name in own else name.removeprefix("text_model."): value
+        for name, value in clip.state_dict().items()
+    }
     encoder.load_state_dict({name: value for name, value in weights.items() if name in own})
     return encoder.eval()
 
@@ -59,23 +59,6 @@ def save_teacher(
         save_vocabulary(temporary / "tokenizer", tokenizer, words)
 
 
-@contextmanager
-def replaced_folder(folder: Path | str, mark: str, what: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when all is written; an older one, told by the file `mark`, is replaced.
-
-    Raises `UserError` when the folder holds something other than `what`.
-    """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise UserError(f"{folder} holds something other than {what}: choose another folder")
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
-
-
 def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline) -> None:
     """A pipeline's parts in fp16, in which they are left; loaded without a dtype they are all float32.
 
@@ -86,7 +69,9 @@ def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline) -> None:
     write_json(config, {**read_json(config), "dtype": "float32"})
 
 
-def save_parts(folder: Path | str, tokenizer: CLIPTokenizer, words: list[str], clip: CLIPModel, vae: AutoencoderKL) -> None:
+def save_parts(
+    folder: Path | str, tokenizer: CLIPTokenizer, words: list[str], clip: CLIPModel, vae: AutoencoderKL
+) -> None:
     """What a U-Net is trained on, in fp16: tokenizer, CLIP and VAE, in a teacher folder's places."""
     folder = Path(folder)
     copy.deepcopy(vae).half().save_pretrained(folder / "vae")
@@ -102,7 +87,9 @@ def load_parts(folder: Path | str) -> Parts:
     folder = located("teacher", folder)
     words = folder / "tokenizer" / WORDS
     if not words.is_file() or not (folder / "vae" / "config.json").is_file():
-        raise UserError(f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote")
+        raise UserError(
+            f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote"
+        )
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     return tokenizer, read_json(words), load_clip(folder), vae.to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.teacher.frozen import Teacher
+from distill.teacher.latent import Teacher
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ def fit_linear_encoder(teacher: Teacher, count: int = 64, seed: int = 0) -> Line
     generator = torch.Generator().manual_seed(seed)
     channels, side = teacher.latent_shape[:2]
     coarse = torch.rand(count, 3, max(side // 2, 2), max(side // 2, 2), generator=generator)
-    images = F.interpolate(coarse, size=(teacher.resolution,) * 2, mode="bilinear", align_corners=False).to(teacher.device)
+    images = F.interpolate(coarse, size=(teacher.resolution,) * 2, mode="bilinear", align_corners=False).to(
+        teacher.device
+    )
     latents = teacher.encode_images(images).permute(0, 2, 3, 1).reshape(-1, channels)
     cells = F.adaptive_avg_pool2d(images, side).permute(0, 2, 3, 1).reshape(-1, 3)
     inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], 1).double().cpu()

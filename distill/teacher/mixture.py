@@ -11,9 +11,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
-from distill.noise import NoiseSchedule
-from distill.score import Prediction, ScoreModel
+from distill.core.noise import NoiseSchedule
+from distill.core.score import Prediction, ScoreModel
+from distill.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,32 @@ class Mixture:
 
     def __post_init__(self) -> None:
         count = len(self.labels)
-        if self.means.ndim != 4 or self.stds.shape != self.means.shape or {len(self.means), len(self.weights)} != {count}:
+        if (
+            self.means.ndim != 4
+            or self.stds.shape != self.means.shape
+            or {len(self.means), len(self.weights)} != {count}
+        ):
             raise UserError("a mixture needs means and stds (K, C, H, W), K weights and K labels")
-        if not bool((self.stds > 0).all()) or not bool((self.weights >= 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-6:
-            raise UserError("a mixture's stds must be positive and its weights must be at least 0 and sum to 1")
+        if (
+            not bool((self.stds > 0).all())
+            or not bool((self.weights >= 0).all())
+            or abs(float(self.weights.sum()) - 1) > 1e-6
+        ):
+            raise UserError(
+                "a mixture's stds must be positive and its weights must be at least 0 and sum to 1"
+            )
 
     def of(self, label: str) -> Tensor:
         """Weights (K,) given a class; the empty label is the whole mixture. Raises `UserError` for a class there is not."""
         if not label:
             return self.weights
-        chosen = self.weights * torch.tensor([own == label for own in self.labels], device=self.weights.device)
+        chosen = self.weights * torch.tensor(
+            [own == label for own in self.labels], device=self.weights.device
+        )
         if float(chosen.sum()) == 0:
-            raise UserError(f"the mixture has no class {label!r}: it has {', '.join(sorted(set(self.labels)))}")
+            raise UserError(
+                f"the mixture has no class {label!r}: it has {', '.join(sorted(set(self.labels)))}"
+            )
         return chosen / chosen.sum()
 
     def log_density(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -52,7 +66,9 @@ def ring(modes: int = 8, radius: float = 1.0, std: float = 0.08, classes: int = 
     angle = torch.arange(modes, dtype=torch.float64) * (2 * torch.pi / modes)
     means = radius * torch.stack([angle.cos(), angle.sin()], 1)[..., None, None]
     labels = tuple(f"c{i % classes}" for i in range(modes))
-    return Mixture(means, torch.full_like(means, std), torch.full((modes,), 1 / modes, dtype=torch.float64), labels)
+    return Mixture(
+        means, torch.full_like(means, std), torch.full((modes,), 1 / modes, dtype=torch.float64), labels
+    )
 
 
 @final
@@ -81,7 +97,13 @@ class MixtureTeacher(ScoreModel):
 
     def log_density(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """log p_t (B,) of x_t (B, C, H, W), float64, differentiable."""
-        parts, _ = _log_parts(self.mixture, x_t.double(), self.schedule.alpha(t).double(), self.schedule.sigma(t).double(), condition[:, 0])
+        parts, _ = _log_parts(
+            self.mixture,
+            x_t.double(),
+            self.schedule.alpha(t).double(),
+            self.schedule.sigma(t).double(),
+            condition[:, 0],
+        )
         return parts.logsumexp(1)
 
     def sample(self, condition: Tensor, generator: torch.Generator) -> Tensor:
@@ -91,7 +113,9 @@ class MixtureTeacher(ScoreModel):
         return self.mixture.means[chosen] + self.mixture.stds[chosen] * noise
 
 
-def _log_parts(mixture: Mixture, x_t: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def _log_parts(
+    mixture: Mixture, x_t: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """log of weight times density of each component (B, K), and the components' variances (B, K, C, H, W)."""
     variance = alpha[:, None] ** 2 * mixture.stds.double() ** 2 + sigma[:, None] ** 2
     distance = (x_t[:, None] - alpha[:, None] * mixture.means.double()) ** 2 / variance
@@ -99,7 +123,9 @@ def _log_parts(mixture: Mixture, x_t: Tensor, alpha: Tensor, sigma: Tensor, weig
     return log_normal + weights.double().log(), variance
 
 
-def posterior_means(mixture: Mixture, x_t: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def posterior_means(
+    mixture: Mixture, x_t: Tensor, alpha: Tensor, sigma: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
     """E[x0 | x_t] and E[eps | x_t], each (B, C, H, W), for weights (B, K); neither divides by alpha or sigma."""
     parts, variance = _log_parts(mixture, x_t, alpha, sigma, weights)
     share = parts.softmax(1)[..., None, None, None]

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from distill.data import Captioned, load_split
-from distill.errors import UserError
-from distill.run import Run, RunOptions
+from distill.data.folders import Captioned, load_split
+from distill.data.latents import LatentCache, cache_latents
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions, tokenize, train_clip, train_hard
 from distill.teacher.folder import Parts, load_parts, load_unet, save_parts, save_teacher
-from distill.teacher.unet import LatentCache, UnetOptions, cache_latents, make_scheduler, train_unet
+from distill.teacher.unet import UnetOptions, make_scheduler, train_unet
 from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
 from distill.teacher.vocabulary import build_tokenizer, words_of
 
@@ -32,8 +33,12 @@ class TeacherOptions:
     """What a teacher is made of. `data` is a captioned image folder with the splits train and validation."""
 
     data: str
-    reuse: str | None = None  # a folder whose tokenizer, CLIP and VAE are taken as they are, so that only the U-Net is trained
-    reuse_unet: bool = False  # the reused folder's U-Net is where training starts: a finished teacher is trained on
+    reuse: str | None = (
+        None  # a folder whose tokenizer, CLIP and VAE are taken as they are, so that only the U-Net is trained
+    )
+    reuse_unet: bool = (
+        False  # the reused folder's U-Net is where training starts: a finished teacher is trained on
+    )
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
     clip: ClipOptions = field(default_factory=ClipOptions)
@@ -43,8 +48,13 @@ class TeacherOptions:
     def __post_init__(self) -> None:
         if self.reuse_unet and self.reuse is None:
             raise UserError("reuse_unet goes on from the U-Net of a teacher: give teacher.reuse=its folder")
-        if self.resolution % (self.vae.factor * 2 ** (len(self.unet.channels) - 1)) or self.resolution % self.clip.patch:
-            raise UserError(f"resolution {self.resolution} must be a multiple of the VAE factor times the U-Net's, and of the CLIP patch")
+        if (
+            self.resolution % (self.vae.factor * 2 ** (len(self.unet.channels) - 1))
+            or self.resolution % self.clip.patch
+        ):
+            raise UserError(
+                f"resolution {self.resolution} must be a multiple of the VAE factor times the U-Net's, and of the CLIP patch"
+            )
 
 
 def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
@@ -70,7 +80,9 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
 
 def _part(run: RunOptions, name: str, steps: int, options: ClipOptions | VaeOptions | UnetOptions) -> Run:
     directory = str(Path(run.directory) / name)
-    return Run(replace(run, directory=directory, steps=steps), {name: asdict(options), "seed": run.seed}, name)
+    return Run(
+        replace(run, directory=directory, steps=steps), {name: asdict(options), "seed": run.seed}, name
+    )
 
 
 def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, validation: Captioned) -> Parts:
@@ -92,7 +104,9 @@ def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, vali
 def _check_captions(data: Captioned, words: Sequence[str]) -> None:
     unknown = sorted({word for text in data.texts for word in words_of(text)} - set(words))
     if unknown:
-        raise UserError(f"the reused teacher does not know {', '.join(unknown[:5])} of the captions: train without reuse")
+        raise UserError(
+            f"the reused teacher does not know {', '.join(unknown[:5])} of the captions: train without reuse"
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The denoiser: `diffusers.UNet2DConditionModel` on cached latents and cached CLIP text states."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,14 +8,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data import Captioned, batches
-from distill.ema import EMA
-from distill.errors import UserError
-from distill.noise import NoiseSchedule
-from distill.run import Run
-from distill.sampling import sample_ode
-from distill.score import Guided
-from distill.teacher.frozen import UNetScore
+from distill.core.noise import NoiseSchedule
+from distill.core.sampling import sample_ode
+from distill.core.score import Guided
+from distill.data.folders import batches
+from distill.data.latents import LatentCache
+from distill.runtime.ema import EMA
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run
+from distill.teacher.latent import UNetScore
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,9 @@ class UnetOptions:
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout is {self.caption_dropout}: a share in [0, 1) is expected")
         if self.zero_snr and self.prediction == "epsilon":
-            raise UserError("prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false")
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """All that U-Net training reads: latents (N, C, h, w), text states (K, L, D) of the K captions, `caption` (N,) their index.
-
-    The last text state is the empty prompt's.
-    """
-
-    latents: Tensor
-    states: Tensor
-    caption: Tensor
-
-
-@torch.no_grad()
-def cache_latents(vae: AutoencoderKL, data: Captioned, texts: Sequence[str], states: Tensor, batch: int = 64) -> LatentCache:
-    """Encode a split once; `states` (K + 1, L, D) belong to the K distinct `texts` and the empty prompt."""
-    device = next(vae.parameters()).device
-    parts = torch.arange(len(data)).split(batch)
-    latents = [vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist.mean.cpu() for part in parts]
-    place = {text: index for index, text in enumerate(texts)}
-    caption = torch.tensor([place[text] for text in data.texts])
-    return LatentCache(torch.cat(latents) * vae.config.scaling_factor, states.cpu(), caption)
+            raise UserError(
+                "prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false"
+            )
 
 
 def make_scheduler(options: UnetOptions) -> DDIMScheduler:
@@ -80,7 +59,9 @@ def make_scheduler(options: UnetOptions) -> DDIMScheduler:
     )
 
 
-def build_unet(options: UnetOptions, latent_channels: int, side: int, text_width: int) -> UNet2DConditionModel:
+def build_unet(
+    options: UnetOptions, latent_channels: int, side: int, text_width: int
+) -> UNet2DConditionModel:
     """An untrained denoiser with cross-attention on every level."""
     levels = len(options.channels)
     return UNet2DConditionModel(
@@ -98,7 +79,10 @@ def build_unet(options: UnetOptions, latent_channels: int, side: int, text_width
 
 
 def denoising_loss(
-    unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: tuple[Tensor, Tensor, Tensor, Tensor], prediction: str
+    unet: UNet2DConditionModel,
+    schedule: NoiseSchedule,
+    batch: tuple[Tensor, Tensor, Tensor, Tensor],
+    prediction: str,
 ) -> Tensor:
     """Mean squared error of eps or v for (latents, noise, t, text states): plain weights, so that the last level trains."""
     clean, noise, t, states = batch
@@ -108,7 +92,11 @@ def denoising_loss(
 
 
 def train_unet(
-    run: Run, cache: LatentCache, vae: AutoencoderKL, options: UnetOptions, start: UNet2DConditionModel | None = None
+    run: Run,
+    cache: LatentCache,
+    vae: AutoencoderKL,
+    options: UnetOptions,
+    start: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
     """Train on cached latents, from a trained one of the same size where given; returns the averages (EMA) in evaluation mode."""
     scheduler = make_scheduler(options)
@@ -120,7 +108,9 @@ def train_unet(
     averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
-    decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.05)
+    decay = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.05
+    )
     run.track(model=unet, optimizer=optimizer, schedule=decay, ema=ema)
     shown = torch.arange(32) * (len(cache.states) - 1) // 32  # captions of the previews
     noise_shown = torch.randn(len(shown), *shape, generator=torch.Generator().manual_seed(1))
@@ -141,8 +131,14 @@ def train_unet(
         run.log(loss=loss.detach())
         if run.due(run.options.preview_every):
             ema.copy_to(averaged)
-            model = Guided(UNetScore(averaged, schedule, options.prediction), cache.states[-1:].to(run.device), options.preview_guidance)
-            latents = sample_ode(model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25)
+            model = Guided(
+                UNetScore(averaged, schedule, options.prediction),
+                cache.states[-1:].to(run.device),
+                options.preview_guidance,
+            )
+            latents = sample_ode(
+                model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25
+            )
             run.preview("samples", decode(vae, latents))
     ema.copy_to(averaged)
     return averaged
@@ -153,7 +149,9 @@ def _take_over(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
         unet.load_state_dict(start.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the U-Net to go on from has another size ({reason}): give its channels, layers and VAE") from None
+        raise UserError(
+            f"the U-Net to go on from has another size ({reason}): give its channels, layers and VAE"
+        ) from None
 
 
 @torch.no_grad()

@@ -6,9 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.data import Captioned, batches, grey_levels
-from distill.errors import UserError
-from distill.run import Run
+from distill.data.folders import Captioned, batches, grey_levels
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class VaeOptions:
 
     def __post_init__(self) -> None:
         if self.factor not in (4, 8) or 2 ** (len(self.channels) - 1) != self.factor:
-            raise UserError(f"VAE factor {self.factor} with {len(self.channels)} levels: expected 4 with 3 levels or 8 with 4")
+            raise UserError(
+                f"VAE factor {self.factor} with {len(self.channels)} levels: expected 4 with 3 levels or 8 with 4"
+            )
 
 
 def build_vae(options: VaeOptions, resolution: int) -> AutoencoderKL:
@@ -71,14 +73,18 @@ def train_vae(run: Run, data: Captioned, validation: Captioned, options: VaeOpti
     """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured."""
     vae = build_vae(options, data.images.shape[-1]).to(run.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.learning_rate, total_steps=run.options.steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=run.options.steps
+    )
     run.track(model=vae, optimizer=optimizer, schedule=schedule)
     shown = validation.composite(slice(0, 16))
     side = data.images.shape[-1] // options.factor
     for step in run.steps():
         index = batches(len(data), options.batch, step, run.options.seed)
         images = data.composite(index, grey_levels(len(index), run.generator)).to(run.device) * 2 - 1
-        noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator).to(run.device)
+        noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator).to(
+            run.device
+        )
         loss, square = vae_loss(vae, images.contiguous(memory_format=torch.channels_last), noise, options)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -96,7 +102,10 @@ def train_vae(run: Run, data: Captioned, validation: Captioned, options: VaeOpti
 def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
     """Images (N, 3, H, W) in [0, 1] through the autoencoder's posterior mean and back."""
     device = next(vae.parameters()).device
-    parts = [vae.decode(vae.encode(part.to(device) * 2 - 1).latent_dist.mean).sample.cpu() for part in images.split(batch)]
+    parts = [
+        vae.decode(vae.encode(part.to(device) * 2 - 1).latent_dist.mean).sample.cpu()
+        for part in images.split(batch)
+    ]
     return (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
 
 

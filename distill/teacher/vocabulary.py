@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import CLIPTokenizer
 
-from distill.data import read_json, write_json
-from distill.errors import UserError
+from distill.runtime.errors import UserError
+from distill.runtime.files import read_json, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORDS = "words.json"  # beside the tokenizer's files: the words that a prompt may have
@@ -32,13 +32,17 @@ def build_tokenizer(texts: Iterable[str], max_length: int = 24) -> tuple[CLIPTok
         raise UserError("the captions hold no words: a teacher cannot be trained on them")
     backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(vocab_size=100_000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False
+    )
     backend.train_from_iterator(sorted(counts), trainer)
     model = _model_of(backend)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = dict.fromkeys([START, END, *letters, *(f"{letter}</w>" for letter in letters), *model["vocab"]])
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]]
+    merges = [
+        tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]
+    ]
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
     words = [word for word, _ in counts.most_common()]
     split = [word for word in words if len(tokenizer(word).input_ids) != 3]

@@ -15,7 +15,11 @@ class StudentPipeline(StableDiffusionPipeline):
     """`pipeline(prompt)` gives a student's image; any other argument of the stock pipeline can be given by name."""
 
     def __call__(
-        self, prompt: str | list[str], num_inference_steps: int | None = None, guidance_scale: float = 1.0, **others: Argument
+        self,
+        prompt: str | list[str],
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 1.0,
+        **others: Argument,
     ) -> StableDiffusionPipelineOutput:
         """Images of prompts, in all of the student's steps unless told otherwise."""
         steps = num_inference_steps or self.scheduler.config.original_inference_steps

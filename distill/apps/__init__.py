@@ -1,0 +1,1 @@
+"""Applications of a teacher: sampling images and optimising them."""

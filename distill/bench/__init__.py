@@ -1,1 +1,0 @@
-"""The bench of losses: each against the others at equal compute."""

@@ -1,0 +1,1 @@
+"""The contract of every score model: noise schedule, predictions, samplers."""

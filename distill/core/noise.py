@@ -1,0 +1,100 @@
+"""The noise schedule: `alpha` is the square root of the cumulative product, `sigma` = sqrt(1 - alpha^2), x_t = alpha x0 + sigma eps."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill.runtime.errors import UserError
+
+Kind = Literal["epsilon", "v_prediction", "sample"]  # what a network answers; diffusers' names
+
+
+class NoiseSchedule:
+    """Discrete variance-preserving schedule (Ho et al. 2020, eq. 4); t counts from 0 (clean) to `steps` - 1."""
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        """alphas_cumprod (T,), decreasing from near 1; its last entry may be 0 (zero terminal SNR)."""
+        product = alphas_cumprod.double()
+        if (
+            product.ndim != 1
+            or len(product) < 2
+            or not bool((product.diff() < 0).all())
+            or product[-1] < 0
+            or product[0] > 1
+        ):
+            raise UserError("alphas_cumprod must be a decreasing sequence within [0, 1]")
+        self._alpha, self._sigma = product.sqrt().float(), (1 - product).sqrt().float()
+
+    @property
+    def steps(self) -> int:
+        """T, the number of noise levels."""
+        return len(self._alpha)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha at integer times (B,), shaped (B, 1, 1, 1) for images and latents, on t's device."""
+        return self._alpha.to(t.device)[t][:, None, None, None]
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma at integer times (B,), shaped (B, 1, 1, 1)."""
+        return self._sigma.to(t.device)[t][:, None, None, None]
+
+    def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of clean (B, C, H, W) and standard normal noise of the same shape at times (B,)."""
+        return self.alpha(t) * clean + self.sigma(t) * noise
+
+    def betas(self, count: int) -> list[float]:
+        """The first `count` betas, 1 - the ratio of neighbouring cumulative products: diffusers' `trained_betas`."""
+        product = self.alpha(torch.arange(count)).flatten().double().square()
+        return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
+
+    def nearest(self, level: Tensor) -> Tensor:
+        """The times (B,) whose noise level sigma / alpha is nearest, on a log scale, to `level` (B,): where another SDE meets this one."""
+        own = (self._sigma.double() / self._alpha.double().clamp_min(1e-12)).log().to(level.device)
+        return (own[None] - level.double().log()[:, None]).abs().argmin(1)
+
+    def velocity(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, section 4)."""
+        return self.alpha(t) * noise - self.sigma(t) * clean
+
+
+def to_variance_exploding(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """x0 + level eps, and its level sigma / alpha, of x_t = alpha x0 + sigma eps (Karras et al. 2022, arXiv:2206.00364, section 4)."""
+    return x_t / alpha, sigma / alpha
+
+
+def from_variance_exploding(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The variance-preserving x_t with its alpha and sigma, of x0 + level eps."""
+    alpha = (1 + level.square()).rsqrt()
+    return alpha * x, alpha, level * alpha
+
+
+def to_flow(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(1 - time) x0 + time eps, and its time in [0, 1] (Lipman et al. 2023, arXiv:2210.02747, the straight path)."""
+    return x_t / (alpha + sigma), sigma / (alpha + sigma)
+
+
+def from_flow(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The variance-preserving x_t with its alpha and sigma, of (1 - time) x0 + time eps."""
+    norm = ((1 - time).square() + time.square()).sqrt()
+    return x / norm, (1 - time) / norm, time / norm
+
+
+def clean_and_noise(
+    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind
+) -> tuple[Tensor, Tensor]:
+    """x0 and eps of a network's answer in any parameterisation, in float32 at least; all shapes broadcast with x_t.
+
+    From v both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by sigma.
+    """
+    output, x_t = (
+        output.to(torch.promote_types(output.dtype, torch.float32)),
+        x_t.to(torch.promote_types(x_t.dtype, torch.float32)),
+    )
+    if kind == "v_prediction":
+        return alpha * x_t - sigma * output, sigma * x_t + alpha * output
+    if kind == "epsilon":
+        return (x_t - sigma * output) / alpha, output
+    if kind == "sample":
+        return output, (x_t - alpha * output) / sigma
+    raise UserError(f"prediction type {kind!r} is unknown: expected epsilon, v_prediction or sample")

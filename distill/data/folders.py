@@ -1,0 +1,107 @@
+"""Captioned image folders (the `datasets` imagefolder convention: images beside a metadata.jsonl) and atomic files."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.images import BACKGROUND, open_image
+from distill.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A split in memory: images (N, 3 or 4, H, W) uint8 and one metadata row an image, each with a `text`."""
+
+    images: Tensor
+    rows: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def texts(self) -> list[str]:
+        return [row["text"] for row in self.rows]
+
+    def composite(self, indices: Tensor | Sequence[int] | slice, background: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; transparent ones lie on grey levels `background` (B,), else on their own fixed level."""
+        if not isinstance(indices, slice):
+            indices = torch.as_tensor(indices, dtype=torch.long)  # a tuple would index dimensions
+        chosen = self.images[indices].float() / 255
+        if chosen.shape[1] == 3:
+            return chosen
+        levels = grey_levels(len(self))[indices] if background is None else background
+        colour, alpha = chosen[:, :3], chosen[:, 3:]
+        return colour * alpha + levels[:, None, None, None] * (1 - alpha)
+
+    def select(self, keep: Sequence[int]) -> "Captioned":
+        """The images at these indices."""
+        return Captioned(self.images[torch.as_tensor(keep, dtype=torch.long)], [self.rows[i] for i in keep])
+
+
+def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Background levels (count,), uniform in `BACKGROUND`; the same for every call without a generator."""
+    generator = generator or torch.Generator().manual_seed(0)
+    low, high = BACKGROUND
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def read_rows(folder: Path | str) -> list[dict[str, Any]]:
+    """The rows of a folder's metadata.jsonl. Raises `UserError` where it is missing, broken or lacks `file_name` or `text`."""
+    path = Path(folder) / "metadata.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{path} does not exist: expected images beside a metadata.jsonl with file_name and text in each line"
+        )
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number} is not JSON ({error})") from None
+        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
+            raise UserError(f"{path}:{number} needs the keys file_name and text")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path} is empty: at least one captioned image is needed")
+    return rows
+
+
+def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int | None = None) -> Captioned:
+    """One split of a captioned image folder (`folder/split/metadata.jsonl`), the first `limit` rows where given.
+
+    Raises `UserError` for a missing folder or split, broken rows and unreadable images.
+    """
+    place = Path(folder) / split
+    rows = read_rows(place)[:limit]
+    images = [open_image(place / row["file_name"], resolution) for row in rows]
+    if len({image.shape[2] for image in images}) > 1:  # mixed: transparent images decide
+        images = [
+            i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images
+        ]
+    return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
+
+
+def batches(count: int, size: int, step: int, seed: int) -> Tensor:
+    """The indices (size,) of the batch at a step, a pure function, so that a data position needs no state.
+
+    Batches are cut from an endless stream of permutations of `count` items, a fresh one an epoch.
+    """
+    if count < 1 or size < 1:
+        raise UserError(f"cannot draw batches of {size} from {count} items; expected at least one of each")
+    first, end = step * size, (step + 1) * size
+    epochs = range(first // count, (end - 1) // count + 1)
+    cuts = [_permutation(count, seed, e)[max(first - e * count, 0) : end - e * count] for e in epochs]
+    return torch.cat(cuts)
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> Tensor:
+    # the factor keeps the epochs of neighbouring seeds apart
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,0 +1,1 @@
+"""Everything that grades: judge, probe, features, metrics, ablations."""

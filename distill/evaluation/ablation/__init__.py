@@ -1,0 +1,1 @@
+"""Losses compared at equal compute."""

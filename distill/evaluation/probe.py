@@ -1,0 +1,141 @@
+"""The probe: a small net that reads silhouette and depth from an image, so that a sample can be held against its condition.
+
+As the judge, it guides nothing: it is trained on renders with known geometry, moved, relit and made noisy.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.data.augmentation import add_noise, relight, soften
+from distill.data.folders import Captioned, batches, grey_levels
+from distill.evaluation.judge import Block
+from distill.runtime.errors import UserError
+from distill.runtime.files import atomic_path, read_json, write_json
+from distill.runtime.run import Run
+from distill.runtime.shipped import located
+
+FORMAT = "distill-probe-1"
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """Size and training."""
+
+    width: int = 32
+    batch: int = 32
+    learning_rate: float = 2e-3
+
+    def __post_init__(self) -> None:
+        if self.width < 4 or self.batch < 1 or self.learning_rate <= 0:
+            raise UserError(
+                "the probe's width must be at least 4, its batch at least 1 and its learning rate positive"
+            )
+
+
+@final
+class Probe(nn.Module):
+    """Silhouette logits and depth, each (B, 1, H, W), of images (B, 3, H, W) in [0, 1]; sides are multiples of 8."""
+
+    def __init__(self, options: ProbeOptions) -> None:
+        super().__init__()
+        self.options = options
+        width = options.width
+        self.fine = nn.Sequential(Block(3, width, 5, 2), Block(width, width))
+        self.middle = nn.Sequential(Block(width, 2 * width, stride=2), Block(2 * width, 2 * width))
+        self.coarse = nn.Sequential(
+            Block(2 * width, 4 * width, stride=2),
+            *(Block(4 * width, 4 * width) for _ in range(3)),
+            Block(4 * width, 2 * width),
+        )
+        self.join = nn.Sequential(Block(4 * width, width), Block(width, width))
+        self.out = nn.Sequential(
+            Block(2 * width, width), nn.Conv2d(width, 8, 3, padding=1), nn.PixelShuffle(2)
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As the class says; depth is closeness, near 1, far 0, up to a shift."""
+        fine = self.fine((images * 4 - 2).contiguous(memory_format=torch.channels_last))
+        middle = self.middle(fine)
+        joined = self.join(torch.cat([middle, F.interpolate(self.coarse(middle), scale_factor=2)], 1))
+        told = self.out(torch.cat([fine, F.interpolate(joined, scale_factor=2)], 1))
+        return told[:, :1], told[:, 1:]
+
+
+def train_probe(run: Run, data: Captioned, near: Tensor, options: ProbeOptions) -> Probe:
+    """Train on a split with alpha and its closeness (N, 1, H, W), near 1, far 0; in evaluation mode, weights as they are saved."""
+    probe = Probe(options).to(run.device)
+    optimizer = torch.optim.AdamW(probe.parameters(), lr=options.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.1
+    )
+    run.track(model=probe, optimizer=optimizer, schedule=schedule)
+    for step in run.steps():
+        index = batches(len(data), options.batch, step, run.options.seed)
+        images = data.composite(index, grey_levels(len(index), run.generator))
+        images = (
+            add_noise(relight(soften(images, run.generator), run.generator), run.generator, 0.02)
+            .clamp(0, 1)
+            .to(run.device)
+        )
+        mask = data.images[index, 3:].float().to(run.device) / 255
+        logits, told = probe(images)
+        shape = F.binary_cross_entropy_with_logits(logits, mask)
+        deep = depth_loss(told, near[index].float().to(run.device), mask)
+        optimizer.zero_grad(set_to_none=True)
+        (shape + 4 * deep).backward()
+        optimizer.step()
+        schedule.step()
+        run.log(silhouette=shape.detach(), depth=deep.detach())
+    return probe.half().float().eval()
+
+
+def _both(mask: Tensor, side: int) -> Tensor:
+    """Where a pixel and its neighbour along a side are both within a mask."""
+    length = mask.shape[side] - 1
+    return mask.narrow(side, 0, length).minimum(mask.narrow(side, 1, length))
+
+
+def depth_loss(told: Tensor, true: Tensor, mask: Tensor) -> Tensor:
+    """How far depths (B, 1, H, W) are from the true ones within a mask, after each image's mean shift; the shift itself counts a tenth.
+
+    An object's distance cannot be told from its size, and no rank depends on it (scale-invariant errors: Eigen et al. 2014,
+    arXiv:1406.2283, section 3.2); slopes count too, as in MiDaS (arXiv:1907.01341, eq. 11).
+    """
+    pixels = mask.sum((1, 2, 3), keepdim=True).clamp_min(1)
+    error = (told - true) * mask
+    shift = error.sum((1, 2, 3), keepdim=True) / pixels
+    shape = ((error - shift * mask).abs().sum((1, 2, 3), keepdim=True) / pixels).mean()
+    slopes = [(told - true).diff(dim=side) * _both(mask, side) for side in (2, 3)]
+    slope = sum((value.abs().sum((1, 2, 3), keepdim=True) / pixels).mean() for value in slopes)
+    return shape + slope + 0.1 * shift.abs().mean()
+
+
+def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> None:
+    """Write model.safetensors, in half precision, and probe.json."""
+    state = {
+        k: (v.half() if v.is_floating_point() else v).cpu().contiguous()
+        for k, v in probe.state_dict().items()
+    }
+    with atomic_path(Path(folder) / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    write_json(
+        Path(folder) / "probe.json", {"format": FORMAT, "options": asdict(probe.options), "metrics": metrics}
+    )
+
+
+def load_probe(folder: Path | str) -> Probe:
+    """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen. Raises `UserError` where there is none."""
+    place = located("probe", folder)
+    facts = read_json(place / "probe.json") if (place / "probe.json").is_file() else None
+    if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")
+    probe = Probe(ProbeOptions(**facts["options"]))
+    probe.load_state_dict(load_file(place / "model.safetensors"))
+    return probe.eval().requires_grad_(False)

@@ -1,0 +1,1 @@
+"""Training methods of one-step students, one file a family."""

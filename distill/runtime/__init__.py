@@ -1,0 +1,1 @@
+"""Running an experiment: one run, checkpoints, configuration, files, processes."""

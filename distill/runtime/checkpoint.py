@@ -1,0 +1,221 @@
+"""A run's state as one safetensors file: tensors by their path, everything else as JSON in its metadata."""
+
+import hashlib
+import json
+import math
+import random
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.runtime.errors import UserError
+from distill.runtime.files import atomic_path
+
+FORMAT = "distill-state-1"
+
+
+class Stateful(Protocol):
+    """Anything a checkpoint can hold: modules, optimizers, schedulers, `EMA`."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state as nested dicts, lists, tensors and numbers."""
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take over such a state."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that could be read: where it lies and what it holds."""
+
+    path: Path
+    state: dict[str, Any]
+
+
+def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
+    """Write a nested state atomically.
+
+    Nodes may be mappings with str or int keys, lists, tuples, dense tensors, numeric numpy arrays and
+    scalars, int, float, bool, None and str. Mappings come back as plain dicts, tensors on the CPU, all
+    dtypes and floats exactly.
+    Raises `UserError` for any other type.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = _encode(state, "", tensors)
+    with atomic_path(path) as temporary:
+        save_file(_unshared(tensors), temporary, metadata={"format": FORMAT, "state": json.dumps(tree)})
+
+
+def load_state(path: Path | str) -> dict[str, Any]:
+    """The state that `save_state` wrote. Raises `UserError` for a missing, damaged or foreign file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # cloned: the tensors of a safetensors file are views of a memory map
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable checkpoint ({error}); expected one a run saved") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is safetensors, but no checkpoint; expected one that a run saved")
+    return _decode(json.loads(metadata["state"]), tensors)
+
+
+def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON of a node: lists and scalars themselves, all else {kind: body}; tensors go to `tensors`."""
+    kind = type(value)
+    if value is None or kind in (bool, int, str):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if kind in (list, tuple):
+        items = [_encode(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+        return items if kind is list else {"tuple": items}
+    if isinstance(value, Mapping):
+        items = [[_key(key, path), _encode(item, f"{path}/{key}", tensors)] for key, item in value.items()]
+        return {"dict": items}
+    return _encode_array(value, path, tensors)
+
+
+def _key(key: Any, path: str) -> str | int:
+    if type(key) not in (str, int):
+        raise UserError(f"state{path} has a key of type {type(key).__name__}; expected str or int keys")
+    return key
+
+
+def _encode_array(value: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    try:
+        if isinstance(value, Tensor):
+            kind, tensor = "tensor", value.detach()
+        elif isinstance(value, (np.ndarray, np.generic)):
+            kind = "array" if isinstance(value, np.ndarray) else "scalar"
+            tensor = torch.from_numpy(np.array(value, order="C"))
+        else:
+            raise TypeError
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.dtype is torch.complex128:
+            raise TypeError
+    except TypeError:
+        raise UserError(
+            f"state{path} is {_described(value)}, which a checkpoint cannot hold; expected dense tensors,"
+            " numeric numpy values, dicts, lists, tuples, numbers, strings or None"
+        ) from None
+    name = path.lstrip("/")
+    while name in tensors or name in ("", "__metadata__"):  # keys with slashes, or 1 beside "1", collide
+        name += "_"
+    tensors[name] = tensor
+    return {kind: name}
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.layout} {value.dtype} tensor"
+    return f"a numpy array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two in one storage (which safetensors refuses)."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(node, list):
+        return [_decode(item, tensors) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, body),) = node.items()
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in body}
+    if kind == "tuple":
+        return tuple(_decode(item, tensors) for item in body)
+    if kind == "float":
+        return float(body)
+    if kind == "tensor":
+        return tensors[body]
+    array = tensors[body].numpy()
+    return array if kind == "array" else array[()]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` finished steps lies."""
+    return folder / f"step_{step:08d}.safetensors"
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    paths = folder.glob("step_*.safetensors")
+    return sorted(path for path in paths if re.fullmatch(r"step_\d{8}", path.stem))
+
+
+def load_newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; None where there is none at all.
+
+    Damaged newer ones are reported on stderr and removed, or they would later push valid ones out.
+    Raises `UserError` when there are checkpoints but none can be read.
+    """
+    damaged: list[Path] = []
+    for path in reversed(checkpoints(folder)):
+        try:
+            newest = Checkpoint(path, load_state(path))
+        except UserError as error:
+            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            damaged.append(path)
+            continue
+        for broken in damaged:
+            broken.unlink()
+        return newest
+    if damaged:
+        raise UserError(f"none of the checkpoints in {folder} can be read; start over with overwrite=true")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints, and what a killed save has left behind."""
+    for path in [*checkpoints(folder)[:-keep], *folder.glob(".step_*.safetensors")]:
+        path.unlink(missing_ok=True)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of python, numpy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The states of the global generators of python, numpy (legacy) and torch, CUDA's where it is in use."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave; CUDA's only on a machine with as many devices."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def fingerprint(*modules: nn.Module) -> str:
+    """A name of the values of modules' weights, by which what was made with them is told from what was made with others."""
+    digest = hashlib.sha256()
+    for value in (value for module in modules for value in module.state_dict().values()):
+        digest.update(value.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""Files written whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distill.runtime.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """A temporary path with the same suffix, renamed to `path` on success and removed on failure."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    """`value` as indented JSON, written atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON in a file. Raises `UserError` for a missing or broken file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error})") from None
+
+
+@contextmanager
+def replaced_folder(folder: Path | str, mark: str, what: str) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when all is written; an older one, told by the file `mark`, is replaced.
+
+    Raises `UserError` when the folder holds something other than `what`.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise UserError(f"{folder} holds something other than {what}: choose another folder")
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

@@ -1,0 +1,82 @@
+"""The machine: device, memory, hardware, versions."""
+
+import datetime
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.runtime.errors import UserError
+
+PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors", "accelerate", "nerfacc", "trimesh")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name, `auto` being CUDA where there is one. Raises `UserError` where it is absent."""
+    if name == "auto":
+        here = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes each has its own
+        return torch.device("cuda", here) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"the device is '{name}'; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"the device is '{name}', but torch sees no CUDA; use auto or cpu")
+    return device
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process in MiB, and of the GPU where one is in use."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # Linux counts KiB
+    peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
+    if torch.cuda.is_initialized():
+        peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return peak
+
+
+def machine_facts() -> dict[str, Any]:
+    """Hardware, date, versions and commit, as JSON values."""
+    return {
+        "hardware": _hardware(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": _commit(),
+    }
+
+
+def _hardware() -> str:
+    processor = platform.processor() or platform.machine()
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        named = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(errors="replace"), re.MULTILINE)
+        processor = named.group(1) if named else processor
+    parts = [f"{os.cpu_count()} x {processor}", f"{torch.get_num_threads()} torch threads"]
+    if torch.cuda.is_available():
+        parts.append(torch.cuda.get_device_name())
+    return ", ".join(parts)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The commit of the code's checkout, marked when it has changes; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

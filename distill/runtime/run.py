@@ -1,0 +1,294 @@
+"""`Run` carries every training: directory, seed, checkpoints, resume, signals, figures, previews."""
+
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from distill.runtime import processes
+from distill.runtime.checkpoint import (
+    Stateful,
+    checkpoint_path,
+    load_newest,
+    prune,
+    random_state,
+    save_state,
+    seed_everything,
+    set_random_state,
+)
+from distill.runtime.errors import UserError
+from distill.runtime.files import write_json
+from distill.runtime.images import image_grid, save_png
+from distill.runtime.machine import machine_facts, peak_memory, pick_device
+from distill.runtime.run_directory import claim, truncate_metrics
+from distill.runtime.signals import Noted, noted_signals
+from distill.runtime.tracking import Trackers
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried; nothing here but `seed` and `steps` alters what is computed."""
+
+    directory: str
+    steps: int
+    seed: int = 0
+    resume: bool = True  # go on from the newest checkpoint in the directory
+    overwrite: bool = False  # start over, removing what an earlier run has left in the directory
+    checkpoint_every: int = 500
+    keep: int = 2  # checkpoints kept
+    preview_every: int = 500
+    log_every: int = 20
+    trackers: tuple[str, ...] = ("tensorboard",)  # any that accelerate knows; empty for none
+    device: str = "auto"  # auto: cuda when there is one
+
+    def __post_init__(self) -> None:
+        periods = {"checkpoint_every": self.checkpoint_every, "preview_every": self.preview_every}
+        periods |= {"log_every": self.log_every, "steps": self.steps, "keep": self.keep}
+        for name, value in periods.items():
+            if value < 1:
+                raise UserError(f"{name} is {value}; expected a whole number of at least 1")
+
+
+class Run:
+    """A training that can be killed at any time and resumed to bit-identical results on one machine.
+
+    Order of use: make the run (which seeds), build modules and optimizers, `track` them, then
+    `for step in run.steps()`, then `finish`. A resume loads states
+    into the tracked objects, in the order of tracking.
+    """
+
+    def __init__(self, options: RunOptions, config: Mapping[str, Any], label: str) -> None:
+        """Take the directory, snapshot `config` (plain, JSON-able) as config.json and seed everything.
+
+        Raises `UserError` when the directory holds a run that may not be continued, or is in use.
+        """
+        self.options = options
+        self.label = label
+        self.directory = Path(options.directory)
+        self.device = pick_device(options.device)
+        self.step = 0
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self._parts: dict[str, Stateful] = {}
+        self._figures: dict[str, list[Any]] = {}  # name -> [sum, count] since the last logged step
+        self._in_step = False
+        self._begun = False
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
+        self._peak_before: dict[str, float] = {}
+        self._rewound: list[dict[str, Any]] = []
+        self.main = processes.rank() == 0  # of several processes one writes, all read
+        self._trackers = Trackers(options.trackers if self.main else (), self.directory / "trackers")
+        self._release = (
+            claim(self.directory, config, options.resume, options.overwrite) if self.main else lambda: None
+        )
+        processes.wait()
+        weakref.finalize(self, self._release)
+        seed_everything(options.seed)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds spent in all sessions, without what a kill has lost."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @property
+    def rollbacks(self) -> int:
+        """How often the run was rewound, in all sessions."""
+        return len(self._rewound)
+
+    @property
+    def _finished(self) -> int:
+        """Finished steps and the one in progress: what is saved or shown within it belongs to its end."""
+        return self.step + int(self._in_step)
+
+    def track(self, **parts: Stateful) -> None:
+        """Name what checkpoints hold. Raises `UserError` for a name used twice or after the first step."""
+        for name, part in parts.items():
+            if name in self._parts or self._begun:
+                raise UserError(f"cannot track '{name}'; expected a new name, before the first step")
+            self._parts[name] = part
+
+    def steps(self, keep_start: bool = False) -> Iterator[int]:
+        """The indices of the steps still to do; loads the newest checkpoint first, saves along the way, with `keep_start` the start too.
+
+        SIGTERM and SIGINT end the process after the current step and a checkpoint: SystemExit(143 or 130).
+        """
+        self._begin()
+        if keep_start and self.step == 0:
+            self.save()
+        try:
+            if self.step < self.options.steps:
+                self._trackers.start(self.label, self.step)
+                with noted_signals(self.label) as noted, self._progress() as bar:
+                    yield from self._loop(bar, noted)
+        finally:
+            self._in_step = False
+            self._trackers.close()
+            self._release()
+
+    def _loop(self, bar: tqdm, noted: Noted) -> Iterator[int]:
+        while self.step < self.options.steps:
+            self._in_step = True
+            yield self.step
+            self._in_step = False
+            self.step += 1
+            if self.due(self.options.log_every):
+                self._flush(bar)
+            bar.update(self.step - bar.n)  # back, where it was rewound
+            number = processes.largest(noted.number)  # of several processes all end, whichever was told to
+            if number or self.due(self.options.checkpoint_every):
+                self.save()
+            if number:
+                bar.close()
+                self._stop(number)
+
+    def log(self, **figures: float | Tensor) -> None:
+        """Note scalars of a step; every `log_every` steps their means go to bar, trackers and metrics.jsonl.
+
+        Tensors are summed on their device, so nothing waits for the GPU in between.
+        """
+        for name, value in figures.items():
+            total = self._figures.setdefault(name, [0.0, 0])
+            total[0] = total[0] + (value.detach().float().reshape(()) if isinstance(value, Tensor) else value)
+            total[1] += 1
+
+    def due(self, every: int) -> bool:
+        """Whether an action done every `every` steps, and at the last, is due at the end of this step."""
+        return self._finished % every == 0 or self._finished >= self.options.steps
+
+    def preview(self, name: str, images: Tensor) -> Path:
+        """Write images (B, 3, H, W) in [0, 1] as one grid, previews/<name>_<step>.png; returns its path."""
+        path = self.directory / "previews" / f"{name}_{self._finished:08d}.png"
+        if self.main:
+            save_png(path, image_grid(images, math.ceil(math.sqrt(len(images)))))
+        return path
+
+    def save(self) -> Path:
+        """Write a checkpoint and return its path; within a step, call it when the step's updates are done."""
+        folder = self.directory / "checkpoints"
+        path = checkpoint_path(folder, self._finished)
+        if self.main:
+            save_state(path, self._state())
+            prune(folder, self.options.keep)
+        processes.wait()
+        return path
+
+    def rewind(self, why: str) -> None:
+        """Within a step, give it up and go back to the newest checkpoint, noted in result.json as `rewound`; the loop goes on from there.
+
+        `rollbacks` has grown by one, for the caller to draw other numbers by. Raises `UserError` where there is no checkpoint.
+        """
+        newest = load_newest(self.directory / "checkpoints")
+        if newest is None:
+            raise UserError(
+                f"{why} at step {self.step}, and there is no checkpoint to go back to: call steps(keep_start=True)"
+            )
+        self._rewound.append({"step": self._finished, "to": newest.state["step"], "why": why})
+        seconds, rewound = self.seconds, self._rewound
+        self._load(newest.state)
+        self._seconds_before, self._started, self._rewound = seconds, time.monotonic(), rewound
+        self._truncate()
+        print(f"{self.label}: {why}: back to step {self.step}", file=sys.stderr)
+        self.step -= 1  # the step in progress, which counts one on when it ends
+        self.save()
+
+    def finish(self, result: Mapping[str, Any]) -> Path:
+        """Write result.json: `result` and, under `run`, steps, seconds, memory, machine, versions."""
+        facts = {"steps": self.step, "seconds": round(self.seconds, 3), "seed": self.options.seed}
+        facts |= {"rewound": self._rewound} if self._rewound else {}
+        facts |= {**self._peak(), "device": str(self.device), **machine_facts()}
+        path = self.directory / "result.json"
+        if self.main:
+            write_json(path, {**result, "run": facts})
+        return path
+
+    def _begin(self) -> None:
+        """Load the newest checkpoint, and cut the metrics back to it."""
+        if self._begun:
+            raise UserError("steps() was called twice; expected one loop a run")
+        self._begun = True
+        newest = load_newest(self.directory / "checkpoints")
+        if newest:
+            try:
+                self._load(newest.state)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"{newest.path} does not fit what is trained now ({error}); use another directory or overwrite=true"
+                ) from error
+            print(f"{self.label}: resumed at step {self.step} of {self.options.steps}", file=sys.stderr)
+        self._truncate()
+
+    def _truncate(self) -> None:
+        if self.main:
+            truncate_metrics(self.directory, self.step)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self._finished,
+            "seconds": self.seconds,
+            "seed": self.options.seed,
+            "peak": self._peak(),
+            "rewound": self._rewound,
+            "figures": self._figures,
+            "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "random": {**random_state(), "run": self.generator.get_state()},
+        }
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        saved = state["parts"]
+        if saved.keys() != self._parts.keys():
+            raise ValueError(f"it holds {', '.join(saved)}; tracked are {', '.join(self._parts)}")
+        if state["seed"] != self.options.seed:
+            raise ValueError(f"its seed is {state['seed']}; given is {self.options.seed}")
+        for name, part in self._parts.items():
+            part.load_state_dict(saved[name])
+        self.step = state["step"]
+        self._seconds_before, self._peak_before = state["seconds"], state["peak"]
+        self._rewound = state.get("rewound", [])
+        self._figures = state["figures"]
+        self.generator.set_state(state["random"]["run"])
+        set_random_state(state["random"])
+
+    def _peak(self) -> dict[str, float]:
+        """Peak memory in MiB over all sessions."""
+        return {name: max(value, self._peak_before.get(name, 0.0)) for name, value in peak_memory().items()}
+
+    def _progress(self) -> tqdm:
+        quiet = 0.2 if sys.stderr.isatty() else 20.0  # a log file gets a line now and then
+        total = self.options.steps
+        return tqdm(
+            total=total,
+            initial=self.step,
+            desc=self.label,
+            mininterval=quiet,
+            dynamic_ncols=True,
+            disable=not self.main,
+        )
+
+    def _flush(self, bar: tqdm) -> None:
+        means = {name: float(total) / count for name, (total, count) in self._figures.items()}
+        self._figures = {}
+        if not means or not self.main:
+            return
+        bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
+        self._trackers.log(means, self.step)
+        finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+        with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 3), **finite}) + "\n")
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        again = shlex.join(word for word in sys.orig_argv if not word.lower().endswith("overwrite=true"))
+        where = f"{self.label}: stopped by {name} after step {self.step} of {self.options.steps}"
+        print(f"{where}, checkpoint written; resume with: {again}", file=sys.stderr)
+        raise SystemExit(128 + number)

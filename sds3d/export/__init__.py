@@ -1,0 +1,1 @@
+"""Meshes, textures, turntables and the files they are written to."""

@@ -1,0 +1,1 @@
+"""Scene representations and how they are rendered."""

@@ -1,0 +1,212 @@
+"""Multi-resolution grid encoding of positions (Mueller et al. 2022, "Instant Neural Graphics Primitives").
+
+Two makes of the same thing: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch alone).
+They share the meaning of the options and the layout of the table, so a table saved by one loads into the
+other.
+"""
+
+import importlib.util
+import math
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from distill.runtime.errors import UserError
+
+# The primes of the spatial hash (Teschner et al. 2003); the second as the int32 of the same bits.
+PRIMES = (1, 2654435761 - 2**32, 805459861)
+
+
+@dataclass(frozen=True)
+class HashEncodingOptions:
+    """Sizes of the grid, in tinycudann's terms. Raises `UserError` for a grid that cannot be.
+
+    Level l has resolution `ceil(base_resolution * per_level_scale**l - 1) + 1` nodes a side. Where all its
+    nodes fit into `2**log2_hashmap_size` entries it is stored densely, else they share the entries by a hash.
+    """
+
+    n_levels: int = 6
+    n_features_per_level: int = 4
+    log2_hashmap_size: int = 16  # larger tables leave the CPU's cache
+    base_resolution: int = 8
+    per_level_scale: float = 1.6  # six levels end at 84 nodes a side: about the pixel of a 64 x 64 view
+
+    def __post_init__(self) -> None:
+        if (
+            min(self.n_levels, self.n_features_per_level) < 1
+            or self.base_resolution < 2
+            or self.per_level_scale < 1
+        ):
+            raise UserError(
+                f"encoding of {self.n_levels} levels, {self.n_features_per_level} features, base "
+                f"{self.base_resolution}, scale {self.per_level_scale}: "
+                "at least 1 level, 1 feature, base 2 and scale 1 are needed"
+            )
+        if not 4 <= self.log2_hashmap_size <= 24:
+            raise UserError(f"log2_hashmap_size is {self.log2_hashmap_size}: give a number from 4 to 24")
+
+    def scales(self) -> list[float]:
+        """Cells a side of each level, as tinycudann computes them (not whole numbers)."""
+        return [self.base_resolution * self.per_level_scale**level - 1 for level in range(self.n_levels)]
+
+    def resolutions(self) -> list[int]:
+        """Nodes a side of each level."""
+        return [math.ceil(scale) + 1 for scale in self.scales()]
+
+    def sizes(self) -> list[int]:
+        """Table entries of each level: dense ones padded to a multiple of 8, as in tinycudann."""
+        return [min(-(-(nodes**3) // 8) * 8, 2**self.log2_hashmap_size) for nodes in self.resolutions()]
+
+    @property
+    def width(self) -> int:
+        """Features of one encoded position."""
+        return self.n_levels * self.n_features_per_level
+
+
+@lru_cache
+def _sparse_product_works() -> bool:
+    """Whether torch has MKL, for fast CSR products on the CPU; swallows its one notice that CSR is beta."""
+    if not torch.backends.mkl.is_available():
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
+    return True
+
+
+def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums (N, F) of 8 rows of `table` (T, F) each; index, weight (N, 8)."""
+    if table.is_cuda or not _sparse_product_works():
+        return (table[index.long()] * weight[..., None]).sum(1)
+    # A sparse matrix with eight entries a row: MKL does this 25 times faster than indexing.
+    starts = torch.arange(0, index.numel() + 1, 8, dtype=torch.int32)
+    size = (len(index), len(table))
+    rows = torch.sparse_csr_tensor(starts, index.flatten(), weight.flatten(), size, check_invariants=False)
+    return rows @ table
+
+
+class _Interpolate(torch.autograd.Function):
+    """Sums of table entries for all levels; differentiable once, with respect to the table alone."""
+
+    @staticmethod
+    def forward(ctx, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        ctx.save_for_backward(*corners)
+        levels = zip(table.split(sizes), corners[0::2], corners[1::2])
+        return torch.cat([_gather(part, index, weight) for part, index, weight in levels], dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        corners = ctx.saved_tensors
+        features = grad.shape[1] // len(ctx.sizes)
+        parts = []
+        # Feature-major: one-dimensional index_add is torch's fastest scatter on a CPU, and deterministic.
+        for level, columns in enumerate(grad.t().contiguous().split(features)):
+            index, weight = corners[2 * level].flatten(), corners[2 * level + 1]
+            part = grad.new_zeros(features, ctx.sizes[level])
+            values = torch.empty_like(weight)
+            for row, column in zip(part, columns):
+                row.index_add_(0, index, torch.mul(weight, column[:, None], out=values).flatten())
+            parts.append(part.t())
+        return torch.cat(parts), None, *(None for _ in corners)
+
+
+class HashEncoding(nn.Module):
+    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level, torch
+    alone.
+
+    As in tinycudann a level's nodes stand half a cell off the border (`x * scale + 0.5`); unlike it, the
+    outermost half cell repeats its border value instead of wrapping round. Positions get no gradient: normals
+    are finite differences of density.
+    """
+
+    def __init__(self, options: HashEncodingOptions) -> None:
+        super().__init__()
+        self.options = options
+        self.table = nn.Parameter(
+            torch.empty(sum(options.sizes()), options.n_features_per_level).uniform_(-1e-4, 1e-4)
+        )
+
+    def forward(self, positions: Tensor) -> Tensor:
+        axes = positions.detach().t().to(self.table.dtype).contiguous()
+        options, corners = self.options, []
+        for scale, nodes, size in zip(options.scales(), options.resolutions(), options.sizes()):
+            corners += level_corners(axes, scale, nodes, size)
+        # Under autocast the sparse product would be asked for in half, which no CPU kernel knows.
+        with torch.autocast(self.table.device.type, enabled=False):
+            return _Interpolate.apply(self.table, options.sizes(), *corners)
+
+
+def level_corners(axes: Tensor, scale: float, nodes: int, size: int) -> tuple[Tensor, Tensor]:
+    """Table entries (N, 8) int32 and trilinear weights (N, 8) around positions `axes` (3, N) in one level."""
+    place = (axes * scale).add_(0.5).clamp_(0, nodes - 1)
+    low = place.floor().clamp_(max=nodes - 2)
+    high_weight = place.sub_(low)
+    low_weight = 1 - high_weight
+    entries = (_dense if nodes**3 <= size else _hashed)(low.int(), nodes, size)
+    weights = torch.empty(8, axes.shape[1], dtype=axes.dtype, device=axes.device)
+    choice = (low_weight, high_weight)
+    for pair in range(4):
+        side = choice[pair >> 1][2] * choice[pair & 1][1]
+        torch.mul(side, low_weight[0], out=weights[2 * pair])
+        torch.mul(side, high_weight[0], out=weights[2 * pair + 1])
+    return entries, weights.t().contiguous()
+
+
+def _dense(low: Tensor, nodes: int, size: int) -> Tensor:
+    base = (low[2] * nodes + low[1]) * nodes + low[0]
+    steps = [x + nodes * (y + nodes * z) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
+    return base[:, None] + torch.tensor(steps, dtype=torch.int32, device=low.device)
+
+
+def _hashed(low: Tensor, nodes: int, size: int) -> Tensor:
+    # int32 products wrap; the masked low bits are those of tinycudann's uint32.
+    axes = [(low[axis] * prime, low[axis] * prime + prime) for axis, prime in enumerate(PRIMES)]
+    entries = torch.empty(8, low.shape[1], dtype=torch.int32, device=low.device)
+    for pair in range(4):
+        side = axes[2][pair >> 1] ^ axes[1][pair & 1]
+        torch.bitwise_xor(side, axes[0][0], out=entries[2 * pair])
+        torch.bitwise_xor(side, axes[0][1], out=entries[2 * pair + 1])
+    return entries.bitwise_and_(size - 1).t().contiguous()
+
+
+class TinyCudaEncoding(nn.Module):
+    """The same encoding by tinycudann; its parameter is `table`, in `HashEncoding`'s layout. CUDA only."""
+
+    def __init__(self, options: HashEncodingOptions) -> None:
+        super().__init__()
+        import tinycudann
+
+        config = {
+            "otype": "HashGrid",
+            "n_levels": options.n_levels,
+            "n_features_per_level": options.n_features_per_level,
+            "log2_hashmap_size": options.log2_hashmap_size,
+            "base_resolution": options.base_resolution,
+            "per_level_scale": options.per_level_scale,
+        }
+        grid = tinycudann.Encoding(n_input_dims=3, encoding_config=config, dtype=torch.float32)
+        table = grid.params.detach().float().view(-1, options.n_features_per_level)
+        del grid.params  # held here instead, in the shape the torch twin gives it
+        self.options = options
+        self.table = nn.Parameter(table)
+        self._grid = (grid,)  # in a tuple, so that it is not registered as a child
+
+    def forward(self, positions: Tensor) -> Tensor:
+        grid = self._grid[0]
+        grid.params = self.table.flatten()
+        return grid(positions.detach()).float()
+
+
+def make_encoding(
+    options: HashEncodingOptions, device: torch.device | str
+) -> HashEncoding | TinyCudaEncoding:
+    """tinycudann's encoding on a CUDA device where it is installed, else the torch twin; on `device`."""
+    if torch.device(device).type == "cuda" and importlib.util.find_spec("tinycudann") is not None:
+        return TinyCudaEncoding(options).to(device)
+    return HashEncoding(options).to(device)

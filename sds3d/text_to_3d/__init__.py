@@ -1,0 +1,1 @@
+"""Text to 3D: the trainer and its stages."""

@@ -1,0 +1,1 @@
+"""The stages of a text-to-3D run."""

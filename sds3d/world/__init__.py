@@ -1,0 +1,1 @@
+"""The world of known meshes: shapes, renders, captions."""

@@ -1,0 +1,156 @@
+"""The judge: learns a separable folder, masks rows that do not count, survives its file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.data.folders import Captioned
+from distill.evaluation.judge import (
+    IGNORE,
+    Judge,
+    JudgeOptions,
+    accuracy,
+    augment,
+    collect_labels,
+    judge_features,
+    judge_loss,
+    label_table,
+    load_judge,
+    predict,
+    save_judge,
+    train_judge,
+)
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run, RunOptions
+
+LABELS = {"object": ("bar", "disc"), "colour": ("blue", "red"), "view": ("back", "front")}
+TINY = JudgeOptions(width=8, batch=32)
+
+
+def row(view: str | None = "front", has_front: bool | None = True) -> dict[str, Any]:
+    return {"text": "", "object": "disc", "colour": "red", "view": view, "has_front": has_front}
+
+
+def toy(count: int, seed: int) -> Captioned:
+    """Red or blue discs and bars, RGBA 32 x 32; a dark spot on the right of some discs is their front."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    images, rows = [], []
+    for disc, red, front in torch.randint(0, 2, (count, 3), generator=generator).bool().tolist():
+        shape = x**2 + y**2 < 0.36 if disc else (x.abs() < 0.2) & (y.abs() < 0.8)
+        image = torch.zeros(4, 32, 32)
+        image[0 if red else 2], image[3] = shape.float(), shape.float()
+        if disc and front:
+            image[:3, ((x - 0.3) ** 2 + y**2 < 0.04)] = 0
+        images.append((image * 255).byte())
+        rows.append(row("front" if front else "back", disc))
+        rows[-1] |= {"object": "disc" if disc else "bar", "colour": "red" if red else "blue"}
+    return Captioned(torch.stack(images), rows)
+
+
+def logits_of(judge: Judge, images: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return judge(images)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    options = RunOptions(str(tmp_path_factory.mktemp("judge")), 80, trackers=(), preview_every=80)
+    return train_judge(Run(options, {}, "judge"), toy(400, 0), TINY)
+
+
+def test_a_short_training_tells_a_separable_folder_apart(trained: Judge) -> None:
+    figures = accuracy(trained, toy(200, 1))
+    assert figures.keys() == {"object", "colour", "view"}
+    assert min(figures.values()) > 0.95, figures
+    assert not trained.training
+
+
+def test_accuracy_counts_only_rows_that_count(trained: Judge) -> None:
+    data = toy(60, 2)
+    for each in data.rows:
+        if not each["has_front"]:
+            each["view"] = "neither"  # wrong at any answer, were it counted
+        each["colour"] = None
+    figures = accuracy(trained, data)
+    assert figures["view"] > 0.95
+    assert "colour" not in figures
+
+
+def test_saved_judges_answer_the_same_after_loading(trained: Judge, tmp_path: Path) -> None:
+    images = torch.rand(5, 3, 32, 32)
+    save_judge(trained, tmp_path, {"test": {"object": 1.0}})
+    loaded = load_judge(tmp_path)
+    before, after = logits_of(trained, images), logits_of(loaded, images)
+    assert all(torch.equal(before[name], after[name]) for name in LABELS)
+    assert next(loaded.parameters()).dtype == torch.float32
+    assert loaded.labels == LABELS and loaded.options == TINY
+    assert predict(loaded, images) == predict(trained, images)
+    assert judge_features(loaded, images).shape == (5, 128)
+    assert json.loads((tmp_path / "judge.json").read_text())["metrics"] == {"test": {"object": 1.0}}
+
+
+def test_the_default_judge_is_small(tmp_path: Path) -> None:
+    judge = Judge(
+        {"object": [str(i) for i in range(23)], "colour": list("abcdefgh"), "view": list("abcd")},
+        JudgeOptions(),
+    )
+    assert sum(value.numel() for value in judge.parameters()) <= 700_000
+    save_judge(judge, tmp_path, {})
+    assert (tmp_path / "model.safetensors").stat().st_size <= 1.5e6
+
+
+@pytest.mark.parametrize("bad", [row(view=None), row(has_front=False), row(has_front=None)])
+def test_a_row_that_does_not_count_leaves_no_gradient_in_its_head(bad: dict[str, Any]) -> None:
+    judge = Judge(LABELS, TINY)
+    images = torch.rand(2, 3, 32, 32)
+    judge_loss(judge(images), label_table([bad, bad], LABELS, TINY), 0.05).backward()
+    assert all(value.grad.count_nonzero() == 0 for value in judge.heads["view"].parameters())
+    assert judge.heads["object"].weight.grad.count_nonzero() > 0
+    # beside a row that counts, it does not dilute that row's loss either
+    both, alone = (label_table(rows, LABELS, TINY) for rows in ([row(), bad], [row()]))
+    fixed = {name: torch.randn(2, 2) for name in LABELS}
+    only_view = {"view": fixed["view"]}
+    first = judge_loss({"view": fixed["view"][:1]}, alone[:, 2:], 0.05)
+    torch.testing.assert_close(judge_loss(only_view, both[:, 2:], 0.05), first)
+
+
+def test_the_rule_is_an_option_and_labels_come_from_rows_that_count() -> None:
+    rows = [row("front"), row("back"), row("odd", has_front=False)]
+    assert collect_labels([*rows, {**row(), "object": "bar", "colour": "blue"}], TINY) == LABELS
+    free = JudgeOptions(attributes=("view",), only_if=())
+    assert collect_labels(rows, free) == {"view": ("back", "front", "odd")}
+    assert label_table([row(None), row("back")], LABELS, TINY)[:, 2].tolist() == [IGNORE, 0]
+
+
+def test_augmentation_keeps_range_hue_and_sides() -> None:
+    left_red = torch.full((64, 3, 32, 32), 0.5)
+    left_red[:, 1:, :, 4:14] = 0.1
+    left_red[:, 0, :, 4:14] = 0.7
+    seen = augment(left_red, torch.Generator().manual_seed(0))
+    assert seen.min() >= 0 and seen.max() <= 1 and not torch.equal(seen, left_red)
+    redness = (seen[:, 0] - seen[:, 1]).mean(1)  # (64, 32) over columns
+    assert (redness[:, :16].sum(1) > redness[:, 16:].sum(1)).all()
+    assert torch.equal(seen, augment(left_red, torch.Generator().manual_seed(0)))
+
+
+def test_foreign_folders_and_bad_values_are_refused(trained: Judge, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_judge(tmp_path / "none")
+    (tmp_path / "judge.json").write_text("{}")
+    with pytest.raises(UserError, match="holds no judge"):
+        load_judge(tmp_path)
+    save_judge(trained, tmp_path, {})
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        load_judge(tmp_path)
+    with pytest.raises(UserError, match="'cone'"):
+        label_table([{**row(), "object": "cone"}], LABELS, TINY)
+    with pytest.raises(UserError, match="at least two"):
+        collect_labels([row()], TINY)
+    with pytest.raises(UserError, match="no attributes"):
+        JudgeOptions(attributes=())

@@ -1,0 +1,86 @@
+"""The instruments against a teacher whose gradient's mean and noise are known in closed form."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from distill.core.noise import NoiseSchedule
+from distill.objectives.algebra import Conditions, ScoreDistillation
+from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
+from distill.objectives.options import ObjectiveOptions, Term, TimeLaw
+from distill.runtime.errors import UserError
+
+Z, MEAN, STD, SCALE = 1.1, 0.3, 0.5, 4.0
+
+
+def told(model: Any, terms: tuple[Term, ...], options: DiagnosticOptions) -> Any:
+    law = TimeLaw(0.1, (0.9, 0.5))
+    loss = ScoreDistillation(model, ObjectiveOptions(terms, "one", law))
+    one = torch.ones(1, 1, 1)
+    latents = torch.full((4, 1, 16, 16), Z)
+    outcome = loss(
+        latents,
+        Conditions({"conditional": one * MEAN, "unconditional": one * 0.0}),
+        0.5,
+        torch.Generator().manual_seed(1),
+    )
+    before = loss.forwards
+    found = diagnose(loss, outcome, 0.5, options)
+    assert loss.forwards == before  # a look costs the run nothing
+    return found
+
+
+def test_signal_and_noise_are_their_closed_form(gaussian: Any, schedule: NoiseSchedule) -> None:
+    """g = sigma alpha (z - m) / v + (sigma^2 / v - 1) eps."""
+    found, clean = told(gaussian(STD), (Term("teacher"), Term("noise", -1.0)), DiagnosticOptions(1, 4, 64))
+    assert found.share == pytest.approx([0.1, 0.3, 0.5, 0.7])  # the law's own range, half-way through the run
+    for index, share in enumerate(found.share):
+        t = torch.tensor([round(share * 999)])
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        v = alpha**2 * STD**2 + sigma**2
+        mean, noise = sigma * alpha * (Z - MEAN) / v, sigma**2 / v - 1
+        assert found.signal_to_noise[index] == pytest.approx((mean / noise) ** 2, rel=0.15)
+        x0 = MEAN + alpha * STD**2 / v * (alpha * Z - alpha * MEAN)  # the mean over the noise
+        assert float(clean[index].mean()) == pytest.approx(x0, abs=0.03)
+    assert found.guidance == [0.0] * 4
+
+
+def test_guidance_and_denoising_are_told_apart(gaussian: Any, schedule: NoiseSchedule) -> None:
+    found, _ = told(
+        gaussian(STD), (Term("teacher", guidance=SCALE), Term("noise", -1.0)), DiagnosticOptions(1, 2, 4)
+    )
+    t = torch.tensor([round(0.1 * 999)])
+    alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+    expected = (SCALE - 1) * sigma * alpha * MEAN / (alpha**2 * STD**2 + sigma**2)
+    assert found.guidance[0] == pytest.approx(expected, rel=1e-4)
+    assert found.denoising[0] > 0
+
+
+def test_a_gradient_without_noise_agrees_with_its_mean(gaussian: Any) -> None:
+    terms = (Term("teacher"), Term("teacher", -1.0, "unconditional"))
+    found, _ = told(gaussian(STD), terms, DiagnosticOptions(1, 2, 4))
+    assert found.cosine == pytest.approx([1, 1], abs=1e-5)
+    assert min(found.signal_to_noise) > 1e6
+
+
+def test_files(tmp_path: Path, gaussian: Any) -> None:
+    found, clean = told(gaussian(STD), (Term("teacher"), Term("noise", -1.0)), DiagnosticOptions(1, 3, 2))
+    save_diagnosis(tmp_path, 7, found, clean.expand(3, 4, 3, 16, 16))
+    place = tmp_path / "diagnostics"
+    assert json.loads((place / "step_00000007.json").read_text())["share"] == found.share
+    assert sorted(path.name for path in place.iterdir()) == [
+        "step_00000007.json",
+        "step_00000007.png",
+        "x0_00000007.png",
+    ]
+    with Image.open(place / "x0_00000007.png") as strips, Image.open(place / "step_00000007.png") as plot:
+        assert strips.width > 3 * 16 and strips.height > 4 * 16 and plot.width > 500
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match="at least 2 levels"):
+        DiagnosticOptions(1, 1, 4)

@@ -1,0 +1,86 @@
+"""Mappings to option classes: values arrive typed, every mistake is one sentence naming the place."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from distill.objectives.options import ObjectiveOptions, Ramp, Term, TimeLaw
+from distill.runtime.config import build
+from distill.runtime.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise UserError(f"size is {self.size}: expected at least 0")
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str
+    inner: Inner = field(default_factory=Inner)
+    pair: tuple[float, float] = (0.0, 1.0)
+    many: tuple[Inner, ...] = ()
+    kind: Literal["a", "b"] = "a"
+    maybe: int | None = None
+    either: float | tuple[float, ...] = 0.0
+    flag: bool = False
+
+
+def test_defaults_and_nesting() -> None:
+    assert build(Outer, {"name": "x"}) == Outer("x")
+    given = {"name": "x", "inner": {"size": 5}, "pair": [1, 2], "many": [{"size": 1}, {}]}
+    got = build(Outer, {**given, "kind": "b", "maybe": 4, "either": [1, 2], "flag": True})
+    assert got == Outer("x", Inner(5), (1.0, 2.0), (Inner(1), Inner()), "b", 4, (1.0, 2.0), True)
+    assert isinstance(got.pair[0], float) and isinstance(got.either, tuple)
+    assert build(Outer, {"name": "x", "maybe": None, "either": 2}) == Outer("x", either=2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"name": "x", "nmae": 1}, "^run.nmae is no option: expected one of name, inner"),
+        ({}, "^run.name is missing"),
+        ({"name": 3}, "^run.name is 3: expected text"),
+        ({"name": "x", "inner": {"size": "3"}}, "^run.inner.size is '3': expected a whole number"),
+        ({"name": "x", "inner": {"size": True}}, "^run.inner.size is True: expected a whole number"),
+        ({"name": "x", "inner": {"size": 1.5}}, "^run.inner.size is 1.5: expected a whole number"),
+        ({"name": "x", "inner": {"ratio": True}}, "^run.inner.ratio is True: expected a number"),
+        ({"name": "x", "inner": {"ratio": None}}, "^run.inner.ratio is None: expected a number"),
+        ({"name": "x", "inner": 3}, "^run.inner is 3: expected a group"),
+        ({"name": "x", "inner": {"size": -1}}, "^size is -1"),
+        ({"name": "x", "pair": [1]}, "^run.pair has 1 entries: expected 2"),
+        ({"name": "x", "pair": "ab"}, "^run.pair is 'ab': expected a list"),
+        ({"name": "x", "many": [{}, {"site": 1}]}, r"^run.many\[1\].site is no option"),
+        ({"name": "x", "kind": "c"}, "^run.kind is 'c': expected one of a, b"),
+        ({"name": "x", "maybe": "no"}, "^run.maybe is 'no': expected a whole number"),
+        ({"name": "x", "flag": 1}, "^run.flag is 1: expected true or false"),
+    ],
+)
+def test_mistakes(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build(Outer, values, "run")
+
+
+def test_an_objective_as_its_yaml_reads() -> None:
+    terms = [
+        {"predict": "teacher", "guidance": 7.5},
+        {"predict": "teacher", "prompt": "bad", "coefficient": {"start": 0, "end": -1}},
+    ]
+    given = {
+        "terms": terms,
+        "time": {"high": [0.98, 0.5], "anneal": "sqrt"},
+        "prompts": {"bad": "{prompt}, bad"},
+    }
+    expected = (Term("teacher", guidance=7.5), Term("teacher", Ramp(0.0, -1.0), "bad"))
+    law = TimeLaw(high=(0.98, 0.5), anneal="sqrt")
+    assert build(ObjectiveOptions, given) == ObjectiveOptions(
+        expected, time=law, prompts={"bad": "{prompt}, bad"}
+    )
+    with pytest.raises(UserError, match="^prompts is 3: expected names with values"):
+        build(ObjectiveOptions, {**given, "prompts": 3})

@@ -1,0 +1,330 @@
+"""Runs: resume after real signals is bit-identical, directories are guarded, figures are written."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import ROOT
+from PIL import Image
+from torch import nn
+
+from distill.data.folders import batches
+from distill.runtime.checkpoint import checkpoint_path, load_state
+from distill.runtime.ema import EMA
+from distill.runtime.errors import UserError
+from distill.runtime.images import image_grid, save_png
+from distill.runtime.run import Run, RunOptions
+
+STEPS = 30
+
+
+def train(directory: str, pause: float = 0.0, steps: int = STEPS, rate: float = 1e-2, **options: Any) -> Run:
+    """A toy training that leans on every kind of state; `pause` seconds a step."""
+    chosen = RunOptions(directory, steps, trackers=(), checkpoint_every=7, log_every=3, **options)
+    run = Run(chosen, {"rate": rate, "run": {**asdict(chosen), "trackers": []}}, "toy")
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS + 1)
+    average = EMA(model, 0.99)
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler, average=average)
+    for step in run.steps():
+        target = batches(10, 4, step, chosen.seed)[:, None] / 10 + random.random() + np.random.rand()
+        loss = (model(torch.randn(4, 4, generator=run.generator)) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        average.update()
+        run.log(loss=loss, rate=scheduler.get_last_lr()[0])
+        time.sleep(pause)
+    return run
+
+
+def state_of(directory: Path, step: int = STEPS) -> dict[str, Any]:
+    state = load_state(checkpoint_path(directory / "checkpoints", step))
+    return {key: state[key] for key in ("step", "parts", "random", "figures")}
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    """Bit for bit, through all nesting."""
+    if isinstance(a, torch.Tensor):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    elif isinstance(a, np.ndarray):
+        assert np.array_equal(a, b)
+    else:
+        assert a == b
+
+
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run") / "whole"
+    train(str(directory))
+    return directory
+
+
+def start(directory: Path, pause: float) -> subprocess.Popen[str]:
+    root = ROOT
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # sums depend on it
+    command = [sys.executable, __file__, str(directory), str(pause)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def logged(directory: Path, step: int) -> Callable[[], bool]:
+    metrics = directory / "metrics.jsonl"
+    return lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+
+def test_sigkill_resumes_bit_identically(tmp_path: Path, uninterrupted: Path) -> None:
+    process = start(tmp_path, pause=0.05)
+    wait_for(logged(tmp_path, 12), process)  # some steps after the checkpoint of step 7
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not checkpoint_path(tmp_path / "checkpoints", STEPS).exists()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 15, "lo')  # a line cut off
+    run = train(str(tmp_path))
+    assert run.step == STEPS
+    assert_equal(state_of(tmp_path), state_of(uninterrupted))
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted)
+    assert [line["step"] for line in metrics_of(tmp_path)] == list(range(3, STEPS + 1, 3))
+
+
+def test_sigterm_checkpoints_exits_143_and_resumes(tmp_path: Path, uninterrupted: Path) -> None:
+    process = start(tmp_path, pause=0.05)
+    wait_for(logged(tmp_path, 9), process)
+    process.terminate()
+    assert process.stderr
+    message = process.stderr.read()
+    assert process.wait() == 143
+    stopped = int(max((tmp_path / "checkpoints").iterdir()).stem[5:])
+    assert 9 <= stopped < STEPS
+    assert f"stopped by SIGTERM after step {stopped} of {STEPS}" in message and "resume with: " in message
+    assert "Traceback" not in message
+    assert train(str(tmp_path)).seconds > 9 * 0.05
+    assert_equal(state_of(tmp_path), state_of(uninterrupted))
+    assert metrics_of(tmp_path) == metrics_of(uninterrupted)
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """What the process writes to its standard error, up to these words at least."""
+    assert process.stderr
+    said = ""
+    while words not in said:
+        new = os.read(process.stderr.fileno(), 4096).decode()
+        assert new, said
+        said += new
+    return said
+
+
+def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path, pause=600.0)
+    read_until(process, "toy:   0%")
+    process.send_signal(signal.SIGINT)
+    assert "SIGINT: stops with a checkpoint after this step" in read_until(process, "a second one kills")
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=10) == -signal.SIGINT
+
+
+def test_sigint_exits_130_and_restores_handlers(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    run = Run(RunOptions(str(tmp_path), 5, trackers=()), {}, "toy")
+    with pytest.raises(SystemExit) as stop:
+        for step in run.steps():
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 130 and run.step == 3
+    assert checkpoint_path(tmp_path / "checkpoints", 3).exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_finished_run_yields_nothing_and_has_its_state(uninterrupted: Path) -> None:
+    checkpoint = checkpoint_path(uninterrupted / "checkpoints", STEPS)
+    before = checkpoint.stat().st_mtime_ns, metrics_of(uninterrupted)
+    run = train(str(uninterrupted))
+    assert run.step == STEPS
+    assert (checkpoint.stat().st_mtime_ns, metrics_of(uninterrupted)) == before
+    state = {name: part.state_dict() for name, part in run._parts.items()}
+    assert_equal(state, state_of(uninterrupted)["parts"])
+
+
+def test_a_truncated_checkpoint_falls_back(tmp_path: Path, uninterrupted: Path) -> None:
+    train(str(tmp_path), steps=20)
+    newest = checkpoint_path(tmp_path / "checkpoints", 20)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    train(str(tmp_path))  # only `steps` differs, which is allowed
+    assert_equal(state_of(tmp_path), state_of(uninterrupted))
+
+
+def test_changed_config_names_the_keys_and_the_fix(tmp_path: Path) -> None:
+    train(str(tmp_path), steps=2)
+    with pytest.raises(UserError, match=r"rate \(0.01 -> 0.02\).*overwrite=true"):
+        train(str(tmp_path), steps=2, rate=2e-2)
+    with pytest.raises(UserError, match=r"run.seed \(0 -> 1\)"):
+        train(str(tmp_path), steps=2, seed=1)
+    with pytest.raises(UserError, match="holds a run"):
+        train(str(tmp_path), steps=2, resume=False)
+    train(str(tmp_path), steps=3, keep=1, device="cpu")
+    assert json.loads((tmp_path / "config.json").read_text())["run"]["keep"] == 1
+
+
+def test_overwrite_removes_only_the_runs_own_files(tmp_path: Path) -> None:
+    run = train(str(tmp_path), steps=9)
+    run.preview("x", torch.rand(2, 3, 4, 4))
+    run.finish({})
+    foreign = [tmp_path / name for name in ("notes.txt", "checkpoints/best.safetensors", "previews/me.png")]
+    for path in foreign:
+        path.write_text("mine")
+    assert train(str(tmp_path), steps=2, rate=2e-2, overwrite=True).step == 2
+    assert all(path.read_text() == "mine" for path in foreign)
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    left = {str(path.relative_to(tmp_path)) for path in files.difference(foreign)}
+    assert left == {"config.json", "metrics.jsonl", "checkpoints/step_00000002.safetensors"}
+
+
+def test_a_directory_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
+    first = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
+    with pytest.raises(UserError, match="at work"):
+        Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
+    assert list(first.steps()) == [0, 1]
+    assert list(Run(RunOptions(str(tmp_path), 4, trackers=()), {}, "toy").steps()) == [2, 3]
+
+
+def test_parts_that_do_not_fit_the_checkpoint(tmp_path: Path) -> None:
+    def attempt(**parts: nn.Module) -> None:
+        run = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
+        run.track(**parts)
+        list(run.steps())
+
+    attempt(model=nn.Linear(2, 2))
+    with pytest.raises(UserError, match="holds model; tracked are net"):
+        attempt(net=nn.Linear(2, 2))
+    with pytest.raises(UserError, match="size mismatch"):
+        attempt(model=nn.Linear(3, 2))
+
+
+def test_tracking_twice_or_late_is_refused(tmp_path: Path) -> None:
+    run = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
+    run.track(model=nn.Linear(1, 1))
+    with pytest.raises(UserError, match="'model'"):
+        run.track(model=nn.Linear(1, 1))
+    for _ in run.steps():
+        with pytest.raises(UserError, match="'late'"):
+            run.track(late=nn.Linear(1, 1))
+
+
+def test_figures_are_means_and_due_is_at_the_end_of_steps(tmp_path: Path) -> None:
+    run = Run(RunOptions(str(tmp_path), 5, trackers=(), log_every=2), {}, "toy")
+    due = []
+    for step in run.steps():
+        run.log(value=torch.tensor(float(step), requires_grad=True), odd=float("inf"))
+        due.append(run.due(2))
+    assert due == [False, True, False, True, True]
+    expected = [{"step": 2, "value": 0.5}, {"step": 4, "value": 2.5}, {"step": 5, "value": 4.0}]
+    assert metrics_of(tmp_path) == [{**line, "odd": None} for line in expected]
+
+
+def test_trackers_get_the_figures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = Run(RunOptions(str(tmp_path), 4, log_every=2), {}, "a red/toy")
+    for step in run.steps():
+        run.log(value=float(step))
+    (events,) = (tmp_path / "trackers").rglob("events.*")
+    accumulated = EventAccumulator(str(events)).Reload()
+    assert [(event.step, event.value) for event in accumulated.Scalars("value")] == [(2, 0.5), (4, 2.5)]
+
+
+def test_without_trackers_accelerate_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from distill.run import *\n"
+        f"list(Run(RunOptions({str(tmp_path)!r}, 1, trackers=()), {{}}, 'toy').steps())\n"
+        "assert 'accelerate' not in sys.modules and 'tensorboard' not in sys.modules"
+    )
+    root = ROOT
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+
+
+def test_bad_options_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tracker 'nonsense' is unknown"):
+        Run(RunOptions(str(tmp_path / "a"), 1, trackers=("nonsense",)), {}, "toy")
+    with pytest.raises(UserError, match="keep is 0"):
+        RunOptions(str(tmp_path), 1, keep=0)
+    with pytest.raises(UserError, match="'abacus'"):
+        Run(RunOptions(str(tmp_path / "a"), 1, trackers=(), device="abacus"), {}, "toy")
+    with pytest.raises(UserError, match="no plain nested dict"):
+        Run(RunOptions(str(tmp_path / "a"), 1, trackers=()), {"x": torch.ones(1)}, "toy")
+    assert not (tmp_path / "a").exists()
+
+
+def test_result_and_preview(tmp_path: Path) -> None:
+    run = Run(RunOptions(str(tmp_path), 3, trackers=()), {}, "toy")
+    paths = [run.preview("view", torch.zeros(3, 3, 4, 4)) for _ in run.steps()]
+    assert [path.name for path in paths] == [f"view_0000000{step}.png" for step in (1, 2, 3)]
+    result = json.loads(run.finish({"score": 0.5}).read_text())
+    assert result["score"] == 0.5 and result["run"]["steps"] == 3
+    assert result["run"]["peak_memory_mib"] > 50 and result["run"]["versions"]["torch"] == torch.__version__
+
+
+def test_image_grid_and_png(tmp_path: Path) -> None:
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 4) / 10
+    grid = image_grid(images, 2, gap=1)
+    assert grid.shape == (3, 5, 9)
+    assert torch.all(grid[:, :2, 5:] == 0.1) and torch.all(grid[:, 3:, :4] == 0.2)
+    assert torch.all(grid[:, 2] == 1) and torch.all(grid[:, 3:, 5:] == 1)
+    save_png(tmp_path / "x.png", torch.tensor([2.0, 0.5, -1.0]).view(3, 1, 1).expand(3, 4, 6))
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.size == (6, 4) and image.getpixel((0, 0)) == (255, 128, 0)
+
+
+def test_batches_cover_each_epoch_once_and_are_pure() -> None:
+    stream = torch.cat([batches(10, 4, step, seed=3) for step in range(10)])
+    epochs = stream.view(4, 10)
+    assert torch.equal(epochs.sort(dim=1).values, torch.arange(10).expand(4, 10))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
+    assert torch.equal(batches(10, 4, 7, seed=3), stream[28:32])
+    assert not torch.equal(batches(10, 10, 0, seed=4), batches(10, 10, 1, seed=3))
+    assert sorted(batches(3, 7, 0, seed=0).tolist())[:2] == [0, 0] and len(batches(3, 7, 5, seed=0)) == 7
+    batches(10, 4, 7, seed=3).zero_()  # the memoised order is not handed out
+    assert torch.equal(batches(10, 4, 7, seed=3), stream[28:32])
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], pause=float(sys.argv[2]))

@@ -1,0 +1,61 @@
+"""The linear encoder: exact where the encoder is linear, differentiable, and used in place of the VAE in a warm-up."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.teacher.latent import Teacher
+from distill.teacher.linear import fit_linear_encoder
+
+MATRIX, BIAS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]), torch.tensor([0.25, -1.0])
+
+
+class Affine:
+    """A teacher whose encoder is what the fit looks for, with a term it cannot explain where asked."""
+
+    latent_shape, resolution, device = (2, 4, 4), 16, torch.device("cpu")
+
+    def __init__(self, unexplained: float = 0.0) -> None:
+        self.unexplained = unexplained
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        cells = F.avg_pool2d(images, 4)
+        latents = torch.einsum("cd,bdhw->bchw", MATRIX, cells) + BIAS[:, None, None]
+        return latents + self.unexplained * torch.randn(
+            latents.shape, generator=torch.Generator().manual_seed(1)
+        )
+
+
+def test_a_linear_encoder_is_found() -> None:
+    teacher: Any = Affine()
+    found = fit_linear_encoder(teacher)
+    torch.testing.assert_close(found.matrix, MATRIX, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.bias, BIAS, atol=1e-4, rtol=0)
+    assert found.explained == pytest.approx(1, abs=1e-6)
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))  # half the teacher's side
+    whole = F.interpolate(images, scale_factor=2, mode="nearest")
+    torch.testing.assert_close(found(images), teacher.encode_images(whole), atol=1e-4, rtol=0)
+
+
+def test_what_it_explains_is_measured() -> None:
+    """Noise of deviation s on latents of variance v leaves v / (v + s^2)."""
+    plain, noisy = Affine(), Affine(1.0)
+    images: list[Tensor] = []
+    plain.encode_images = lambda batch: images.append(batch) or Affine().encode_images(batch)  # type: ignore[method-assign,func-returns-value]
+    fit_linear_encoder(plain)  # type: ignore[arg-type]
+    variance = float(Affine().encode_images(images[0]).transpose(0, 1).flatten(1).var(1).mean())
+    assert fit_linear_encoder(noisy).explained == pytest.approx(variance / (variance + 1), abs=0.02)  # type: ignore[arg-type]
+
+
+def test_the_teachers_own_encoder_and_its_gradient(tiny_teacher: Teacher) -> None:
+    found = fit_linear_encoder(tiny_teacher, count=8)
+    assert 0 < found.explained <= 1
+    images = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
+    latents = found(images)
+    assert latents.shape == (1, *tiny_teacher.latent_shape)
+    (slope,) = torch.autograd.grad(latents[0, 0, 0, 0], images)
+    torch.testing.assert_close(slope.sum((0, 2, 3)), found.matrix[0])
+    assert float(slope[..., 4:, :].abs().max()) == 0  # a latent sees its own cell only

@@ -1,0 +1,298 @@
+"""The frozen teacher: its folder, stock Stable Diffusion folders, what is differentiable, what is told of mistakes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from distill.core.sampling import sample_ode
+from distill.core.score import Guided
+from distill.runtime.errors import UserError
+from distill.teacher.folder import load_clip, save_teacher
+from distill.teacher.latent import Teacher
+from distill.teacher.vae import reconstruct
+from distill.teacher.vocabulary import build_tokenizer
+
+PROMPT = "a red teapot, front view"
+
+
+def noise_for(teacher: Teacher, count: int = 1) -> Tensor:
+    return torch.randn(count, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+def stock_image(pipeline: StableDiffusionPipeline, prompt: str, noise: Tensor) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        prompt, latents=noise, guidance_scale=3.0, num_inference_steps=4, output_type="np"
+    ).images[0]
+    return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
+def our_image(teacher: Teacher, prompt: str, noise: Tensor) -> Tensor:
+    model = Guided(teacher, teacher.encode_text([""]), 3.0)
+    with torch.no_grad():
+        return teacher.decode(sample_ode(model, teacher.scheduler, teacher.encode_text([prompt]), noise, 4))
+
+
+def test_the_stock_pipeline_draws_the_same_image(tiny_teacher: Teacher, tiny_teacher_folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        tiny_teacher_folder, local_files_only=True
+    )  # no dtype: as a user would
+    noise = noise_for(tiny_teacher)
+    ours = our_image(tiny_teacher, PROMPT, noise)
+    torch.testing.assert_close(ours, stock_image(pipeline, PROMPT, noise), atol=1e-3, rtol=0)
+    assert ours.shape == (1, 3, 64, 64) and float(ours.std()) > 0.01
+    assert (
+        float((ours - our_image(tiny_teacher, "a blue duck", noise)).abs().max()) > 2e-3
+    )  # the comparison can see the prompt
+
+
+def test_the_folder_holds_what_was_saved(tiny_teacher: Teacher, tiny_teacher_folder: Path) -> None:
+    assert tiny_teacher.latent_shape == (8, 8, 8) and tiny_teacher.resolution == 64
+    assert (
+        tiny_teacher.schedule.steps == 1000 and float(tiny_teacher.schedule.alpha(torch.tensor([999]))) == 0
+    )
+    assert tiny_teacher.vae.config.scaling_factor == 1.7 and tiny_teacher.score.kind == "v_prediction"
+    assert {path.suffix for path in tiny_teacher_folder.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".txt",
+    }
+    clip = load_clip(tiny_teacher_folder)
+    ids = tiny_teacher.tokenizer([PROMPT], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(
+            clip.text_model(input_ids=ids).last_hidden_state, tiny_teacher.encode_text([PROMPT])
+        )
+
+
+def test_encoding_differentiates_the_image_and_nothing_else(tiny_teacher: Teacher) -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tiny_teacher.encode_images(images)[0].square().sum().backward()
+    assert (
+        images.grad is not None
+        and float(images.grad[0].abs().mean()) > 0
+        and float(images.grad[1].abs().max()) == 0
+    )
+    parts = (tiny_teacher.unet, tiny_teacher.vae, tiny_teacher.text_encoder)
+    assert all(p.grad is None and not p.requires_grad for part in parts for p in part.parameters())
+    assert not any(part.training for part in parts)
+
+
+def test_encode_and_decode_are_the_autoencoder(tiny_teacher: Teacher) -> None:
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = tiny_teacher.encode_images(images)
+        raw = tiny_teacher.vae.encode(images * 2 - 1).latent_dist.mean
+        torch.testing.assert_close(latents, 1.7 * raw)
+        torch.testing.assert_close(tiny_teacher.decode(latents), reconstruct(tiny_teacher.vae, images))
+
+
+def test_each_prompt_is_encoded_once(tiny_teacher: Teacher) -> None:
+    rows: list[int] = []
+    tiny_teacher.text_encoder.register_forward_hook(
+        lambda module, inputs, output: rows.append(len(output.last_hidden_state))
+    )
+    first = tiny_teacher.encode_text(["a red cube", "a blue cube", "a red cube", ""])
+    again = tiny_teacher.encode_text(["a blue cube", ""])
+    assert sum(rows) == 3
+    assert first[0].equal(first[2]) and again.equal(first[[1, 3]]) and not first[0].equal(first[1])
+    tiny_teacher.encode_text(["a green cube"])
+    assert sum(rows) == 4
+
+
+def test_mistaken_prompts_are_told(tiny_teacher: Teacher) -> None:
+    with pytest.raises(UserError, match=r"the words 'zebra', 'hat' of 'a zebra hat': it knows a, .*teapot"):
+        tiny_teacher.encode_text(["a red cube", "a zebra hat"])
+    with pytest.raises(UserError, match="prompt is empty"):
+        tiny_teacher.encode_text(["  "])
+
+
+def test_guidance_is_one_call_a_step(tiny_teacher: Teacher) -> None:
+    calls = []
+    hook = tiny_teacher.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with torch.no_grad():
+            our_image(tiny_teacher, PROMPT, noise_for(tiny_teacher))
+    finally:
+        hook.remove()
+    assert len(calls) == 4
+
+
+def sd1_unet() -> dict[str, Any]:
+    return {"attention_head_dim": 8}
+
+
+def sd2_unet() -> dict[str, Any]:
+    return {"attention_head_dim": (1, 2, 2, 2), "use_linear_projection": True}
+
+
+def stock_pipeline(second: bool) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x's, or 2.x's, architecture at tiny width."""
+    torch.manual_seed(0)
+    tokenizer, _ = build_tokenizer(["a photo of one cat and two dogs"], max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_act="gelu" if second else "quick_gelu",
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        layers_per_block=2,
+        cross_attention_dim=32,
+        **(sd2_unet() if second else sd1_unet()),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        sample_size=64,
+        scaling_factor=0.18215,
+    )
+    noise: dict[str, Any] = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler
+        if second
+        else PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **noise),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sd1", "sd2"])
+def stock(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StableDiffusionPipeline, Teacher]:
+    with torch.random.fork_rng():
+        pipeline = stock_pipeline(request.param)
+    folder = tmp_path_factory.mktemp("stock")
+    pipeline.save_pretrained(folder)
+    return pipeline, Teacher.load(str(folder))
+
+
+@torch.no_grad()
+def test_stable_diffusion_predicts_as_its_unet(stock: tuple[StableDiffusionPipeline, Teacher]) -> None:
+    pipeline, teacher = stock
+    x_t, t = noise_for(teacher, 2), torch.tensor([100, 900])
+    states = teacher.encode_text(["a cat", "a zebra in words no closed vocabulary has"])
+    ids = pipeline.tokenizer(["a cat"], padding="max_length", return_tensors="pt").input_ids
+    torch.testing.assert_close(states[:1], pipeline.text_encoder(ids)[0])
+    raw = pipeline.unet(x_t, t, encoder_hidden_states=states).sample
+    product = pipeline.scheduler.alphas_cumprod[t][:, None, None, None]
+    velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
+    eps = product.sqrt() * raw + (1 - product).sqrt() * x_t if velocity else raw
+    told = teacher.predict(x_t, t, states)
+    torch.testing.assert_close(told.eps, eps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        told.x0, (x_t - (1 - product).sqrt() * eps) / product.sqrt(), atol=1e-4, rtol=1e-4
+    )
+    empty = teacher.encode_text([""])
+    free = teacher.predict(x_t, t, empty.expand(2, -1, -1)).eps
+    guided = Guided(teacher, empty, 7.5).predict(x_t, t, states).eps
+    torch.testing.assert_close(guided, free + 7.5 * (eps - free), atol=1e-3, rtol=0)
+    assert float((guided - eps).abs().max()) > 1e-2
+
+
+def test_stable_diffusion_draws_as_the_stock_pipeline(stock: tuple[StableDiffusionPipeline, Teacher]) -> None:
+    pipeline, teacher = stock
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    noise = noise_for(teacher)
+    assert teacher.resolution == 64 and not teacher.scheduler.config.clip_sample
+    theirs = stock_image(pipeline, "a cat", noise)
+    apart = [
+        float((our_image(teacher, prompt, noise) - theirs).abs().mean()) for prompt in ("a cat", "two dogs")
+    ]
+    assert apart[0] < 1e-4 and apart[1] > 10 * apart[0] and apart[1] > 1e-4
+
+
+def test_no_clip_in_a_stock_folder(stock: tuple[StableDiffusionPipeline, Teacher]) -> None:
+    with pytest.raises(UserError, match="has no clip folder"):
+        load_clip(stock[1].place)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "nobody-here/no-such-model", "no_such_name"])
+def test_a_missing_teacher_is_one_sentence(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Teacher.load(name)
+    told = str(caught.value)
+    assert name in told and "shapes64" in told and "\n" not in told and len(told) < 500
+    assert caught.value.__suppress_context__
+
+
+def test_a_folder_of_something_else_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no model_index.json"):
+        Teacher.load(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        Teacher.load(str(tmp_path))
+
+
+def test_saving_spares_a_foreign_folder(
+    tmp_path: Path, tiny_teacher: Teacher, tiny_teacher_folder: Path
+) -> None:
+    parts = (
+        tiny_teacher.tokenizer,
+        ["a"],
+        load_clip(tiny_teacher_folder),
+        tiny_teacher.vae,
+        tiny_teacher.unet,
+        tiny_teacher.scheduler,
+    )
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="something other than a teacher"):
+        save_teacher(tmp_path, *parts)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):  # a teacher is replaced
+        save_teacher(tmp_path / "new", *parts)
+    assert Teacher.load(str(tmp_path / "new")).words == {"a"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "thesis.txt"]
+
+
+def test_saving_leaves_the_models_in_their_precision(
+    tmp_path: Path, tiny_teacher: Teacher, tiny_teacher_folder: Path
+) -> None:
+    clip = load_clip(tiny_teacher_folder)
+    save_teacher(
+        tmp_path / "new",
+        tiny_teacher.tokenizer,
+        ["a"],
+        clip,
+        tiny_teacher.vae,
+        tiny_teacher.unet,
+        tiny_teacher.scheduler,
+    )
+    assert {p.dtype for part in (clip, tiny_teacher.vae, tiny_teacher.unet) for p in part.parameters()} == {
+        torch.float32
+    }

@@ -1,0 +1,127 @@
+"""The field: its start, its gradients, its normals."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill.runtime.errors import UserError
+from sds3d.scene.encoding import HashEncodingOptions
+from sds3d.scene.field import Field, FieldOptions
+
+SMALL = HashEncodingOptions(
+    n_levels=2, n_features_per_level=2, log2_hashmap_size=5, base_resolution=3, per_level_scale=1.7
+)
+
+
+def random_field(activation: str = "softplus", layers: int = 1) -> Field:
+    """A field whose details are as strong as its blob, float64."""
+    torch.manual_seed(0)
+    field = Field(FieldOptions(SMALL, 6, layers, activation, blob_density=3.0, blob_radius=0.7)).double()
+    field.encoding.table.data.normal_()
+    return field
+
+
+def points(count: int) -> Tensor:
+    return torch.rand(count, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.6 - 0.8
+
+
+@pytest.mark.parametrize("activation", ["softplus", "trunc_exp"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gradients_match_finite_differences(activation: str, layers: int) -> None:
+    field, positions = random_field(activation, layers), points(4)
+    names = [name for name, _ in field.named_parameters()]
+
+    def evaluate(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.functional_call(field, dict(zip(names, values)), positions)
+
+    assert torch.autograd.gradcheck(evaluate, [p.detach().requires_grad_() for p in field.parameters()])
+
+
+def test_normals_have_gradients() -> None:
+    field, positions = random_field(), points(4)
+    weight = field.mlp[0].weight
+
+    def normal(value: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = weight.clone()
+            weight.copy_(value)
+            result = field.normal(positions)
+            weight.copy_(before)
+        return result
+
+    field.normal(positions).cos().sum().backward()
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    slope = (
+        normal(weight + 1e-6 * direction).cos().sum() - normal(weight - 1e-6 * direction).cos().sum()
+    ) / 2e-6
+    torch.testing.assert_close((weight.grad * direction).sum(), slope.detach(), rtol=1e-5, atol=1e-8)
+
+
+def test_density_is_the_first_output_and_albedo_a_colour() -> None:
+    field, positions = random_field(), points(50)
+    density, albedo = field(positions)
+    assert torch.equal(field.density(positions), density)
+    assert density.shape == (50,) and albedo.shape == (50, 3)
+    assert (density >= 0).all() and (albedo > 0).all() and (albedo < 1).all()
+
+
+def test_starts_as_a_soft_ball() -> None:
+    field = Field(FieldOptions())
+    radii = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    density = field.density(radii[:, None] * torch.tensor([[0.6, 0.0, 0.8]]))
+    expected = torch.nn.functional.softplus(10 * (1 - radii / 0.5))
+    torch.testing.assert_close(density, expected, rtol=0.25, atol=0.3)  # the MLP's first biases are not zero
+    assert density[0] > 8 and density[-1] < 0.01
+
+
+def test_starting_normals_point_outwards() -> None:
+    positions = (
+        torch.nn.functional.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+        / 3
+    )
+    normals = Field(FieldOptions()).normal(positions)
+    torch.testing.assert_close(normals.norm(dim=-1), torch.ones(40))
+    assert ((normals * positions).sum(-1) * 3).min() > 0.99
+
+
+def test_nothing_is_outside_the_box() -> None:
+    field = Field(FieldOptions(density_bias=5.0))
+    density = field.density(torch.tensor([[1.01, 0, 0], [0, -1.2, 0], [0, 0, 1.5], [0.99, 0.99, -0.99]]))
+    assert density[:3].eq(0).all() and density[3] > 0
+
+
+def test_truncated_exponential_tames_outliers() -> None:
+    field = Field(FieldOptions(activation="trunc_exp", density_bias=1000.0))
+    density = field.density(torch.zeros(1, 3))
+    density.sum().backward()
+    limit = torch.tensor(15.0).exp()
+    torch.testing.assert_close(density[0], limit)
+    assert field.mlp[-1].bias.grad[0] == limit  # not zero: the outlier can still come back
+
+
+def test_under_autocast_density_stays_single() -> None:
+    field = Field(FieldOptions())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        density, albedo = field(torch.zeros(3, 3))
+    assert density.dtype == albedo.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "values", [{"hidden_width": 0}, {"hidden_layers": 0}, {"blob_radius": -1.0}, {"activation": "relu"}]
+)
+def test_impossible_fields_are_refused(values: dict) -> None:
+    with pytest.raises(UserError, match=str(next(iter(values.values())))):
+        FieldOptions(**values)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: the GPU's parity with the CPU is unchecked"
+)
+def test_cuda_matches_cpu() -> None:
+    field, positions = Field(FieldOptions()), points(200).float()
+    twin = Field(FieldOptions(), "cuda")
+    twin.load_state_dict(field.state_dict())
+    inner = positions * 0.9  # tinycudann differs in the outermost half cell
+    for ours, theirs in zip(field(inner), twin(inner.cuda())):
+        torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-2, atol=1e-3)
