@@ -23,7 +23,7 @@ def main(config: dict[str, Any]) -> None:
     for timing in timings:
         print(f"{timing.part:42} {timing.median:8.1f} ms  ({timing.low:.1f} to {timing.high:.1f})")
     print(
-        f"a cycle states {task.forwards / run.options.steps:.4g} F a sample and takes {ratio:.3f} times as long as so many forward passes"
+        f"a cycle states {task.nfe / run.options.steps:.4g} F a sample and takes {ratio:.3f} times as long as so many forward passes"
     )
     if config["profile"]:
         print(profile_cycle(task))

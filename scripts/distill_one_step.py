@@ -24,14 +24,14 @@ def main(config: dict[str, Any]) -> None:
     teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
     run = Run(run_options, config, Path(run_options.directory).name)
     if run.main:
-        print(chosen_time(teacher.schedule, options.student, teacher.score.kind))
+        print(chosen_time(teacher.schedule, options.student, teacher.score.prediction_type))
     task = start(run, teacher, load_judge(config["judge"]), config["data"], options)
     averaged, raw = task.train()
     if run.main:
         save_student(run.directory / "student", averaged, teacher)
         save_student(run.directory / "student_raw", raw, teacher)
     figures = task.monitor.look(task.samples())
-    run.finish({**figures, "alarms": task.monitor.alarms, "forwards": task.forwards, "config": config})
+    run.finish({**figures, "alarms": task.monitor.alarms, "forwards": task.nfe, "config": config})
     if run.main:
         print(
             f"written: {run.directory}/student (averaged), student_raw; Frechet distance {figures['frechet']:.3g}"

@@ -9,7 +9,7 @@ from entry import entry
 def main(config: dict[str, Any]) -> None:
     import torch
 
-    from distill.data.images import composed, image_files, open_image
+    from distill.data.images import composite_over, image_files, open_image
     from distill.runtime.files import write_json
     from distill.runtime.machine import pick_device
     from distill.teacher.clip import label_shares
@@ -21,7 +21,7 @@ def main(config: dict[str, Any]) -> None:
     for label in config["labels"]:
         check_prompt(label, teacher.words)
     files = image_files(Path(config["folder"]))
-    images = torch.cat([composed(open_image(path, teacher.resolution)) for path in files])
+    images = torch.cat([composite_over(open_image(path, teacher.resolution)) for path in files])
     shares = label_shares(
         load_clip(teacher.place).to(teacher.device), teacher.tokenizer, images, config["labels"]
     )

@@ -31,7 +31,7 @@ def main(config: dict[str, Any]) -> None:
         return from_student(config)
     import torch
 
-    from distill.apps.text_to_image import TextToImageOptions, race, text_to_image
+    from distill.apps.text_to_image import TextToImageOptions, compare_samplers, text_to_image
     from distill.control.adapter import controlled
     from distill.control.pictures import ControlPicture, make_control
     from distill.runtime.config import build
@@ -48,7 +48,7 @@ def main(config: dict[str, Any]) -> None:
     seen = controlled(teacher, controls) if controls else teacher
     columns, frames = options.count * max(len(options.sweep), 1), None
     if config["race"]:
-        rows, table = race(seen, options, config["race"])
+        rows, table = compare_samplers(seen, options, config["race"])
         images = torch.cat(rows)
         print(table)
     else:

@@ -227,7 +227,9 @@ class Viewer:
         render = render_views(self.scene, camera, GREY).rgb.to(teacher.device)
         view = view_of(float(camera.azimuth), float(camera.elevation))
         prompt = view_prompt(self.prompt, view) if self.config["text_to_3d"]["view_words"] else self.prompt
-        t = torch.tensor([round(self.noise.value * (teacher.schedule.steps - 1))], device=teacher.device)
+        t = torch.tensor(
+            [round(self.noise.value * (teacher.schedule.num_train_timesteps - 1))], device=teacher.device
+        )
         clean = teacher.encode_images(render)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)).to(clean)
         guided = Guided(teacher, teacher.encode_text([""]), self.guidance.value)

@@ -13,7 +13,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
+from distill.objectives.algebra import (
+    DistillationOutput,
+    PromptConditionings,
+    ScoreDistillation,
+    text_conditions,
+)
 from distill.objectives.critic import Critic
 from distill.objectives.diagnostics import DiagnosticOptions, look
 from distill.objectives.options import ObjectiveOptions
@@ -104,7 +109,7 @@ class OptimiseImage:
         )
         return value.expand(count, -1, -1, -1).clone()
 
-    def _conditions(self, objective: ObjectiveOptions) -> Conditions:
+    def _conditions(self, objective: ObjectiveOptions) -> PromptConditionings:
         options = self.options
         prompts = [options.prompt] * options.particles
         conditions = text_conditions(
@@ -113,7 +118,7 @@ class OptimiseImage:
         if self.critic is None:
             return conditions
         text = self.teacher.encode_text(prompts)
-        return Conditions(
+        return PromptConditionings(
             {**conditions.states, "conditional": text, "critic": self.critic.states(text, None)}
         )
 
@@ -123,7 +128,7 @@ class OptimiseImage:
             self.parameter.sigmoid() if self.options.space == "pixel" else self.teacher.decode(self.parameter)
         )
 
-    def step(self, progress: float) -> Distilled:
+    def step(self, progress: float) -> DistillationOutput:
         """One update at a share of the run in [0, 1)."""
         pixels = self.options.space == "pixel"
         images = self.images() if pixels or self.objective.options.image else None

@@ -12,9 +12,9 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.core.sampling import Picture, Watch, sample_ddpm, sample_ode
+from distill.core.sampling import Callback, Img2ImgInit, sample_ddpm, sample_ode
 from distill.core.score import Guided, Prediction, ScoreModel
-from distill.data.images import composed, open_image
+from distill.data.images import composite_over, open_image
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid
 from distill.teacher.clip import caption_features, image_features
@@ -88,18 +88,18 @@ def text_rows(teacher: Teacher, options: TextToImageOptions) -> Tensor:
     return states
 
 
-def load_picture(teacher: Teacher, options: TextToImageOptions, count: int) -> Picture | None:
+def load_picture(teacher: Teacher, options: TextToImageOptions, count: int) -> Img2ImgInit | None:
     """What is started from, for `count` images; None where there is no file. Raises `UserError` for files that are no images."""
     if options.image is None:
         return None
-    pixels = composed(open_image(Path(options.image), teacher.resolution))
+    pixels = composite_over(open_image(Path(options.image), teacher.resolution))
     with torch.no_grad():
         clean = teacher.encode_images(pixels.to(teacher.device)).expand(count, -1, -1, -1)
     if options.mask is None:
-        return Picture(clean, options.strength)
-    mask = composed(open_image(Path(options.mask), teacher.resolution)).mean(1, keepdim=True)
+        return Img2ImgInit(clean, options.strength)
+    mask = composite_over(open_image(Path(options.mask), teacher.resolution)).mean(1, keepdim=True)
     side = teacher.latent_shape[1]
-    return Picture(
+    return Img2ImgInit(
         clean, options.strength, (F.interpolate(mask, size=(side, side)) >= 0.5).float().to(teacher.device)
     )
 
@@ -110,8 +110,8 @@ def sample(
     states: Tensor,
     noise: Tensor,
     options: TextToImageOptions,
-    watch: Watch | None = None,
-    picture: Picture | None = None,
+    watch: Callback | None = None,
+    picture: Img2ImgInit | None = None,
 ) -> Tensor:
     """Latents by the sampler of the options."""
     config = teacher.scheduler.config
@@ -160,7 +160,7 @@ def ranked(teacher: Teacher, images: Tensor, options: TextToImageOptions) -> Ten
     return torch.stack([row[index] for row, index in zip(images, best, strict=True)])
 
 
-def race(
+def compare_samplers(
     teacher: Teacher, options: TextToImageOptions, samplers: Sequence[Sampler]
 ) -> tuple[list[Tensor], str]:
     """The options' images by each sampler from the same noise, and a table of milliseconds an image; each runs once before it is timed."""

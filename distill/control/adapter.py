@@ -19,7 +19,7 @@ from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, replaced_folder, write_json
 from distill.runtime.shipped import known, located
-from distill.teacher.latent import Teacher, UNetScore
+from distill.teacher.latent import Teacher, UNetDenoiser
 
 MARK = "condition.json"  # beside the weights: what the adapter takes
 # Of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256.
@@ -110,7 +110,7 @@ class ControlledUnet(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
         """x_t (B, C, h, w), t (B,), text states (B, L, D)."""
-        added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.steps)
+        added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.num_train_timesteps)
         if added is None:
             return self.unet(x_t, t, encoder_hidden_states=encoder_hidden_states)
         return self.unet(
@@ -125,8 +125,10 @@ class ControlledUnet(nn.Module):
 def controlled(teacher: Teacher, controls: Sequence[Control]) -> Teacher:
     """The teacher seen through its controls: the same parts, another score. It obeys the teacher protocol, so every objective takes it."""
     seen = copy.copy(teacher)
-    seen.score = UNetScore(
-        ControlledUnet(teacher.unet, teacher.schedule, controls), teacher.schedule, teacher.score.kind
+    seen.score = UNetDenoiser(
+        ControlledUnet(teacher.unet, teacher.schedule, controls),
+        teacher.schedule,
+        teacher.score.prediction_type,
     )
     return seen
 
@@ -136,7 +138,7 @@ def controlled_student(student: Student, controls: Sequence[Control]) -> Student
     return Student(
         ControlledUnet(student.unet, student.schedule, controls),
         student.schedule,
-        student.kind,
+        student.prediction_type,
         student.times,
     )
 

@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.data.images import open_image
 from distill.runtime.errors import UserError
 
 COLUMN = "conditioning_image"  # as in diffusers' ControlNet training and the data sets made for it
 
 
-def silhouettes(data: Captioned) -> Tensor:
+def silhouettes(data: CaptionedImages) -> Tensor:
     """(N, 1, H, W) uint8, white where the object is: a picture's own alpha. Raises `UserError` for pictures without one."""
     if data.images.shape[1] != 4:
         raise UserError(
@@ -39,7 +39,7 @@ def scribbles(images: Tensor) -> Tensor:
     return torch.from_numpy(binary_dilation(drawn, np.ones((1, 1, 3, 3), bool)).astype(np.uint8) * 255)
 
 
-def beside(folder: Path | str, data: Captioned) -> Tensor:
+def beside(folder: Path | str, data: CaptionedImages) -> Tensor:
     """(N, 3, H, W) uint8: the files that a split's rows name as `conditioning_image`. Raises `UserError` where there are none."""
     place, size = Path(folder), data.images.shape[-1]
     missing = next((row["file_name"] for row in data.rows if not row.get(COLUMN)), None)
@@ -51,11 +51,11 @@ def beside(folder: Path | str, data: Captioned) -> Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).contiguous()
 
 
-def _in_parts(make: Callable[[Tensor], Tensor], data: Captioned, size: int = 500) -> Tensor:
+def _in_parts(make: Callable[[Tensor], Tensor], data: CaptionedImages, size: int = 500) -> Tensor:
     return torch.cat([make(data.composite(part)) for part in torch.arange(len(data)).split(size)])
 
 
-def of_images(condition: str, folder: Path | str, data: Captioned) -> Tensor:
+def of_images(condition: str, folder: Path | str, data: CaptionedImages) -> Tensor:
     """The pictures (N, 1 or 3, H, W) uint8 of a split, by name: silhouette, edges, scribble, or `folder` for those beside the images."""
     makers: dict[str, Callable[[], Tensor]] = {
         "silhouette": lambda: silhouettes(data),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.control.adapter import Control, load_adapter
-from distill.data.images import composed, open_image
+from distill.data.images import composite_over, open_image
 from distill.teacher.latent import Teacher
 
 
@@ -22,5 +22,5 @@ class ControlPicture:
 def make_control(given: ControlPicture, teacher: Teacher) -> Control:
     """The control of a file. Raises `UserError` for an adapter or an image that is none."""
     adapter, _ = load_adapter(given.adapter, teacher.device)
-    picture = composed(open_image(Path(given.picture), teacher.resolution)).to(teacher.device)
+    picture = composite_over(open_image(Path(given.picture), teacher.resolution)).to(teacher.device)
     return Control(adapter, picture, given.weight, given.start, given.end)

@@ -12,7 +12,7 @@ from distill.control.conditions import as_input
 from distill.core.score import Prediction
 from distill.data.folders import batches
 from distill.data.latents import LatentCache
-from distill.evaluation.control import ControlEvaluationOptions, by_teacher, images_of
+from distill.evaluation.control import ControlEvaluationOptions, images_of, teacher_sampler
 from distill.evaluation.fidelity import fidelity, means
 from distill.evaluation.probe import Probe
 from distill.runtime.errors import UserError
@@ -62,7 +62,7 @@ def adapter_loss(
     clean, noise, t, states = batch
     x_t = teacher.schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
     told: Prediction = controlled(teacher, [Control(adapter, pictures)]).predict(x_t, t, states)
-    if teacher.score.kind == "epsilon":
+    if teacher.score.prediction_type == "epsilon":
         return F.mse_loss(told.eps, noise)
     return F.mse_loss(told.v, teacher.schedule.velocity(clean, noise, t))
 
@@ -119,7 +119,7 @@ class AdapterTraining:
         """One update; its loss."""
         run, options, cache = self.run, self.options, self.cache
         index = batches(len(cache.latents), options.batch, step, run.options.seed)
-        t = torch.randint(self.teacher.schedule.steps, (len(index),), generator=run.generator)
+        t = torch.randint(self.teacher.schedule.num_train_timesteps, (len(index),), generator=run.generator)
         noise = torch.randn(cache.latents[index].shape, generator=run.generator)
         dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
         states = cache.states[torch.where(dropped, len(cache.states) - 1, cache.caption[index])]
@@ -137,7 +137,7 @@ class AdapterTraining:
         chosen = self.options.validation
         pictures, texts = held_out.pictures[: chosen.samples], held_out.texts[: chosen.samples]
         samples = images_of(
-            by_teacher(self.teacher, chosen), self.teacher, self.adapter, texts, pictures, chosen
+            teacher_sampler(self.teacher, chosen), self.teacher, self.adapter, texts, pictures, chosen
         )
         self.run.log(**means(fidelity(self.condition, samples, pictures, probe)))
         if self.run.due(self.run.options.preview_every) or self.run.step == 0:

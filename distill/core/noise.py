@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 
-Kind = Literal["epsilon", "v_prediction", "sample"]  # what a network answers; diffusers' names
+PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network answers; diffusers' names
 
 
 class NoiseSchedule:
@@ -27,7 +27,7 @@ class NoiseSchedule:
         self._alpha, self._sigma = product.sqrt().float(), (1 - product).sqrt().float()
 
     @property
-    def steps(self) -> int:
+    def num_train_timesteps(self) -> int:
         """T, the number of noise levels."""
         return len(self._alpha)
 
@@ -48,7 +48,7 @@ class NoiseSchedule:
         product = self.alpha(torch.arange(count)).flatten().double().square()
         return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
 
-    def nearest(self, level: Tensor) -> Tensor:
+    def sigma_to_t(self, level: Tensor) -> Tensor:
         """The times (B,) whose noise level sigma / alpha is nearest, on a log scale, to `level` (B,): where another SDE meets this one."""
         own = (self._sigma.double() / self._alpha.double().clamp_min(1e-12)).log().to(level.device)
         return (own[None] - level.double().log()[:, None]).abs().argmin(1)
@@ -81,7 +81,7 @@ def from_flow(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def clean_and_noise(
-    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: Kind
+    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType
 ) -> tuple[Tensor, Tensor]:
     """x0 and eps of a network's answer in any parameterisation, in float32 at least; all shapes broadcast with x_t.
 

@@ -10,12 +10,12 @@ from torch import Tensor
 from distill.core.noise import from_flow
 from distill.core.score import Prediction, ScoreModel
 
-Watch = Callable[[int, Prediction], None]
+Callback = Callable[[int, Prediction], None]
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 
 
 @dataclass(frozen=True)
-class Picture:
+class Img2ImgInit:
     """What sampling starts from: clean latents (B, C, h, w), made noisy to a share `strength` of the steps (SDEdit, arXiv:2108.01073).
 
     With a mask (B, 1, h, w) only where it is 1 is drawn anew; elsewhere every step is laid over the picture at its own noise
@@ -41,8 +41,8 @@ def sample_ode(
     condition: Tensor,
     noise: Tensor,
     steps: int,
-    watch: Watch | None = None,
-    picture: Picture | None = None,
+    watch: Callback | None = None,
+    picture: Img2ImgInit | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) from standard normal noise along the probability-flow ODE, by the scheduler given.
 
@@ -58,7 +58,7 @@ def sample_flow(model: ScoreModel, condition: Tensor, noise: Tensor, steps: int)
 
     def velocity(x: Tensor, time: float) -> Tensor:
         x_t, alpha, sigma = from_flow(x, torch.full((len(x),), time).to(x)[:, None, None, None])
-        t = model.schedule.nearest((sigma / alpha).flatten())
+        t = model.schedule.sigma_to_t((sigma / alpha).flatten())
         return model.predict(x_t, t, condition).flow
 
     x = noise
@@ -78,8 +78,8 @@ def sample_ddpm(
     noise: Tensor,
     steps: int,
     generator: torch.Generator,
-    watch: Watch | None = None,
-    picture: Picture | None = None,
+    watch: Callback | None = None,
+    picture: Img2ImgInit | None = None,
 ) -> Tensor:
     """Latents by ancestral sampling (Ho et al. 2020, algorithm 2), its noise drawn from `generator`."""
     return _sample(model, scheduler, condition, noise, steps, generator, watch, picture)
@@ -92,8 +92,8 @@ def _sample(
     noise: Tensor,
     steps: int,
     generator: torch.Generator | None,
-    watch: Watch | None,
-    picture: Picture | None = None,
+    watch: Callback | None,
+    picture: Img2ImgInit | None = None,
 ) -> Tensor:
     scheduler = type(scheduler).from_config(scheduler.config)  # the caller's is left as it was
     scheduler.set_timesteps(steps, device=noise.device)
@@ -119,7 +119,7 @@ def _sample(
     return x_t
 
 
-def _begun(scheduler: Scheduler, noise: Tensor, steps: int, picture: Picture) -> tuple[Tensor, Tensor]:
+def _begun(scheduler: Scheduler, noise: Tensor, steps: int, picture: Img2ImgInit) -> tuple[Tensor, Tensor]:
     """The times still to go and the picture made noisy to the first of them."""
     first = steps - min(int(steps * picture.strength), steps)
     times = scheduler.timesteps[first:]

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from distill.core.noise import Kind, NoiseSchedule, clean_and_noise
+from distill.core.noise import NoiseSchedule, PredictionType, clean_and_noise
 
 
 @final
@@ -21,7 +21,9 @@ class Prediction:
     sigma: Tensor
 
     @staticmethod
-    def of(output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, kind: Kind) -> "Prediction":
+    def of(
+        output: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule, kind: PredictionType
+    ) -> "Prediction":
         """From a network's answer of the given kind."""
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return Prediction(*clean_and_noise(output, x_t, alpha, sigma, kind), alpha, sigma)
@@ -56,7 +58,7 @@ class Prediction:
         x_t = self.alpha * self.x0 + self.sigma * self.eps
         return Prediction(x0, (x_t - self.alpha * x0) / self.sigma, self.alpha, self.sigma)
 
-    def toward(self, other: "Prediction", scale: float) -> "Prediction":
+    def extrapolate(self, other: "Prediction", scale: float) -> "Prediction":
         """self + scale (other - self): guidance, when self is unconditional. x0, eps and v are linear in one another."""
         mix = [a + scale * (b - a) for a, b in ((self.x0, other.x0), (self.eps, other.eps))]
         return Prediction(mix[0], mix[1], self.alpha, self.sigma)
@@ -73,16 +75,16 @@ class ScoreModel(ABC):
 
 
 @final
-class Counted(ScoreModel):
-    """A model that counts what it is asked: `forwards` samples so far, in network calls `calls`."""
+class NFECounter(ScoreModel):
+    """A model that counts what it is asked: `nfe` samples so far, in network calls `calls`."""
 
     def __init__(self, model: ScoreModel) -> None:
         self.model, self.schedule = model, model.schedule
-        self.calls = self.forwards = 0
+        self.calls = self.nfe = 0
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
         """As the contract says."""
-        self.calls, self.forwards = self.calls + 1, self.forwards + len(x_t)
+        self.calls, self.nfe = self.calls + 1, self.nfe + len(x_t)
         return self.model.predict(x_t, t, condition)
 
 
@@ -101,4 +103,4 @@ class Guided(ScoreModel):
             return self.model.predict(x_t, t, condition)
         both = torch.cat([self.unconditional.expand_as(condition), condition])
         free, bound = self.model.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
-        return free.toward(bound, self.scale)
+        return free.extrapolate(bound, self.scale)

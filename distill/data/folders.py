@@ -16,7 +16,7 @@ from distill.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Captioned:
+class CaptionedImages:
     """A split in memory: images (N, 3 or 4, H, W) uint8 and one metadata row an image, each with a `text`."""
 
     images: Tensor
@@ -40,9 +40,11 @@ class Captioned:
         colour, alpha = chosen[:, :3], chosen[:, 3:]
         return colour * alpha + levels[:, None, None, None] * (1 - alpha)
 
-    def select(self, keep: Sequence[int]) -> "Captioned":
+    def select(self, keep: Sequence[int]) -> "CaptionedImages":
         """The images at these indices."""
-        return Captioned(self.images[torch.as_tensor(keep, dtype=torch.long)], [self.rows[i] for i in keep])
+        return CaptionedImages(
+            self.images[torch.as_tensor(keep, dtype=torch.long)], [self.rows[i] for i in keep]
+        )
 
 
 def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -73,7 +75,9 @@ def read_rows(folder: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int | None = None) -> Captioned:
+def load_split(
+    folder: Path | str, split: str, resolution: int = 64, limit: int | None = None
+) -> CaptionedImages:
     """One split of a captioned image folder (`folder/split/metadata.jsonl`), the first `limit` rows where given.
 
     Raises `UserError` for a missing folder or split, broken rows and unreadable images.
@@ -85,7 +89,7 @@ def load_split(folder: Path | str, split: str, resolution: int = 64, limit: int 
         images = [
             i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images
         ]
-    return Captioned(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
+    return CaptionedImages(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
 
 
 def batches(count: int, size: int, step: int, seed: int) -> Tensor:

@@ -31,7 +31,7 @@ def open_image(path: Path, resolution: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def composed(pixels: np.ndarray) -> Tensor:
+def composite_over(pixels: np.ndarray) -> Tensor:
     """An image (1, 3, H, W) in [0, 1] of (H, W, 3 or 4) uint8, what is transparent on the middle of the grey levels."""
     image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
     return (

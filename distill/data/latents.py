@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.data.folders import Captioned, load_split
+from distill.data.folders import CaptionedImages, load_split
 from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
@@ -31,7 +31,7 @@ class LatentCache:
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKL, data: Captioned, texts: Sequence[str], states: Tensor, batch: int = 64
+    vae: AutoencoderKL, data: CaptionedImages, texts: Sequence[str], states: Tensor, batch: int = 64
 ) -> LatentCache:
     """Encode a split once; `states` (K + 1, L, D) belong to the K distinct `texts` and the empty prompt."""
     device = next(vae.parameters()).device

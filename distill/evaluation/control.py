@@ -12,7 +12,7 @@ from distill.control.adapter import Control, controlled, controlled_student
 from distill.control.conditions import as_input
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.evaluation.fidelity import fidelity, means
 from distill.evaluation.judge import Judge
 from distill.evaluation.probe import Probe
@@ -40,7 +40,7 @@ class ControlEvaluationOptions:
             raise UserError("samples, steps and batch must be at least 1")
 
 
-def by_teacher(teacher: Teacher, options: ControlEvaluationOptions) -> Draw:
+def teacher_sampler(teacher: Teacher, options: ControlEvaluationOptions) -> Draw:
     """DDIM with guidance."""
 
     def draw(controls: list[Control], states: Tensor, noise: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def evaluate_control(
     student: Student | None,
     adapter: ControlNetModel,
     condition: str,
-    data: Captioned,
+    data: CaptionedImages,
     pictures: Tensor,
     readers: tuple[Probe, Judge],
     options: ControlEvaluationOptions,
@@ -97,7 +97,7 @@ def evaluate_control(
     probe, judge = readers
     data, pictures = data.select(range(min(options.samples, len(data)))), pictures[: options.samples]
     single = [i for i, row in enumerate(data.rows) if not row.get("relation")]
-    draws = {"teacher": by_teacher(teacher, options)} | (
+    draws = {"teacher": teacher_sampler(teacher, options)} | (
         {} if student is None else {"student": by_student(student, options)}
     )
     images = {"true images": data.composite(slice(None))}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.evaluation.features import Extractor
 from distill.evaluation.judge import Judge
 from distill.evaluation.metrics import frechet_distance, kernel_distance, moments, precision_recall
@@ -32,7 +32,7 @@ class Generator:
 
     name: str
     sample: Callable[[Tensor, Tensor, torch.Generator], Tensor]
-    forwards: int
+    nfe: int
     weights: str
 
 
@@ -74,7 +74,7 @@ def teacher_generator(teacher: Teacher, steps: int, guidance: float) -> Generato
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TimedSamples:
     """Images (N, 3, H, W) and the seconds that U-Net and decoder took for all of them."""
 
     images: Tensor
@@ -83,7 +83,9 @@ class Drawn:
 
 
 @torch.no_grad()
-def draw(generator: Generator, teacher: Teacher, captions: Sequence[str], batch: int, seed: int) -> Drawn:
+def draw(
+    generator: Generator, teacher: Teacher, captions: Sequence[str], batch: int, seed: int
+) -> TimedSamples:
     """An image of each caption, its noise a function of the seed and its place only."""
     source = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), *teacher.latent_shape, generator=source)
@@ -102,7 +104,7 @@ def draw(generator: Generator, teacher: Teacher, captions: Sequence[str], batch:
         images.append(teacher.decode(latents).cpu())
         times.append(_now(teacher))
         spent = [spent[0] + times[1] - times[0], spent[1] + times[2] - times[1]]
-    return Drawn(torch.cat(images), *spent)
+    return TimedSamples(torch.cat(images), *spent)
 
 
 def _now(teacher: Teacher) -> float:
@@ -115,7 +117,7 @@ def _now(teacher: Teacher) -> float:
 class Reference:
     """What generators are compared with: real images' features (N, D), and who tells."""
 
-    data: Captioned
+    data: CaptionedImages
     features: Tensor
     extract: Extractor
     judge: Judge
@@ -127,7 +129,7 @@ def kept(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return row if row is not None and row.get("asked") == asked else None
 
 
-def reference(data: Captioned, extract: Extractor, judge: Judge) -> Reference:
+def reference(data: CaptionedImages, extract: Extractor, judge: Judge) -> Reference:
     """A test split with object and colour columns, and its features. Raises `UserError` where those are missing."""
     if not any("object" in row for row in data.rows):
         raise UserError(
@@ -150,7 +152,7 @@ def evaluate(
     told = graded(real.judge, drawn.images[single], [rows[i] for i in single])
     figures = {
         "generator": generator.name,
-        "forwards": generator.forwards,
+        "forwards": generator.nfe,
         "frechet": frechet_distance(moments(features), moments(real.features)),
         "kernel": kernel[0],
         "kernel_sd": kernel[1],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.augmentation import add_noise, cover, move, relight, soften
-from distill.data.folders import Captioned, batches, grey_levels
+from distill.data.folders import CaptionedImages, batches, grey_levels
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 from distill.runtime.run import Run
@@ -160,7 +160,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return cover(add_noise(images, generator, 0.04), generator).clamp(0, 1)
 
 
-def train_judge(run: Run, data: Captioned, options: JudgeOptions) -> Judge:
+def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge:
     """Train on a split; returns the judge in evaluation mode, its weights as `save_judge` rounds them.
 
     Raises `UserError` for an attribute with fewer than two values.
@@ -201,7 +201,7 @@ def predict(judge: Judge, images: Tensor) -> dict[str, list[str]]:
     return {name: [judge.labels[name][index] for index in indices] for name, indices in chosen.items()}
 
 
-def accuracy(judge: Judge, data: Captioned) -> dict[str, float]:
+def accuracy(judge: Judge, data: CaptionedImages) -> dict[str, float]:
     """The share of right answers of each attribute among the rows that count; no entry where none does."""
     answers = predict(judge, torch.cat([data.composite(part) for part in torch.arange(len(data)).split(256)]))
     shares = {}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.data.augmentation import add_noise, relight, soften
-from distill.data.folders import Captioned, batches, grey_levels
+from distill.data.folders import CaptionedImages, batches, grey_levels
 from distill.evaluation.judge import Block
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
@@ -68,7 +68,7 @@ class Probe(nn.Module):
         return told[:, :1], told[:, 1:]
 
 
-def train_probe(run: Run, data: Captioned, near: Tensor, options: ProbeOptions) -> Probe:
+def train_probe(run: Run, data: CaptionedImages, near: Tensor, options: ProbeOptions) -> Probe:
     """Train on a split with alpha and its closeness (N, 1, H, W), near 1, far 0; in evaluation mode, weights as they are saved."""
     probe = Probe(options).to(run.device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=options.learning_rate, weight_decay=0.01)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.evaluation.judge import Judge, judge_features, predict
 from distill.evaluation.metrics import frechet_distance, moments
 from distill.runtime.errors import UserError
@@ -37,7 +37,7 @@ class EvaluationOptions:
 
 
 def evaluate_teacher(
-    teacher: Teacher, judge: Judge, data: Captioned, options: EvaluationOptions
+    teacher: Teacher, judge: Judge, data: CaptionedImages, options: EvaluationOptions
 ) -> tuple[dict[str, Any], Tensor]:
     """All figures of a teacher on a test split with object and colour columns, and samples (S, 3, H, W) at the best guidance."""
     single = data.select([i for i, row in enumerate(data.rows) if not row.get("relation")])
@@ -118,7 +118,7 @@ def graded(judge: Judge, images: Tensor, rows: Sequence[dict[str, Any]]) -> dict
 
 
 @torch.no_grad()
-def zero_shot(teacher: Teacher, data: Captioned, images: Tensor) -> dict[str, float]:
+def zero_shot(teacher: Teacher, data: CaptionedImages, images: Tensor) -> dict[str, float]:
     """CLIP's zero-shot accuracy over all pairs of object and colour, of the view given the pair, and text retrieval among captions.
 
     A pair's class is the mean over its captions without a view and with each (prompt ensembling, arXiv:2103.00020, section 3.1.4).

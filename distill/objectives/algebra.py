@@ -11,16 +11,24 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.core.score import Counted, Prediction, ScoreModel
+from distill.core.score import NFECounter, Prediction, ScoreModel
 from distill.objectives.inversion import invert
-from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions, Part, Place, Term, Weight, number
+from distill.objectives.options import (
+    OTHER_VIEWS,
+    EvalPoint,
+    LossComponent,
+    ObjectiveOptions,
+    Term,
+    Weight,
+    number,
+)
 from distill.runtime.errors import UserError
 
-Known = dict[tuple[Place, str], Prediction]
+Predictions = dict[tuple[EvalPoint, str], Prediction]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class PromptConditionings:
     """Text states by prompt name: (B, L, D), or (1, L, D) where all samples share one."""
 
     states: Mapping[str, Tensor]
@@ -37,17 +45,17 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NoisyDraw:
     """A part's draw: times (B,), the noise, and x at each place with its times."""
 
     t: Tensor
     noise: Tensor
-    places: dict[Place, tuple[Tensor, Tensor]]
-    known: Known  # what was predicted on the way
+    places: dict[EvalPoint, tuple[Tensor, Tensor]]
+    known: Predictions  # what was predicted on the way
 
 
 @dataclass(frozen=True)
-class Distilled:
+class DistillationOutput:
     """A step's outcome: the loss to call backward on; g, of the first part the times, x_t, noise, and predictions by prompt at x_t.
 
     `terms` are the parts' weighted terms, in the order of the config: they add up to g before it is clipped.
@@ -61,7 +69,7 @@ class Distilled:
     predictions: dict[str, Prediction]
     terms: tuple[Tensor, ...]
     clean: Tensor  # the latents it was asked about
-    conditions: Conditions
+    conditions: PromptConditionings
 
 
 class ScoreDistillation:
@@ -84,22 +92,22 @@ class ScoreDistillation:
         if options.image and decode is None:
             raise UserError("the objective weighs images: give a decoder")
         self.options, self.decode = options, decode
-        self.model, self.critic = Counted(model), None if critic is None else Counted(critic)
+        self.model, self.critic = NFECounter(model), None if critic is None else NFECounter(critic)
 
     @property
-    def forwards(self) -> int:
+    def nfe(self) -> int:
         """Forward passes so far, in samples; a critic's training is not among them."""
-        return self.model.forwards + (0 if self.critic is None else self.critic.forwards)
+        return self.model.nfe + (0 if self.critic is None else self.critic.nfe)
 
     def __call__(
         self,
         latents: Tensor,
-        conditions: Conditions,
+        conditions: PromptConditionings,
         progress: float,
         generator: torch.Generator,
         reference: Tensor | None = None,
         images: Tensor | None = None,
-    ) -> Distilled:
+    ) -> DistillationOutput:
         """latents (B, C, h, w) with gradient; progress in [0, 1]; noise and times come from the CPU `generator`.
 
         One teacher call, and one a step of an inversion path. `reference` (B, C, h, w) is what DDS compares with; `images`
@@ -107,7 +115,7 @@ class ScoreDistillation:
         """
         if self.options.needs_reference and reference is None:
             raise UserError("the objective has a term at the reference: give the reference's latents")
-        clean, before = latents.detach(), self.forwards
+        clean, before = latents.detach(), self.nfe
         with torch.no_grad():
             draws = [
                 self._draw(part, clean, conditions, progress, generator, reference)
@@ -127,12 +135,12 @@ class ScoreDistillation:
                 total.clamp(-self.options.clamp, self.options.clamp) if self.options.clamp else total,
                 self.options.clip,
             )
-        self._check_cost((self.forwards - before) / len(clean), progress)
+        self._check_cost((self.nfe - before) / len(clean), progress)
         loss = surrogate_loss(latents, gradient)
         if self.options.image and images is not None:
             loss = loss + self._image_loss(images, draws[0], known[0], progress)
         first = {name: prediction for (place, name), prediction in known[0].items() if place == "now"}
-        return Distilled(
+        return DistillationOutput(
             loss,
             gradient,
             draws[0].t,
@@ -146,7 +154,7 @@ class ScoreDistillation:
 
     def _check_cost(self, counted: float, progress: float) -> None:
         """Comparisons at equal compute rest on the stated cost: a loss that costs something else must not go on."""
-        stated = sum(part.forwards(progress) for part in self.options.parts)
+        stated = sum(part.nfe(progress) for part in self.options.parts)
         if counted != stated:
             raise RuntimeError(
                 f"the objective took {counted} forward passes a sample where it states {stated}: mend Part.forwards"
@@ -154,37 +162,37 @@ class ScoreDistillation:
 
     def _draw(
         self,
-        part: Part,
+        part: LossComponent,
         clean: Tensor,
-        conditions: Conditions,
+        conditions: PromptConditionings,
         progress: float,
         generator: torch.Generator,
         reference: Tensor | None,
-    ) -> Drawn:
+    ) -> NoisyDraw:
         schedule, law, count = self.model.schedule, part.noise, len(clean)
-        t = part.time.draw(count, schedule.steps, progress, generator).to(clean.device)
+        t = part.time.draw(count, schedule.num_train_timesteps, progress, generator).to(clean.device)
         if law.kind == "inversion":
             states = {name: conditions.select(name, count) for name in part.path_prompts}
-            gap = round(number(law.gap, progress) * schedule.steps)
+            gap = round(number(law.gap, progress) * schedule.num_train_timesteps)
             path = invert(self.model, clean, t, states, law.guidance, law.steps, gap)
             noise = (path.x_t - schedule.alpha(t) * clean) / schedule.sigma(t)
-            known: Known = {key: path.prediction for key in part.reused()}
-            return Drawn(t, noise, {"now": (path.x_t, t), "earlier": (path.x_s, path.s)}, known)
+            known: Predictions = {key: path.prediction for key in part.reused()}
+            return NoisyDraw(t, noise, {"now": (path.x_t, t), "earlier": (path.x_s, path.s)}, known)
         source = torch.Generator().manual_seed(law.seed) if law.kind == "fixed" else generator
         noise = torch.randn(clean.shape, generator=source).to(clean)
-        places: dict[Place, tuple[Tensor, Tensor]] = {"now": (schedule.add_noise(clean, noise, t), t)}
+        places: dict[EvalPoint, tuple[Tensor, Tensor]] = {"now": (schedule.add_noise(clean, noise, t), t)}
         if reference is not None:
             places["reference"] = (schedule.add_noise(reference, noise, t), t)
-        return Drawn(t, noise, places, {})
+        return NoisyDraw(t, noise, places, {})
 
     def _predict(
         self,
         model: ScoreModel,
         of: Literal["teacher", "critic"],
-        draws: Sequence[Drawn],
-        conditions: Conditions,
+        draws: Sequence[NoisyDraw],
+        conditions: PromptConditionings,
         progress: float,
-    ) -> list[Known]:
+    ) -> list[Predictions]:
         """Everything the parts ask of a model, in one call."""
         known = [dict(drawn.known) if of == "teacher" else {} for drawn in draws]
         asked = [part.asked(of, progress) for part in self.options.parts]
@@ -200,56 +208,64 @@ class ScoreDistillation:
         return known
 
     def _terms(
-        self, part: Part, drawn: Drawn, told: Known, critic: Known, clean: Tensor, progress: float
+        self,
+        part: LossComponent,
+        drawn: NoisyDraw,
+        told: Predictions,
+        critic: Predictions,
+        clean: Tensor,
+        progress: float,
     ) -> list[Tensor]:
         schedule = self.model.schedule
         factor = time_weight(part.weight, schedule.alpha(drawn.t), schedule.sigma(drawn.t))
         if part.normalise:
-            factor = factor / (clean - combined(part.teacher, told, progress).x0).abs().mean(
+            factor = factor / (clean - guided_prediction(part.teacher, told, progress).x0).abs().mean(
                 (1, 2, 3), keepdim=True
             )
-        share = drawn.t[:, None, None, None] / schedule.steps
+        share = drawn.t[:, None, None, None] / schedule.num_train_timesteps
         values = []
         for term in part.active(progress):
             eps = (
                 drawn.noise
                 if term.predict == "noise"
-                else combined(term, told if term.predict == "teacher" else critic, progress).eps
+                else guided_prediction(term, told if term.predict == "teacher" else critic, progress).eps
             )
             counts = (share >= term.times[0]) & (share < term.times[1] + (term.times[1] == 1.0))
             values.append(factor * number(term.coefficient, progress) * counts * eps)
         return values
 
-    def _image_loss(self, images: Tensor, drawn: Drawn, told: Known, progress: float) -> Tensor:
+    def _image_loss(self, images: Tensor, drawn: NoisyDraw, told: Predictions, progress: float) -> Tensor:
         assert self.decode is not None
         schedule = self.model.schedule
         alpha, sigma = schedule.alpha(drawn.t), schedule.sigma(drawn.t)
         guidance = self.options.image_guidance
         term = self.options.teacher if guidance is None else replace(self.options.teacher, guidance=guidance)
         with torch.no_grad():
-            target = self.decode(combined(term, told, progress).x0)
+            target = self.decode(guided_prediction(term, told, progress).x0)
             factor = self.options.image * time_weight(self.options.weight, alpha, sigma) * alpha / sigma
         return surrogate_loss(images, (factor * (images - target)).detach())
 
 
-def _check_weight(part: Part, model: ScoreModel) -> None:
-    last = torch.tensor([round(max(part.time.high) * (model.schedule.steps - 1))])
+def _check_weight(part: LossComponent, model: ScoreModel) -> None:
+    last = torch.tensor([round(max(part.time.high) * (model.schedule.num_train_timesteps - 1))])
     if part.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
         raise UserError(
             "the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1"
         )
 
 
-def combined(term: Term, known: Known, progress: float) -> Prediction:
+def guided_prediction(term: Term, known: Predictions, progress: float) -> Prediction:
     """A term's prediction from those it is made of: guidance, Perp-Neg, the contrast with other views, rescale."""
     bound = known[term.at, term.prompt]
     made = bound
     if term.guided:
-        free, scale = known[term.at, term.away_from], number(term.guidance, progress)
-        made = free.toward(bound, scale)
+        free, scale = known[term.at, term.negative_prompt], number(term.guidance, progress)
+        made = free.extrapolate(bound, scale)
         if term.perp_neg:
-            toward = bound.eps - free.eps
-            away = sum(_perpendicular(known[term.at, name].eps - free.eps, toward) for name in OTHER_VIEWS)
+            extrapolate = bound.eps - free.eps
+            away = sum(
+                _perpendicular(known[term.at, name].eps - free.eps, extrapolate) for name in OTHER_VIEWS
+            )
             made = bound.with_eps(made.eps - scale * term.perp_neg * away)
     if term.contrast:
         others = sum(known[term.at, name].eps for name in OTHER_VIEWS) / len(OTHER_VIEWS)
@@ -298,7 +314,7 @@ def text_conditions(
     options: ObjectiveOptions,
     negative: str = "",
     reference: str = "",
-) -> Conditions:
+) -> PromptConditionings:
     """Conditions of prompts, one a sample, through a teacher's `encode_text`: what the objective asks for, and no more.
 
     A negative or reference prompt that is empty is not given.
@@ -312,4 +328,4 @@ def text_conditions(
             states[name] = encode([options.prompts[name].replace("{prompt}", prompt) for prompt in prompts])
         elif name in shared and (shared[name] or name == "unconditional"):
             states[name] = encode([shared[name]])
-    return Conditions(states)
+    return PromptConditionings(states)

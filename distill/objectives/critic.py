@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.core.score import Prediction, ScoreModel
 from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Distillable, UNetScore
+from distill.teacher.latent import Distillable, UNetDenoiser
 from distill.teacher.unet import denoising_loss
 
 ADAPTER = "critic"
@@ -34,7 +34,7 @@ class Critic(ScoreModel):
             if self._lora
             else copy.deepcopy(teacher.unet).requires_grad_(True)
         )
-        self.score = UNetScore(self.unet, teacher.schedule, teacher.score.kind)
+        self.score = UNetDenoiser(self.unet, teacher.schedule, teacher.score.prediction_type)
         width = teacher.unet.config.cross_attention_dim
         self.embed = nn.Linear(CAMERA, width).to(teacher.device) if options.camera else None
         if self.embed is not None:
@@ -84,11 +84,16 @@ class Critic(ScoreModel):
     def loss(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> Tensor:
         """Denoising of latents (B, C, h, w) at times over all of [0, T) (VSD, algorithm 1); called and differentiated within `on`."""
         clean = latents.detach()
-        t = torch.randint(self.schedule.steps, (len(clean),), generator=generator).to(clean.device)
+        t = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator).to(
+            clean.device
+        )
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         forget = (torch.rand(len(clean), generator=generator) < self.options.dropout).to(clean.device)
         return denoising_loss(
-            self.unet, self.schedule, (clean, noise, t, self.states(text, poses, forget)), self.score.kind
+            self.unet,
+            self.schedule,
+            (clean, noise, t, self.states(text, poses, forget)),
+            self.score.prediction_type,
         )
 
     def train_on(

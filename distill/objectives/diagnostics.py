@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.objectives.algebra import Distilled, Known, ScoreDistillation, combined
-from distill.objectives.options import ObjectiveOptions, Part, TimeLaw
+from distill.objectives.algebra import DistillationOutput, Predictions, ScoreDistillation, guided_prediction
+from distill.objectives.options import LossComponent, ObjectiveOptions, TimestepSampler
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, write_json
 from distill.runtime.images import image_grid, save_png
@@ -42,14 +42,14 @@ class Diagnosis:
 
 def at_level(options: ObjectiveOptions, share: float) -> ObjectiveOptions:
     """The objective with every part's time held at one share of T."""
-    law = TimeLaw(share, (share, share))
+    law = TimestepSampler(share, (share, share))
     second = None if options.second is None else replace(options.second, time=law)
     return replace(options, time=law, second=second)
 
 
 @torch.no_grad()
 def diagnose(
-    objective: ScoreDistillation, outcome: Distilled, progress: float, options: DiagnosticOptions
+    objective: ScoreDistillation, outcome: DistillationOutput, progress: float, options: DiagnosticOptions
 ) -> tuple[Diagnosis, Tensor]:
     """Figures of a step over the objective's own range of t, and x0 (L, B, C, h, w) of its first teacher term at each level.
 
@@ -75,17 +75,19 @@ def diagnose(
             0
         )  # the mean's own noise taken off
         cosine = torch.cosine_similarity(drawn, mean[None], dim=2).mean()
-        told: Known = {("now", name): prediction for name, prediction in outcomes[0].predictions.items()}
+        told: Predictions = {
+            ("now", name): prediction for name, prediction in outcomes[0].predictions.items()
+        }
         parts = _split(objective.options, told, outcomes[0].noise, progress)
         rows.append((share, rms(mean), float(signal / noise.clamp_min(1e-20)), float(cosine), *parts))
-        clean.append(combined(objective.options.teacher, told, progress).x0)
+        clean.append(guided_prediction(objective.options.teacher, told, progress).x0)
     return Diagnosis(*(list(column) for column in zip(*rows, strict=True))), torch.stack(clean)
 
 
-def _split(part: Part, told: Known, noise: Tensor, progress: float) -> tuple[float, float]:
+def _split(part: LossComponent, told: Predictions, noise: Tensor, progress: float) -> tuple[float, float]:
     """Sizes of the guidance s (eps_c - eps_0) and of the denoising eps_c - eps of the first teacher term."""
     bound = told["now", part.teacher.prompt].eps
-    return rms(combined(part.teacher, told, progress).eps - bound), rms(bound - noise)
+    return rms(guided_prediction(part.teacher, told, progress).eps - bound), rms(bound - noise)
 
 
 def rms(values: Tensor) -> float:
@@ -94,7 +96,9 @@ def rms(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def look(run: Run, objective: ScoreDistillation, outcome: Distilled, options: DiagnosticOptions) -> None:
+def look(
+    run: Run, objective: ScoreDistillation, outcome: DistillationOutput, options: DiagnosticOptions
+) -> None:
     """Diagnose the step in progress and write what was seen, where it is time to."""
     if not options.every or not run.due(options.every):
         return

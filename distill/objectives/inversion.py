@@ -10,7 +10,7 @@ from distill.core.score import Guided, Prediction, ScoreModel
 
 
 @dataclass(frozen=True)
-class Path:
+class InversionTrajectory:
     """Where a path ends, x_t; where it was before its last step, x_s (B, C, H, W) at times s (B,), and what was predicted there."""
 
     x_t: Tensor
@@ -36,7 +36,7 @@ def invert(
     guidance: float,
     steps: int,
     gap: int,
-) -> Path:
+) -> InversionTrajectory:
     """The path from latents (B, C, H, W) to times t (B,); `states` holds the conditional and/or unconditional ones (B, ...)."""
     if guidance == 0:
         guided, bound = model, states["unconditional"]
@@ -51,4 +51,4 @@ def invert(
         x_s, prediction = x_t, guided.predict(x_t, now, bound)
         x_t = model.schedule.add_noise(prediction.x0, prediction.eps, following)
     assert prediction is not None  # there is at least one step
-    return Path(x_t, x_s, times[-2], prediction)
+    return InversionTrajectory(x_t, x_s, times[-2], prediction)

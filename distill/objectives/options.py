@@ -10,11 +10,11 @@ from torch import Tensor
 from distill.runtime.errors import UserError
 
 Weight = Literal["sigma_squared", "one", "sigma", "alpha_sigma_squared", "sigma_over_alpha"]
-Place = Literal["now", "earlier", "reference"]
+EvalPoint = Literal["now", "earlier", "reference"]
 
 
 @dataclass(frozen=True)
-class Ramp:
+class LinearSchedule:
     """A number that goes linearly from `start` to `end` over the shares [begin, until] of a run."""
 
     start: float
@@ -34,27 +34,27 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
 
-def number(value: float | Ramp, progress: float) -> float:
+def number(value: float | LinearSchedule, progress: float) -> float:
     """A number that may be a ramp, at a share of the run."""
-    return value.at(progress) if isinstance(value, Ramp) else value
+    return value.at(progress) if isinstance(value, LinearSchedule) else value
 
 
 @dataclass(frozen=True)
 class Term:
     """coefficient * a prediction of eps.
 
-    `teacher` answers for `prompt`, guided by `guidance` away from `away_from`: eps_0 + s (eps_c - eps_0); `critic` for `prompt`;
+    `teacher` answers for `prompt`, guided by `guidance` away from `negative_prompt`: eps_0 + s (eps_c - eps_0); `critic` for `prompt`;
     `noise` is the noise that made x_t (with inversion, the noise that its path implies).
     """
 
     predict: Literal["noise", "teacher", "critic"]
-    coefficient: float | Ramp = 1.0
+    coefficient: float | LinearSchedule = 1.0
     prompt: str = (
         "conditional"  # or unconditional, negative, reference, or one of the objective's own `prompts`
     )
-    guidance: float | Ramp = 1.0
-    away_from: str = "unconditional"
-    at: Place = "now"  # x_t; or the earlier point of an inversion path; or the reference's x_t (DDS)
+    guidance: float | LinearSchedule = 1.0
+    negative_prompt: str = "unconditional"
+    at: EvalPoint = "now"  # x_t; or the earlier point of an inversion path; or the reference's x_t (DDS)
     times: tuple[float, float] = (0.0, 1.0)  # counts where t / T is within them, the first included
     rescale: float = 0.0  # share of CFG rescale on x0 (Lin et al. 2023, arXiv:2305.08891, eq. 15 and 16)
     perp_neg: float = 0.0  # weight of the other views' perpendicular parts (Perp-Neg, Armandpour et al. 2023, arXiv:2304.04968)
@@ -83,7 +83,7 @@ class Term:
         """The prompts whose predictions the term is made of."""
         if self.predict == "noise":
             return ()
-        names = (self.away_from, self.prompt) if self.guided else (self.prompt,)
+        names = (self.negative_prompt, self.prompt) if self.guided else (self.prompt,)
         return (*names, *OTHER_VIEWS) if self.perp_neg or self.contrast else names
 
 
@@ -91,10 +91,10 @@ OTHER_VIEWS = ("other_view_0", "other_view_1")  # what Perp-Neg turns from; a dr
 
 
 @dataclass(frozen=True)
-class TimeLaw:
+class TimestepSampler:
     """t / T is uniform in [low, high], where high goes from high[0] to high[1] over the share `until` of a run.
 
-    `anneal`: linear, or sqrt (HiFA, arXiv:2305.18766, section 3.3), or none (high[0] throughout). `one_time` draws one t a
+    `anneal`: linear, or sqrt (HiFA, arXiv:2305.18766, section 3.3), or none (high[0] throughout). `shared_timestep` draws one t a
     batch instead of one a sample; `deterministic` takes the upper end itself.
     """
 
@@ -102,7 +102,7 @@ class TimeLaw:
     high: tuple[float, float] = (0.98, 0.98)
     anneal: Literal["none", "linear", "sqrt"] = "linear"
     until: float = 1.0
-    one_time: bool = False
+    shared_timestep: bool = False
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -121,7 +121,7 @@ class TimeLaw:
         share = (
             torch.ones(1)
             if self.deterministic
-            else torch.rand(1 if self.one_time else count, generator=generator)
+            else torch.rand(1 if self.shared_timestep else count, generator=generator)
         )
         return (
             ((self.low + (self.upper(progress) - self.low) * share.expand(count)) * (steps - 1))
@@ -131,7 +131,7 @@ class TimeLaw:
 
 
 @dataclass(frozen=True)
-class NoiseLaw:
+class NoiseSource:
     """Where x_t comes from: fresh noise, the same noise at every step, or DDIM inversion of the latents (its reverse ODE).
 
     An inversion path has `steps` steps from clean to t, guided by `guidance` (0: the empty prompt alone, 1: the prompt alone);
@@ -142,7 +142,7 @@ class NoiseLaw:
     seed: int = 0  # of the fixed noise
     steps: int = 10
     guidance: float = 0.0
-    gap: float | Ramp = 0.0
+    gap: float | LinearSchedule = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -177,13 +177,13 @@ class CriticOptions:
 
 
 @dataclass(frozen=True)
-class Part:
+class LossComponent:
     """w(t) * sum of terms at times and noise of its own; `normalise` divides each sample by mean |z - x0| of the first teacher term."""
 
     terms: tuple[Term, ...]
     weight: Weight = "sigma_squared"
-    time: TimeLaw = TimeLaw()
-    noise: NoiseLaw = NoiseLaw()
+    time: TimestepSampler = TimestepSampler()
+    noise: NoiseSource = NoiseSource()
     normalise: bool = False  # DMD (Yin et al. 2024, arXiv:2311.18828), eq. 8
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ class Part:
         """The terms whose coefficient is not 0 at a share of the run: what the others would need is not evaluated."""
         return tuple(term for term in self.terms if number(term.coefficient, progress) != 0)
 
-    def asked(self, of: Literal["teacher", "critic"], progress: float) -> tuple[tuple[Place, str], ...]:
+    def asked(self, of: Literal["teacher", "critic"], progress: float) -> tuple[tuple[EvalPoint, str], ...]:
         """What must be predicted: each place and prompt once."""
         terms = [term for term in self.active(progress) if term.predict == of]
         if self.needs_teacher and of == "teacher":
@@ -220,7 +220,7 @@ class Part:
                 return term
         raise UserError("the objective has no term of the teacher, which normalise and image need")
 
-    def reused(self) -> frozenset[tuple[Place, str]]:
+    def reused(self) -> frozenset[tuple[EvalPoint, str]]:
         """What an inversion path has predicted already on its way through the earlier point."""
         if not self.noise.has_gap or self.noise.guidance not in (0.0, 1.0):
             return frozenset()
@@ -235,7 +235,7 @@ class Part:
             self.noise.guidance, ("unconditional", "conditional")
         )
 
-    def forwards(self, progress: float) -> int:
+    def nfe(self, progress: float) -> int:
         """Forward passes of the teacher and critic a sample, in units of one U-Net call (F)."""
         path = len(self.path_prompts) * (self.noise.steps + self.noise.has_gap)
         return (
@@ -246,7 +246,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions(Part):
+class ObjectiveOptions(LossComponent):
     """A loss: one part, or two that add up (decoupled laws of t).
 
     `clamp` bounds each element of g, then `clip` the root mean square of each sample's; 0 is off.
@@ -259,10 +259,10 @@ class ObjectiveOptions(Part):
     clip: float = 0.0
     clamp: float = 0.0
     image: float = 0.0
-    image_guidance: float | Ramp | None = None
+    image_guidance: float | LinearSchedule | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     critic: CriticOptions | None = None
-    second: Part | None = None
+    second: LossComponent | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -279,14 +279,14 @@ class ObjectiveOptions(Part):
         return self.normalise or self.image > 0
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[LossComponent, ...]:
         """The parts that add up."""
         return (self,) if self.second is None else (self, self.second)
 
     def cost(self, progress: float = 0.0) -> int:
         """U-Net work a sample and step in F, one forward pass: predictions, inversion paths, and 3F an update of the critic."""
         updates = 0 if self.critic is None else 3 * self.critic.updates
-        return sum(part.forwards(progress) for part in self.parts) + updates
+        return sum(part.nfe(progress) for part in self.parts) + updates
 
     def total_cost(self, steps: int) -> int:
         """Of a whole run, a sample, in F."""

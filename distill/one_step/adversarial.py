@@ -75,7 +75,7 @@ def bottleneck(unet: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(unet: Any) -> Iterator[list[Tensor]]:
+def capture_mid_block(unet: Any) -> Iterator[list[Tensor]]:
     """Notes the bottleneck of every call within: what a denoising loss computes anyway."""
     seen: list[Tensor] = []
     handle = unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
@@ -132,7 +132,7 @@ class Adversary:
 
     def noisy(self, latents: Tensor, generator: torch.Generator, high: float = 1.0) -> tuple[Tensor, Tensor]:
         """Latents with noise of any of the lowest `high` of the levels, and its times."""
-        levels = max(round(high * self.critic.schedule.steps), 1)
+        levels = max(round(high * self.critic.schedule.num_train_timesteps), 1)
         t = torch.randint(levels, (len(latents),), generator=generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         return self.critic.schedule.add_noise(latents, noise, t), t

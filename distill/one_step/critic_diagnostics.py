@@ -43,7 +43,10 @@ def critic_lag(
     within about 1 / sqrt(B C h w).
     """
     t = torch.randint(
-        critic.schedule.steps // 50, critic.schedule.steps, (len(generated),), generator=generator
+        critic.schedule.num_train_timesteps // 50,
+        critic.schedule.num_train_timesteps,
+        (len(generated),),
+        generator=generator,
     ).to(generated.device)
     noise = torch.randn(generated.shape, generator=generator).to(generated)
     x_t = critic.schedule.add_noise(generated, noise, t)

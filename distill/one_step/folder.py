@@ -29,7 +29,7 @@ def student_scheduler(student: Student) -> LCMScheduler:
     return LCMScheduler(
         num_train_timesteps=last + 1,
         trained_betas=student.schedule.betas(last + 1),
-        prediction_type=student.kind,
+        prediction_type=student.prediction_type,
         original_inference_steps=len(student.times),
         timestep_scaling=1e9,  # no blending with its input, which consistency models need at t = 0
         clip_sample=False,

@@ -22,7 +22,7 @@ from distill.one_step.regression import Pairs, Regression
 from distill.one_step.student import Student, StudentOptions
 from distill.one_step.trainer import MethodOptions, OneStep, OneStepOptions
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import UNetScore
+from distill.teacher.latent import UNetDenoiser
 from distill.teacher.mixture import MixtureTeacher
 from distill.teacher.unet import denoising_loss
 
@@ -68,7 +68,7 @@ class MixtureStudy(ScoreModel):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.unet = PointNet(len(exact.mixture.labels))
-        self.score = UNetScore(self.unet, self.schedule, "v_prediction")  # type: ignore[arg-type]
+        self.score = UNetDenoiser(self.unet, self.schedule, "v_prediction")  # type: ignore[arg-type]
         self._fit(steps, torch.Generator().manual_seed(seed))
         self.unet.requires_grad_(False)
 
@@ -86,7 +86,7 @@ class MixtureStudy(ScoreModel):
         optimizer = torch.optim.Adam(self.unet.parameters(), lr=2e-3)
         for _ in range(steps):
             index = torch.randint(len(cache.latents), (256,), generator=generator)
-            t = torch.randint(self.schedule.steps, (256,), generator=generator)
+            t = torch.randint(self.schedule.num_train_timesteps, (256,), generator=generator)
             noise = torch.randn(256, 2, 1, 1, generator=generator)
             batch = (cache.latents[index], noise, t, cache.states[cache.caption[index]])
             loss = denoising_loss(self.unet, self.schedule, batch, "v_prediction")  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def point_pairs(
     """Noise and where the exact ODE takes it, by DDIM."""
     noise, caption = torch.randn(count, 2, 1, 1, generator=generator), cache.caption[:count]
     scheduler = DDIMScheduler(
-        trained_betas=study.schedule.betas(study.schedule.steps),
+        trained_betas=study.schedule.betas(study.schedule.num_train_timesteps),
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
@@ -231,9 +231,9 @@ def run_points(
         )
         return OneStep(run, study, cache, training, point_monitor(cache, watch), regression)
 
-    cycle = task(100, directory / "cost").forwards / 100
+    cycle = task(100, directory / "cost").nfe / 100
     made = task(max(round(options.budget / cycle), 1), directory / "run")
     averaged, _ = made.train()
-    facts = {"steps": made.run.options.steps, "forwards": made.forwards, "seconds": made.run.seconds}
+    facts = {"steps": made.run.options.steps, "forwards": made.nfe, "seconds": made.run.seconds}
     made.run.finish({})
     return {**facts, **grade_points(averaged, study.exact, seed)}

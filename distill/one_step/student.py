@@ -7,10 +7,10 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor, nn
 
-from distill.core.noise import Kind, NoiseSchedule
+from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Distillable, UNetScore
+from distill.teacher.latent import Distillable, UNetDenoiser
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class StudentOptions:
 def student_times(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
     """Its times, falling. Raises `UserError` where there are fewer levels than steps."""
     last = (
-        schedule.steps - 1 if options.level is None else int(schedule.nearest(torch.tensor([options.level])))
+        schedule.num_train_timesteps - 1
+        if options.level is None
+        else int(schedule.sigma_to_t(torch.tensor([options.level])))
     )
     if last + 1 < options.steps:
         raise UserError(
@@ -51,7 +53,7 @@ def spaced_times(levels: int, steps: int) -> tuple[int, ...]:
     return tuple(apart * k - 1 for k in range(steps, 0, -1))
 
 
-def rounding_error(schedule: NoiseSchedule, t: int, kind: Kind, dtype: torch.dtype) -> float:
+def rounding_error(schedule: NoiseSchedule, t: int, kind: PredictionType, dtype: torch.dtype) -> float:
     """Root-mean-square error of x0 at t where the network's answer, of unit size, is rounded to `dtype`.
 
     x0 = (x - sigma eps) / alpha multiplies it by sigma / alpha, x0 = alpha x - sigma v by sigma.
@@ -66,7 +68,7 @@ def rounding_error(schedule: NoiseSchedule, t: int, kind: Kind, dtype: torch.dty
     )
 
 
-def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: Kind) -> str:
+def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: PredictionType) -> str:
     """A sentence on the conditioning time and what half precision would do to x0 there."""
     t = student_times(schedule, options)[0]
     place = torch.tensor([t])
@@ -82,7 +84,9 @@ def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: Kind) ->
 class Student(nn.Module):
     """A denoiser with the times it is asked at. Starts as the teacher, exactly."""
 
-    def __init__(self, unet: nn.Module, schedule: NoiseSchedule, kind: Kind, times: tuple[int, ...]) -> None:
+    def __init__(
+        self, unet: nn.Module, schedule: NoiseSchedule, kind: PredictionType, times: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.unet, self.schedule, self.kind, self.times = unet, schedule, kind, times
 
@@ -90,7 +94,7 @@ class Student(nn.Module):
     def of(teacher: Distillable, options: StudentOptions) -> "Student":
         """A trainable copy of a teacher's network."""
         unet = copy.deepcopy(teacher.unet).float().requires_grad_(True)
-        times, kind = student_times(teacher.schedule, options), teacher.score.kind
+        times, kind = student_times(teacher.schedule, options), teacher.score.prediction_type
         if options.parameterisation == "sample" and kind != "sample":
             if kind != "v_prediction":
                 raise UserError(
@@ -102,7 +106,7 @@ class Student(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Prediction:
         """Differentiable prediction at integer times (B,); conversions in float32, whatever the network runs in."""
-        return UNetScore(self.unet, self.schedule, self.kind).predict(x_t, t, states)
+        return UNetDenoiser(self.unet, self.schedule, self.kind).predict(x_t, t, states)
 
     def clean(self, x_t: Tensor, index: int, states: Tensor) -> Tensor:
         """x0 (B, C, h, w) of its input at its `index`-th time."""

@@ -14,7 +14,9 @@ def time_cycle(task: OneStep, runs: int) -> tuple[list[Timing], float]:
     """
     batch, generator = task.draw(0, 0)
     unet, schedule = task.student.unet, task.student.schedule
-    t = torch.randint(schedule.steps, (len(batch.noise),), generator=generator).to(batch.noise.device)
+    t = torch.randint(schedule.num_train_timesteps, (len(batch.noise),), generator=generator).to(
+        batch.noise.device
+    )
     noise = torch.randn(batch.noise.shape, generator=generator).to(batch.noise)
 
     @torch.no_grad()
@@ -22,14 +24,16 @@ def time_cycle(task: OneStep, runs: int) -> tuple[list[Timing], float]:
         task.teacher.predict(batch.noise, t, batch.states)
 
     def update() -> None:
-        denoising_loss(unet, schedule, (batch.real, noise, t, batch.states), task.student.kind).backward()
+        denoising_loss(
+            unet, schedule, (batch.real, noise, t, batch.states), task.student.prediction_type
+        ).backward()
 
     told = [
         timed("one forward pass (F)", forward, runs),
         timed("forward and backward (3 F)", update, runs),
         timed("a cycle", lambda: task.cycle(0), runs),
     ]
-    stated = task.forwards / task.run.options.steps * task.options.accumulate
+    stated = task.nfe / task.run.options.steps * task.options.accumulate
     return told, told[2].median / (stated * told[0].median)
 
 

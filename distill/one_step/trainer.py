@@ -14,7 +14,14 @@ from distill.data.latents import LatentCache
 from distill.objectives.options import CriticOptions, ObjectiveOptions
 from distill.one_step.adversarial import Divergence, GanOptions
 from distill.one_step.critic_diagnostics import LagOptions, adapted, critic_lag
-from distill.one_step.methods.matching import Batch, Identity, Made, Matching, Method, simulation_cost
+from distill.one_step.methods.matching import (
+    Batch,
+    DistributionMatching,
+    Method,
+    MicroBatch,
+    SiD,
+    simulation_cost,
+)
 from distill.one_step.methods.sid import SecondOrderOptions
 from distill.one_step.methods.trajectory import (
     Consistency,
@@ -114,17 +121,19 @@ def make_method(
 ) -> Method:
     """The method of its options; `batch` shows shapes only."""
     if options.objective is not None:
-        return Matching(teacher, options.objective, options.gan, options.divergence, regression, batch)
+        return DistributionMatching(
+            teacher, options.objective, options.gan, options.divergence, regression, batch
+        )
     if options.second_order is not None:
         assert options.critic is not None
-        return Identity(teacher, options.critic, options.second_order, batch)
+        return SiD(teacher, options.critic, options.second_order, batch)
     if options.consistency is not None:
         return Consistency(teacher, student, options.consistency)
     assert options.progressive is not None
     return Progressive(teacher, student, options.progressive)
 
 
-class _Pace:
+class CriticUpdateRate:
     """The critic's updates a cycle, where they adapt, as a checkpoint holds it."""
 
     def __init__(self, updates: int) -> None:
@@ -173,7 +182,7 @@ class OneStep:
         critic = (
             options.method.critic if options.method.objective is None else options.method.objective.critic
         )
-        self.pace = _Pace(0 if critic is None else critic.updates)
+        self.pace = CriticUpdateRate(0 if critic is None else critic.updates)
         cuda = run.device.type == "cuda"
         self.half = options.precision == "bfloat16" or (options.precision == "auto" and cuda)
         if options.compiled == "on" or (options.compiled == "auto" and cuda):
@@ -226,14 +235,14 @@ class OneStep:
         """One update of the student, then of what follows it; figures, and whether all is finite."""
         progress = step / self.run.options.steps
         parts = range(processes.rank(), self.options.accumulate, processes.count())
-        made: list[Made] = []
+        made: list[MicroBatch] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
             batch, generator = self.draw(step, part)
             with self._autocast():
                 outcome = self.method.loss(self.student, batch, progress, generator)
             (outcome.loss / len(parts)).backward()
-            made.append(Made(replace(outcome, loss=outcome.loss.detach()), batch, generator))
+            made.append(MicroBatch(replace(outcome, loss=outcome.loss.detach()), batch, generator))
         self.optimizer.step()
         figures: dict[str, float | Tensor] = {
             name: _mean([part.outcome.figures[name] for part in made]) for name in made[0].outcome.figures
@@ -266,7 +275,7 @@ class OneStep:
         )
 
     @property
-    def forwards(self) -> float:
+    def nfe(self) -> float:
         """U-Net work of the whole run a sample in F; a student of several steps generates before it learns."""
         steps = self.run.options.steps
         return sum(

@@ -32,7 +32,7 @@ from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_facts, peak_memory, pick_device
 from distill.runtime.run_directory import claim, truncate_metrics
-from distill.runtime.signals import Noted, noted_signals
+from distill.runtime.signals import SignalFlag, noted_signals
 from distill.runtime.tracking import Trackers
 
 
@@ -136,7 +136,7 @@ class Run:
             self._trackers.close()
             self._release()
 
-    def _loop(self, bar: tqdm, noted: Noted) -> Iterator[int]:
+    def _loop(self, bar: tqdm, noted: SignalFlag) -> Iterator[int]:
         while self.step < self.options.steps:
             self._in_step = True
             yield self.step

@@ -10,16 +10,16 @@ from types import FrameType
 
 
 @dataclass
-class Noted:
+class SignalFlag:
     """The signal that came, 0 for none."""
 
     number: int = 0
 
 
 @contextmanager
-def noted_signals(label: str) -> Iterator[Noted]:
+def noted_signals(label: str) -> Iterator[SignalFlag]:
     """SIGTERM and SIGINT are noted within, and said on stderr under `label`; a second one meets the default handler and kills."""
-    noted = Noted()
+    noted = SignalFlag()
     if threading.current_thread() is not threading.main_thread():
         yield noted  # only the main thread may set handlers
         return

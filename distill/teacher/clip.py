@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from distill.data.augmentation import add_noise, move, soften, some
-from distill.data.folders import Captioned, batches, grey_levels
+from distill.data.folders import CaptionedImages, batches, grey_levels
 from distill.runtime.run import Run
-from distill.teacher.hard_negatives import OneWordApart
+from distill.teacher.hard_negatives import HardNegatives
 
 MEAN = (0.5, 0.5, 0.5)  # pixel normalisation, in the image processor's files too
 STD = (0.25, 0.25, 0.25)
@@ -112,7 +112,7 @@ def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
     return add_noise(images, generator, 0.08).clamp(0, 1)
 
 
-def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
+def train_clip(run: Run, data: CaptionedImages, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
     """Train on a split, each image told from random captions; returns the model in evaluation mode."""
     model = build_clip(options, tokenizer, data.images.shape[-1]).to(run.device)
     distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
@@ -130,16 +130,16 @@ def train_clip(run: Run, data: Captioned, tokenizer: CLIPTokenizer, options: Cli
     return _train(run, model, distinct[caption], options, options.learning_rate, batch)
 
 
-def train_hard(
-    run: Run, model: CLIPModel, data: Captioned, tokenizer: CLIPTokenizer, options: ClipOptions
+def hard_negative_stage(
+    run: Run, model: CLIPModel, data: CaptionedImages, tokenizer: CLIPTokenizer, options: ClipOptions
 ) -> CLIPModel:
-    """Train on, each image told from captions one word apart (`OneWordApart`), both towers learning from them.
+    """Train on, each image told from captions one word apart (`HardNegatives`), both towers learning from them.
 
     Nothing is mirrored: the light that is fixed to the world tells one view from another. Half of the images stay as they are.
     """
     model = model.to(run.device)
     distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
-    neighbours = OneWordApart(distinct)
+    neighbours = HardNegatives(distinct)
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = data.composite(index, grey_levels(len(index), run.generator))

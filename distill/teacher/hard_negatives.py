@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class OneWordApart:
+class HardNegatives:
     """Which of the distinct captions `ids` (K, L) differ from another in exactly one place."""
 
     def __init__(self, ids: Tensor) -> None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from distill.core.noise import Kind, NoiseSchedule
+from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
 from distill.runtime.shipped import SHIPPED, known, located
@@ -16,10 +16,10 @@ from distill.teacher.vocabulary import check_prompt, load_words
 
 
 @final
-class UNetScore(ScoreModel):
+class UNetDenoiser(ScoreModel):
     """A U-Net alone behind the contract: what the previews of its training use."""
 
-    def __init__(self, unet: Any, schedule: NoiseSchedule, kind: Kind) -> None:
+    def __init__(self, unet: Any, schedule: NoiseSchedule, kind: PredictionType) -> None:
         self.unet, self.schedule, self.kind = unet, schedule, kind
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
@@ -35,7 +35,7 @@ class Distillable(Protocol):
 
     schedule: NoiseSchedule
     unet: Any
-    score: UNetScore
+    score: UNetDenoiser
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +65,7 @@ class Teacher(ScoreModel):
         for module in (self.text_encoder, self.vae, self.unet):
             module.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.schedule = NoiseSchedule(self.scheduler.alphas_cumprod)
-        self.score = UNetScore(self.unet, self.schedule, self.scheduler.config.prediction_type)
+        self.score = UNetDenoiser(self.unet, self.schedule, self.scheduler.config.prediction_type)
         self._states: dict[str, Tensor] = {}
 
     @staticmethod

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPModel, CLIPTokenizer
 
-from distill.data.folders import Captioned, load_split
+from distill.data.folders import CaptionedImages, load_split
 from distill.data.latents import LatentCache, cache_latents
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.clip import ClipOptions, tokenize, train_clip, train_hard
+from distill.teacher.clip import ClipOptions, hard_negative_stage, tokenize, train_clip
 from distill.teacher.folder import Parts, load_parts, load_unet, save_parts, save_teacher
 from distill.teacher.unet import UnetOptions, make_scheduler, train_unet
 from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
@@ -85,14 +85,16 @@ def _part(run: RunOptions, name: str, steps: int, options: ClipOptions | VaeOpti
     )
 
 
-def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, validation: Captioned) -> Parts:
+def _first_parts(
+    run: RunOptions, options: TeacherOptions, data: CaptionedImages, validation: CaptionedImages
+) -> Parts:
     """Tokenizer, words, CLIP and VAE, trained on a split."""
     tokenizer, words = build_tokenizer(data.texts)
     clip_run = _part(run, "clip", options.steps.clip, options.clip)
     clip = train_clip(clip_run, data, tokenizer, options.clip)
     clip_run.finish({})
     hard_run = _part(run, "hard", options.steps.hard, options.clip)
-    clip = train_hard(hard_run, clip, data, tokenizer, options.clip)
+    clip = hard_negative_stage(hard_run, clip, data, tokenizer, options.clip)
     hard_run.finish({})
     vae_run = _part(run, "vae", options.steps.vae, options.vae)
     vae = train_vae(vae_run, data, validation, options.vae)
@@ -101,7 +103,7 @@ def _first_parts(run: RunOptions, options: TeacherOptions, data: Captioned, vali
     return tokenizer, words, clip, vae
 
 
-def _check_captions(data: Captioned, words: Sequence[str]) -> None:
+def _check_captions(data: CaptionedImages, words: Sequence[str]) -> None:
     unknown = sorted({word for text in data.texts for word in words_of(text)} - set(words))
     if unknown:
         raise UserError(
@@ -110,7 +112,9 @@ def _check_captions(data: Captioned, words: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def prepare(clip: CLIPModel, vae: AutoencoderKL, data: Captioned, tokenizer: CLIPTokenizer) -> LatentCache:
+def prepare(
+    clip: CLIPModel, vae: AutoencoderKL, data: CaptionedImages, tokenizer: CLIPTokenizer
+) -> LatentCache:
     """Latents of a split and the text states of its distinct captions (and of the empty one), computed once."""
     texts = sorted(set(data.texts))
     ids = tokenize(tokenizer, [*texts, ""]).to(clip.device)

@@ -16,7 +16,7 @@ from distill.data.latents import LatentCache
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
-from distill.teacher.latent import UNetScore
+from distill.teacher.latent import UNetDenoiser
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def train_unet(
     shape, width = cache.latents.shape[1:], cache.states.shape[-1]
     unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
     if start is not None:
-        _take_over(unet, start)
+        load_initial(unet, start)
     averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
@@ -116,7 +116,7 @@ def train_unet(
     noise_shown = torch.randn(len(shown), *shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
         index = batches(len(cache.latents), options.batch, step, run.options.seed)
-        t = torch.randint(schedule.steps, (len(index),), generator=run.generator)
+        t = torch.randint(schedule.num_train_timesteps, (len(index),), generator=run.generator)
         noise = torch.randn(len(index), *shape, generator=run.generator)
         dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
         states = cache.states[torch.where(dropped, len(cache.states) - 1, cache.caption[index])]
@@ -132,7 +132,7 @@ def train_unet(
         if run.due(run.options.preview_every):
             ema.copy_to(averaged)
             model = Guided(
-                UNetScore(averaged, schedule, options.prediction),
+                UNetDenoiser(averaged, schedule, options.prediction),
                 cache.states[-1:].to(run.device),
                 options.preview_guidance,
             )
@@ -144,7 +144,7 @@ def train_unet(
     return averaged
 
 
-def _take_over(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
+def load_initial(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
     try:
         unet.load_state_dict(start.state_dict())
     except RuntimeError as error:

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.data.folders import Captioned, batches, grey_levels
+from distill.data.folders import CaptionedImages, batches, grey_levels
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 
@@ -69,7 +69,9 @@ def psnr(square: Tensor) -> Tensor:
     return -10 * square.log10()
 
 
-def train_vae(run: Run, data: Captioned, validation: Captioned, options: VaeOptions) -> AutoencoderKL:
+def train_vae(
+    run: Run, data: CaptionedImages, validation: CaptionedImages, options: VaeOptions
+) -> AutoencoderKL:
     """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured."""
     vae = build_vae(options, data.images.shape[-1]).to(run.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=1e-4)
@@ -110,7 +112,7 @@ def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKL, data: Captioned, generator: torch.Generator, count: int = 2000) -> None:
+def whiten(vae: AutoencoderKL, data: CaptionedImages, generator: torch.Generator, count: int = 2000) -> None:
     """Fold per-channel whitening of the latents into the 1x1 convolutions beside them, then measure `scaling_factor`.
 
     Raw channels have unlike means and spreads; a stock pipeline knows one number only. The images stay the same.

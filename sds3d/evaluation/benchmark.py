@@ -83,14 +83,14 @@ def truth_of(prompt: str) -> tuple[Shape, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Views:
+class ViewPredictions:
     """What the judge told of a ring of views: names by attribute, and where each camera stood."""
 
     told: dict[str, list[str]]
     azimuth: list[float]
 
 
-def janus(views: Views) -> float:
+def janus(views: ViewPredictions) -> float:
     """Share of the views from behind that the judge takes for the front: a face where none should be."""
     behind = [
         told
@@ -100,7 +100,7 @@ def janus(views: Views) -> float:
     return sum(told == "front" for told in behind) / max(len(behind), 1)
 
 
-def confusion(views: Views) -> dict[str, dict[str, int]]:
+def confusion(views: ViewPredictions) -> dict[str, dict[str, int]]:
     """Counts of told views by true view."""
     table = {true: dict.fromkeys(VIEWS, 0) for true in VIEWS}
     for told, azimuth in zip(views.told["view"], views.azimuth, strict=True):
@@ -148,9 +148,9 @@ def _placed(mesh: trimesh.Trimesh, way: Alignment) -> trimesh.Trimesh:
 @torch.no_grad()
 def grade_pictures(
     images: Tensor, prompt: str, teacher: Teacher, graders: Graders, has_front: bool
-) -> tuple[Figures, Views]:
+) -> tuple[Figures, ViewPredictions]:
     """A ring of views (RING, 3, H, W) by the judge and by CLIP; Janus only where the object has a front."""
-    views = Views(predict(graders.judge, images), ring(RING).azimuth.tolist())
+    views = ViewPredictions(predict(graders.judge, images), ring(RING).azimuth.tolist())
     asked = (
         wanted(prompt, graders.judge) if not any(f" {relation} " in prompt for relation in RELATIONS) else {}
     )
@@ -166,7 +166,7 @@ def grade_pictures(
 
 def grade_scene(
     scene: Scene, mesh: trimesh.Trimesh | None, prompt: str, teacher: Teacher, graders: Graders
-) -> tuple[Figures, Views]:
+) -> tuple[Figures, ViewPredictions]:
     """A scene's views, and its mesh, against the truth of a prompt of the world; without a mesh it scores 0 where a mesh would."""
     shape, albedo = truth_of(prompt)
     images = render_views(scene, ring(RING, ELEVATION, teacher.resolution), GREY).rgb

@@ -67,13 +67,13 @@ def scene_of_run(directory: Path | str, device: str = "auto") -> Scene:
 def finish(made: TextTo3d, options: ExportOptions) -> Path:
     """Export a finished run's scene into its directory and write result.json, whose path is returned.
 
-    `forwards` there is the U-Net work in forward passes of one sample.
+    `nfe` there is the U-Net work in forward passes of one sample.
     """
     run, scene, teacher, prompt = made.run, made.scene, made.teacher, made.options.prompt
     started = time.monotonic()
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.place}
-    figures |= {"forwards": made.forwards, "seconds_export": round(time.monotonic() - started, 1)}
+    figures |= {"forwards": made.nfe, "seconds_export": round(time.monotonic() - started, 1)}
     if (score := clip_score(scene, teacher, prompt)) is not None:
         figures["clip_score"] = score
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})

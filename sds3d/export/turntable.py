@@ -14,7 +14,7 @@ from sds3d.scene.cameras import Cameras
 if TYPE_CHECKING:
     import trimesh
 
-    from sds3d.scene.nerf import Scene, Views
+    from sds3d.scene.nerf import RenderedViews, Scene
     from sds3d.world.raycast import RayCaster
 
 Layer = Literal["rgb", "depth", "normals"]
@@ -98,7 +98,7 @@ def render_layers(
     return torch.cat(shown).clamp(0, 1)
 
 
-def _picture(views: "Views", layer: Layer, cameras: Cameras, behind: Tensor) -> Tensor:
+def _picture(views: "RenderedViews", layer: Layer, cameras: Cameras, behind: Tensor) -> Tensor:
     if layer == "rgb":
         return views.rgb
     if layer == "depth":

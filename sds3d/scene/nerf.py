@@ -71,7 +71,7 @@ class SceneOptions:
 
 
 @dataclass(frozen=True)
-class Views:
+class RenderedViews:
     """Images of B cameras. `rendered` holds the samples behind them (all rays, row by row) when rendered for
     training."""
 
@@ -82,12 +82,12 @@ class Views:
     rendered: Rendered | None
     directions: Tensor  # (B * H * W, 3) unit
 
-    def parted(self) -> tuple[Tensor, Tensor]:
+    def split_gradients(self) -> tuple[Tensor, Tensor]:
         """`rgb` twice, with a gradient to the density only and to the albedo only. For views rendered in training."""
         assert self.rendered is not None
         count, _, height, width = self.rgb.shape
         shaped, painted = (
-            part.view(count, height, width, 3).permute(0, 3, 1, 2) for part in self.rendered.parted()
+            part.view(count, height, width, 3).permute(0, 3, 1, 2) for part in self.rendered.split_gradients()
         )
         return shaped, painted
 
@@ -151,7 +151,7 @@ class Scene(nn.Module):
         generator: torch.Generator | None = None,
         training: bool = False,
         normals: bool = False,
-    ) -> Views:
+    ) -> RenderedViews:
         """Images through `cameras`; `background` (B, 3) replaces the scene's own, as background augmentation
         does.
 
@@ -173,7 +173,7 @@ class Scene(nn.Module):
                 images = self._chunks(origins, directions, behind, normals)
         maps = images.view(len(cameras), cameras.resolution, cameras.resolution, -1).permute(0, 3, 1, 2)
         normal = maps[:, 5:8] if normals else None
-        return Views(maps[:, :3], maps[:, 3:4], maps[:, 4:5], normal, rendered, directions)
+        return RenderedViews(maps[:, :3], maps[:, 3:4], maps[:, 4:5], normal, rendered, directions)
 
     def _rays(
         self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 from sds3d.scene.field import Field
-from sds3d.scene.nerf import Scene, Views
+from sds3d.scene.nerf import RenderedViews, Scene
 from sds3d.scene.renderer import Rendered
 
 
@@ -121,7 +121,11 @@ def random_points(count: int, generator: torch.Generator, device: torch.device |
 
 
 def regularization(
-    scene: Scene, views: Views, weights: RegularizerOptions, progress: float, generator: torch.Generator
+    scene: Scene,
+    views: RenderedViews,
+    weights: RegularizerOptions,
+    progress: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """The weighted sum of the regularisers that are switched on."""
     total = views.opacity.new_zeros(())
@@ -145,7 +149,7 @@ def regularization(
     return total
 
 
-def surface_points(views: Views, count: int, generator: torch.Generator) -> Tensor:
+def surface_points(views: RenderedViews, count: int, generator: torch.Generator) -> Tensor:
     """Up to `count` (N, 3) of the rendered samples, chosen evenly."""
     points = views.rendered.points
     chosen = torch.randint(max(len(points), 1), (min(count, len(points)),), generator=generator)

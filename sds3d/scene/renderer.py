@@ -78,7 +78,7 @@ class Rendered:
         """Weighted sums (R, D) along the rays of values (M, D) at the samples."""
         return _along_rays(self.weights, values, self.rays, len(self.rgb))
 
-    def parted(self) -> tuple[Tensor, Tensor]:
+    def split_gradients(self) -> tuple[Tensor, Tensor]:
         """The same colours (R, 3) twice: their gradient reaches the density only, and the albedo only."""
         colour = _along_rays(self.weights.detach(), self.albedo, self.rays, len(self.rgb))
         painted = colour - colour.detach()  # zero, with the gradient of the albedo

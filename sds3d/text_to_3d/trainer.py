@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.core.sampling import Picture, sample_ode
+from distill.core.sampling import Img2ImgInit, sample_ode
 from distill.core.score import Guided
 from distill.data.images import BACKGROUND
-from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation, text_conditions
+from distill.objectives.algebra import (
+    DistillationOutput,
+    PromptConditionings,
+    ScoreDistillation,
+    text_conditions,
+)
 from distill.objectives.critic import Critic
 from distill.objectives.diagnostics import DiagnosticOptions, look
 from distill.objectives.options import OTHER_VIEWS, ObjectiveOptions
@@ -21,12 +26,18 @@ from distill.teacher.latent import Teacher
 from distill.teacher.linear import fit_linear_encoder
 from distill.teacher.vocabulary import check_prompt
 from sds3d.scene.cameras import CameraOptions, Cameras, ring, sample_cameras
-from sds3d.scene.nerf import Scene, SceneOptions, Views
+from sds3d.scene.nerf import RenderedViews, Scene, SceneOptions
 from sds3d.scene.regularizers import RegularizerOptions, regularization
 from sds3d.text_to_3d.mesh_control import MeshControl
 from sds3d.text_to_3d.prompts import other_views, view_of, view_prompt
-from sds3d.text_to_3d.stages.orientation import AROUND, Ask, FacingOptions, quarter_turns, view_errors
-from sds3d.text_to_3d.stages.sdedit_refinement import CHUNK, Redrawn, RedrawOptions
+from sds3d.text_to_3d.stages.orientation import (
+    AZIMUTH_VIEWS,
+    OrientationCheck,
+    OrientationOptions,
+    quarter_turns,
+    view_errors,
+)
+from sds3d.text_to_3d.stages.sdedit_refinement import CHUNK, RefinedViews, SDEditRefinementOptions
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class TextTo3dOptions:
     coarse_latents: Literal["vae", "linear"] = (
         "vae"  # linear: the warm-up leaves the encoder out (distill/teacher/linear.py)
     )
-    image_moves: Literal["albedo", "scene"] = (
+    pixel_loss_target: Literal["albedo", "scene"] = (
         "albedo"  # by a residual in pixels; albedo: the latents' then shapes and does not colour
     )
     learning_rate: float = 0.01
@@ -54,8 +65,8 @@ class TextTo3dOptions:
     final_rate: float = 0.1  # share of the learning rates left at the end, falling as a cosine: late gradients are mostly noise
     adam_epsilon: float = 1e-15  # larger ones hold still what gets next to no gradient, such as empty space
     regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
-    facing: FacingOptions = FacingOptions()
-    redraw: RedrawOptions = RedrawOptions()
+    facing: OrientationOptions = OrientationOptions()
+    redraw: SDEditRefinementOptions = SDEditRefinementOptions()
     diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
@@ -99,7 +110,7 @@ def view_prompts(options: TextTo3dOptions, cameras: Cameras) -> list[str]:
 
 def conditions_for(
     teacher: Teacher, options: TextTo3dOptions, objective: ObjectiveOptions, cameras: Cameras
-) -> Conditions:
+) -> PromptConditionings:
     """The text states the objective asks for: of each camera's prompt, with its view word where they are switched on."""
     conditions = text_conditions(
         teacher.encode_text, view_prompts(options, cameras), objective, options.negative_prompt
@@ -113,7 +124,7 @@ def conditions_for(
         [view_prompt(options.prompt, other_views(view)[i]) for view in views] for i in range(len(OTHER_VIEWS))
     ]
     turned = {name: teacher.encode_text(texts) for name, texts in zip(OTHER_VIEWS, others, strict=True)}
-    return Conditions({**conditions.states, **turned})
+    return PromptConditionings({**conditions.states, **turned})
 
 
 def grey_backgrounds(options: TextTo3dOptions, count: int, generator: torch.Generator) -> Tensor:
@@ -140,7 +151,7 @@ class TextTo3d:
         self.critic = Critic(teacher, objective.critic) if objective.critic is not None else None
         self.seen = teacher if control is None else control.teacher
         self.objective = ScoreDistillation(self.seen, objective, self.critic, teacher.decode)
-        self.redrawn = Redrawn(options.redraw.views, teacher.resolution).to(run.device)
+        self.redrawn = RefinedViews(options.redraw.views, teacher.resolution).to(run.device)
         self.linear = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
         encoding = list(self.scene.field.encoding.parameters())
         known = {id(parameter) for parameter in encoding}
@@ -180,7 +191,7 @@ class TextTo3d:
         return self.scene
 
     @property
-    def turning_points(self) -> dict[int, Ask]:
+    def turning_points(self) -> dict[int, OrientationCheck]:
         """By the steps at which it is asked which way the scene faces: by the view words, which a mesh in control knows better."""
         asked = self.options.view_words and self.control is None
         steps = self.run.options.steps
@@ -195,13 +206,13 @@ class TextTo3d:
         return min(self.options.redraw.rounds(steps), default=steps)
 
     @property
-    def forwards(self) -> int:
+    def nfe(self) -> int:
         """U-Net work of the whole run in forward passes of one sample."""
         steps = self.options.views * self.objective.options.total_cost(self.distilled)
         asked = sum(self.options.facing.cost(ask) for ask in self.turning_points.values())
         return steps + asked + self.options.redraw.cost(self.run.options.steps)
 
-    def face(self, ask: Ask, step: int) -> float:
+    def face(self, ask: OrientationCheck, step: int) -> float:
         """Turn the scene to where the view words fit it best; by how many degrees."""
         options, teacher, generator = (
             self.options.facing,
@@ -212,7 +223,7 @@ class TextTo3d:
         latents = teacher.encode_images(
             self.scene.render(cameras, grey_backgrounds(self.options, options.views, generator)).rgb
         )
-        states = teacher.encode_text([view_prompt(self.options.prompt, word) for word in AROUND])
+        states = teacher.encode_text([view_prompt(self.options.prompt, word) for word in AZIMUTH_VIEWS])
         quarters = quarter_turns(
             view_errors(teacher, latents, states, ask.draws, generator).cpu(), cameras, ask.margin
         )
@@ -234,7 +245,7 @@ class TextTo3d:
             if self.control is not None:
                 self.control.look(cameras.some(at))
             states = teacher.encode_text(view_prompts(options, cameras.some(at)))
-            begun = Picture(clean[at], strength)
+            begun = Img2ImgInit(clean[at], strength)
             drawn.append(
                 teacher.decode(
                     sample_ode(
@@ -245,7 +256,7 @@ class TextTo3d:
         self.redrawn.take(cameras, behind, torch.cat(drawn).clamp(0, 1))
         run.preview("redrawn", self.redrawn.images)
 
-    def fit(self, step: int) -> Views:
+    def fit(self, step: int) -> RenderedViews:
         """One update towards what was redrawn."""
         options, generator = self.options.redraw, self.run.generator
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
@@ -274,7 +285,7 @@ class TextTo3d:
             F.interpolate(images, size=size, mode="bilinear", align_corners=False) if coarse else images
         )
 
-    def step(self, progress: float, step: int) -> tuple[Distilled, Views]:
+    def step(self, progress: float, step: int) -> tuple[DistillationOutput, RenderedViews]:
         """One update at a share of the run in [0, 1)."""
         options, generator = self.options, self.run.generator
         left = options.final_rate + (1 - options.final_rate) * (1 + math.cos(math.pi * progress)) / 2
@@ -288,8 +299,8 @@ class TextTo3d:
         )
         behind = grey_backgrounds(options, options.views, generator).to(self.run.device)
         views = self.scene.render(drawn, behind, generator, training=True)
-        parts = options.image_moves == "albedo" and self.objective.options.image and not coarse
-        shaped, painted = views.parted() if parts else (views.rgb, views.rgb)
+        parts = options.pixel_loss_target == "albedo" and self.objective.options.image and not coarse
+        shaped, painted = views.split_gradients() if parts else (views.rgb, views.rgb)
         latents = self.encode(shaped, coarse)
         if self.control is not None:
             self.control.look(cameras.at(self.teacher.resolution))
@@ -297,7 +308,7 @@ class TextTo3d:
         poses = drawn.poses()
         if self.critic is not None:
             text = conditions.states["conditional"]
-            conditions = Conditions({**conditions.states, "critic": self.critic.states(text, poses)})
+            conditions = PromptConditionings({**conditions.states, "critic": self.critic.states(text, poses)})
         outcome = self.objective(latents, conditions, progress, generator, images=None if coarse else painted)
         self.descend(
             outcome.loss + regularization(self.scene, views, options.regularizers, progress, generator)

@@ -10,7 +10,7 @@ import trimesh
 from torch import Tensor
 
 from distill.control.conditions import of_images
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras, orbit
 
@@ -81,7 +81,7 @@ def world_pictures(folder: Path | str, split: str, condition: str, rows: Sequenc
     )
 
 
-def split_pictures(folder: Path | str, split: str, condition: str, data: Captioned) -> Tensor:
+def split_pictures(folder: Path | str, split: str, condition: str, data: CaptionedImages) -> Tensor:
     """The pictures of a split by the condition's name: the world's geometry, or what `distill.control.conditions` makes of any images."""
     if condition in CONDITIONS[1:]:
         return world_pictures(folder, split, condition, data.rows)

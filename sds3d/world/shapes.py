@@ -30,7 +30,7 @@ COLOURS = {
 DARK, WHITE, BROWN, GLASS = (0.15, 0.15, 0.17), (0.93, 0.93, 0.93), (0.45, 0.28, 0.15), (0.62, 0.75, 0.83)
 ORANGE = (0.95, 0.45, 0.1)
 
-Part = tuple[trimesh.Trimesh, tuple[float, float, float] | None]
+LossComponent = tuple[trimesh.Trimesh, tuple[float, float, float] | None]
 
 
 @dataclass(frozen=True)
@@ -90,35 +90,35 @@ def _prism(width: float, depth: float, height: float, at: tuple = (0, 0, 0)) -> 
     return _moved(mesh, at)
 
 
-def _cube() -> list[Part]:
+def _cube() -> list[LossComponent]:
     return [(_box(1, 1, 1), None)]
 
 
-def _sphere() -> list[Part]:
+def _sphere() -> list[LossComponent]:
     return [(_ball(1), None)]
 
 
-def _cylinder() -> list[Part]:
+def _cylinder() -> list[LossComponent]:
     return [(_rod(0.5, 1.2), None)]
 
 
-def _cone_alone() -> list[Part]:
+def _cone_alone() -> list[LossComponent]:
     return [(_cone(0.6, 1.2), None)]
 
 
-def _pyramid() -> list[Part]:
+def _pyramid() -> list[LossComponent]:
     return [(_cone(0.8, 1.0, tilt=(0, 0, 45), sections=4), None)]
 
 
-def _torus() -> list[Part]:
+def _torus() -> list[LossComponent]:
     return [(trimesh.creation.torus(0.65, 0.25, major_sections=48, minor_sections=24), None)]
 
 
-def _capsule() -> list[Part]:
+def _capsule() -> list[LossComponent]:
     return [(trimesh.creation.capsule(1.0, 0.4, count=(24, 24)), None)]
 
 
-def _mug() -> list[Part]:
+def _mug() -> list[LossComponent]:
     wall = trimesh.creation.annulus(0.43, 0.5, 1.1, sections=40)
     handle = trimesh.creation.torus(0.3, 0.075, major_sections=32, minor_sections=16)
     return [
@@ -128,17 +128,17 @@ def _mug() -> list[Part]:
     ]
 
 
-def _chair() -> list[Part]:
+def _chair() -> list[LossComponent]:
     legs = [(_box(0.1, 0.1, 0.6, (x, y, -0.3)), BROWN) for x in (-0.35, 0.35) for y in (-0.35, 0.35)]
     return [*legs, (_box(0.84, 0.84, 0.12), None), (_box(0.12, 0.84, 0.9, (-0.36, 0, 0.45)), None)]
 
 
-def _table() -> list[Part]:
+def _table() -> list[LossComponent]:
     legs = [(_box(0.1, 0.1, 0.7, (x, y, -0.38)), BROWN) for x in (-0.45, 0.45) for y in (-0.65, 0.65)]
     return [*legs, (_box(1.1, 1.5, 0.1), None)]
 
 
-def _car() -> list[Part]:
+def _car() -> list[LossComponent]:
     wheels = [(_rod(0.2, 0.14, (x, y, -0.2), (90, 0, 0)), DARK) for x in (-0.5, 0.5) for y in (-0.36, 0.36)]
     lights = [(_ball(0.09, (0.8, y, 0.06)), WHITE) for y in (-0.24, 0.24)]
     windows = [
@@ -150,13 +150,13 @@ def _car() -> list[Part]:
     return [*wheels, *lights, (windows[0], GLASS), (windows[1], GLASS), (roof, None), (body, None)]
 
 
-def _house() -> list[Part]:
+def _house() -> list[LossComponent]:
     panes = [(_box(0.04, 0.2, 0.2, (0.5, y, 0.12)), GLASS) for y in (-0.28, 0.28)]
     door = (_box(0.04, 0.2, 0.38, (0.5, 0, -0.21)), DARK)
     return [(_box(1.0, 1.0, 0.8), None), (_prism(1.2, 1.14, 0.5, (0, 0, 0.4)), BROWN), door, *panes]
 
 
-def _snowman() -> list[Part]:
+def _snowman() -> list[LossComponent]:
     eyes = [(_ball(0.05, (0.25, y, 0.98)), DARK) for y in (-0.1, 0.1)]
     buttons = [(_ball(0.05, (0.36 + lift, 0, 0.35 + z)), DARK) for z, lift in ((0.05, 0.0), (0.2, -0.05))]
     nose = (_cone(0.07, 0.3, (0.25, 0, 0.9), (0, 90, 0)), ORANGE)
@@ -166,7 +166,7 @@ def _snowman() -> list[Part]:
     return [*balls, *eyes, *buttons, nose, *hat, (scarf, None)]
 
 
-def _rocket() -> list[Part]:
+def _rocket() -> list[LossComponent]:
     fins = [
         (_box(0.42, 0.06, 0.4, (0.34 * np.cos(a), 0.34 * np.sin(a), -0.5), (0, 0, np.rad2deg(a))), DARK)
         for a in np.arange(4) * np.pi / 2
@@ -175,12 +175,12 @@ def _rocket() -> list[Part]:
     return [(_rod(0.3, 1.3), None), (_cone(0.3, 0.5, (0, 0, 0.65)), WHITE), window, *fins]
 
 
-def _tree() -> list[Part]:
+def _tree() -> list[LossComponent]:
     tiers = [(_cone(r, 0.6, (0, 0, z)), None) for r, z in ((0.6, -0.2), (0.48, 0.15), (0.34, 0.5))]
     return [(_rod(0.13, 0.5, (0, 0, -0.4)), BROWN), *tiers]
 
 
-def _boat() -> list[Part]:
+def _boat() -> list[LossComponent]:
     hull = _tapered((1.0, 0.4), (1.5, 0.66), 0.36)
     ahead = hull.vertices[:, 0] > 0
     hull.vertices[ahead, 1] *= 0.12  # the bow
@@ -195,7 +195,7 @@ def _boat() -> list[Part]:
     ]
 
 
-def _duck() -> list[Part]:
+def _duck() -> list[LossComponent]:
     """A bath duck, made here: the well-known one (COLLADA's) is not under a free licence."""
     bill = _ball(0.14, (0.62, 0, 0.5), (1.3, 1.0, 0.4))
     eyes = [(_ball(0.05, (0.54, y, 0.62)), DARK) for y in (-0.15, 0.15)]
@@ -211,7 +211,7 @@ def _duck() -> list[Part]:
     ]
 
 
-def _robot() -> list[Part]:
+def _robot() -> list[LossComponent]:
     eyes = [(_ball(0.07, (0.22, y, 0.72)), DARK) for y in (-0.11, 0.11)]
     limbs = [(_box(0.16, 0.14, 0.55, (0, y, 0.12)), DARK) for y in (-0.42, 0.42)]
     legs = [(_box(0.24, 0.2, 0.4, (0.04, y, -0.5)), DARK) for y in (-0.16, 0.16)]
@@ -226,7 +226,7 @@ def _robot() -> list[Part]:
     ]
 
 
-COMPOSED: dict[str, tuple[Callable[[], list[Part]], bool]] = {
+COMPOSED: dict[str, tuple[Callable[[], list[LossComponent]], bool]] = {
     "cube": (_cube, False),
     "sphere": (_sphere, False),
     "cylinder": (_cylinder, False),
@@ -251,7 +251,7 @@ OBJECTS = (*COMPOSED, *REAL)
 RELATIONS = ("on top of", "next to", "in front of")
 
 
-def _parts(name: str) -> tuple[list[Part], bool]:
+def _parts(name: str) -> tuple[list[LossComponent], bool]:
     if name in COMPOSED:
         build, has_front = COMPOSED[name]
         return build(), has_front
@@ -260,7 +260,7 @@ def _parts(name: str) -> tuple[list[Part], bool]:
     raise UserError(f"the world has no object {name!r}: it knows {', '.join(OBJECTS)}")
 
 
-def _joined(name: str, parts: list[Part], has_front: bool, radius: float = RADIUS) -> Shape:
+def _joined(name: str, parts: list[LossComponent], has_front: bool, radius: float = RADIUS) -> Shape:
     """Parts to one mesh, creases kept sharp, centred on the bounding box and scaled to the radius."""
     smooth = [trimesh.graph.smooth_shade(part, angle=np.deg2rad(35)) for part, _ in parts]
     accents = [

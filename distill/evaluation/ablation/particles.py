@@ -10,7 +10,7 @@ from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
 from distill.evaluation.ablation.plan import Cell, Figures, coverage
 from distill.evaluation.metrics import divergence_from, wasserstein_2
-from distill.objectives.algebra import Conditions, ScoreDistillation
+from distill.objectives.algebra import PromptConditionings, ScoreDistillation
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.mixture import Mixture, MixtureTeacher, ring
 
@@ -64,7 +64,7 @@ def run_particles(cell: Cell, options: ParticleOptions, schedule: NoiseSchedule)
     critic = ParticleCritic(particles, options.kernel, schedule) if cell.objective.needs_critic else None
     loss = ScoreDistillation(teacher, cell.objective, critic, decode=lambda latents: latents)
     text, free = teacher.encode_text([cell.prompt]), teacher.encode_text([""])
-    conditions = Conditions(
+    conditions = PromptConditionings(
         {
             "conditional": text,
             "unconditional": free,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.objectives.options import ObjectiveOptions, Part, Term
+from distill.objectives.options import LossComponent, ObjectiveOptions, Term
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
 from distill.runtime.names import slug
@@ -61,7 +61,7 @@ def with_guidance(objective: ObjectiveOptions, scale: float | None) -> Objective
             "guidance is varied, but a loss has no guided term: its strength is in its coefficients; leave guidance=[null]"
         )
 
-    def scaled(part: Part) -> tuple[Term, ...]:
+    def scaled(part: LossComponent) -> tuple[Term, ...]:
         return tuple(replace(term, guidance=scale) if term.guided else term for term in part.terms)
 
     second = None if objective.second is None else replace(objective.second, terms=scaled(objective.second))

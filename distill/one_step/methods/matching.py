@@ -1,7 +1,7 @@
 """What a cycle of distillation does: one update of the student, then as many of what follows it.
 
-`Matching` is any first-order loss of the algebra on what the student makes (DMD, Diff-Instruct, f-distill, ...), with the
-adversarial part and regression where they are asked for; `Identity` is SiD. Trajectory methods are in `trajectory`.
+`DistributionMatching` is any first-order loss of the algebra on what the student makes (DMD, Diff-Instruct, f-distill, ...), with the
+adversarial part and regression where they are asked for; `SiD` is SiD. Trajectory methods are in `trajectory`.
 """
 
 from abc import ABC, abstractmethod
@@ -13,17 +13,24 @@ import torch
 from torch import Tensor
 
 from distill.core.score import Guided
-from distill.objectives.algebra import Conditions, ScoreDistillation, surrogate_loss
+from distill.objectives.algebra import PromptConditionings, ScoreDistillation, surrogate_loss
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions, ObjectiveOptions
-from distill.one_step.adversarial import Adversary, Divergence, GanOptions, divergence_weight, frozen, watched
+from distill.one_step.adversarial import (
+    Adversary,
+    Divergence,
+    GanOptions,
+    capture_mid_block,
+    divergence_weight,
+    frozen,
+)
 from distill.one_step.methods import sid as second_order
 from distill.one_step.methods.sid import SecondOrderOptions
 from distill.one_step.regression import Regression
 from distill.one_step.student import Student
 from distill.teacher.latent import Distillable
 
-LOWER = (
+ENCODER_FLOP_FRACTION = (
     0.4  # of a U-Net's work lies up to its bottleneck (measured on shapes64's, forward and backward alike)
 )
 
@@ -48,7 +55,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Made:
+class MicroBatch:
     """A part of a cycle's batch as it was generated, and where its further draws come from."""
 
     outcome: Outcome
@@ -63,7 +70,7 @@ class Method(ABC):
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
         """What the student is to descend, at a share of the run."""
 
-    def follow(self, made: Sequence[Made], updates: int | None = None) -> dict[str, float]:
+    def follow(self, made: Sequence[MicroBatch], updates: int | None = None) -> dict[str, float]:
         """Update what follows the student on what it has just generated: as often as its options say, or `updates` times."""
         return {}
 
@@ -97,7 +104,7 @@ def simulation_cost(student: Student) -> float:
     return 3 + (len(student.times) - 1) / 2
 
 
-class _Followed(Method):
+class CriticMethod(Method):
     """A method whose critic follows the student, with or without an adversary."""
 
     def __init__(
@@ -109,7 +116,7 @@ class _Followed(Method):
             None if gan is None else Adversary(self.critic, batch.real.shape[1:], batch.empty, gan)
         )
 
-    def follow(self, made: Sequence[Made], updates: int | None = None) -> dict[str, float]:
+    def follow(self, made: Sequence[MicroBatch], updates: int | None = None) -> dict[str, float]:
         """The critic's updates, each at fresh times and noise on what was generated once; the mean losses."""
         optimizers = self.optimizers
         told: list[tuple[float, float]] = []
@@ -123,10 +130,10 @@ class _Followed(Method):
         critic, head = (sum(values) / max(len(values), 1) for values in zip(*told, strict=True))
         return {"critic": critic} if self.adversary is None else {"critic": critic, "discriminator": head}
 
-    def _descend(self, part: Made, count: int) -> tuple[float, float]:
+    def _descend(self, part: MicroBatch, count: int) -> tuple[float, float]:
         assert part.outcome.generated is not None
         batch = part.batch
-        with self.critic.on(), watched(self.critic.unet) as seen:
+        with self.critic.on(), capture_mid_block(self.critic.unet) as seen:
             loss = self.critic.loss(part.outcome.generated, batch.states, None, part.generator)
             judged = 0 * loss
             if self.adversary is not None:
@@ -156,11 +163,13 @@ class _Followed(Method):
 
     def follow_cost(self) -> float:
         """F of the critic's updates; an adversary's sees real latents with the lower half."""
-        return self.critic.options.updates * (3.0 if self.adversary is None else 3.0 + 3 * LOWER)
+        return self.critic.options.updates * (
+            3.0 if self.adversary is None else 3.0 + 3 * ENCODER_FLOP_FRACTION
+        )
 
 
 @final
-class Matching(_Followed):
+class DistributionMatching(CriticMethod):
     """A first-order loss of the algebra on generated latents; weighted by the density ratio for another divergence than reverse KL."""
 
     def __init__(
@@ -182,7 +191,7 @@ class Matching(_Followed):
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
         """The algebra's gradient on what is generated, with its adversarial and regression parts."""
         generated = generate(student, batch, generator)
-        conditions = Conditions(
+        conditions = PromptConditionings(
             {"conditional": batch.states, "unconditional": batch.empty, "critic": batch.states}
         )
         outcome = self.objective(generated, conditions, progress, generator)
@@ -205,16 +214,16 @@ class Matching(_Followed):
 
     def cost(self, progress: float) -> float:
         """As of every method; regression generates once more, the adversary sees the lower half, forth and back to the inputs."""
-        work = 3 + sum(part.forwards(progress) for part in self.objective.options.parts) + self.follow_cost()
+        work = 3 + sum(part.nfe(progress) for part in self.objective.options.parts) + self.follow_cost()
         if self.adversary is not None and self.adversary.options.generator:
-            work += 2 * LOWER
+            work += 2 * ENCODER_FLOP_FRACTION
         if self.divergence != "reverse_kl":
-            work += LOWER
+            work += ENCODER_FLOP_FRACTION
         return work if self.regression is None else work + 3 * self.regression.options.share
 
 
 @final
-class Identity(_Followed):
+class SiD(CriticMethod):
     """Score identity distillation: the second-order loss, whose gradient runs through teacher and critic to the student."""
 
     def __init__(
@@ -227,7 +236,9 @@ class Identity(_Followed):
         """SiD's loss on what is generated."""
         generated = generate(student, batch, generator)
         schedule = student.schedule
-        t = second_order.times(self.options, len(generated), schedule.steps, generator).to(generated.device)
+        t = second_order.times(self.options, len(generated), schedule.num_train_timesteps, generator).to(
+            generated.device
+        )
         x_t = schedule.add_noise(
             generated, torch.randn(generated.shape, generator=generator).to(generated), t
         )

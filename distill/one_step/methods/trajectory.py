@@ -118,11 +118,11 @@ class Progressive(Method):
             model: ScoreModel = (
                 Guided(self.teacher, batch.empty, self.options.guidance)
                 if stage == 0
-                else _Answers(self.former)
+                else StudentDenoiser(self.former)
             )
             halfway = ddim(model, model.predict(x_t, t, batch.states), middle)
             arrived = ddim(model, model.predict(halfway, middle, batch.states), end)
-            wanted = straight_target(student, x_t, arrived, t, end)
+            wanted = ddim_target(student, x_t, arrived, t, end)
         alpha, sigma = student.schedule.alpha(t), student.schedule.sigma(t)
         error = (student.predict(x_t, t, batch.states).x0 - wanted).square() * (
             alpha / sigma
@@ -142,7 +142,7 @@ class Progressive(Method):
         return 3 + 2 * (2 if progress * self.stages < 1 and self.options.guidance != 1 else 1)
 
 
-def straight_target(student: Student, x_t: Tensor, arrived: Tensor, t: Tensor, end: Tensor) -> Tensor:
+def ddim_target(student: Student, x_t: Tensor, arrived: Tensor, t: Tensor, end: Tensor) -> Tensor:
     """The x0 for which one DDIM step from x_t at t gives `arrived` at `end` (-1: clean)."""
     clean = (end < 0)[:, None, None, None]
     alpha, sigma = (
@@ -157,7 +157,7 @@ def straight_target(student: Student, x_t: Tensor, arrived: Tensor, t: Tensor, e
 
 
 @final
-class _Answers(ScoreModel):
+class StudentDenoiser(ScoreModel):
     """A student as a score model."""
 
     def __init__(self, student: Student) -> None:

@@ -10,12 +10,12 @@ from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras
 from sds3d.text_to_3d.prompts import VIEWS, view_of
 
-AROUND = tuple(view for view in VIEWS if view != "overhead")  # the view words that tell an azimuth
+AZIMUTH_VIEWS = tuple(view for view in VIEWS if view != "overhead")  # the view words that tell an azimuth
 LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # t / T
 
 
 @dataclass(frozen=True)
-class Ask:
+class OrientationCheck:
     """At a share `at` of a run, with so many `draws` of the noise a view and level; a turn must make the error smaller by a share `margin`.
 
     Early a turn costs nothing, but a vague shape says little; of a finished one small differences tell, if enough noise is drawn.
@@ -33,10 +33,10 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class FacingOptions:
+class OrientationOptions:
     """Which quarter turn suits the view words best is asked of `views` all around, so often; no asks leave a scene as it grows."""
 
-    asks: tuple[Ask, ...] = ()
+    asks: tuple[OrientationCheck, ...] = ()
     views: int = 16
     elevation: float = 15.0
 
@@ -44,9 +44,9 @@ class FacingOptions:
         if self.views < 4:
             raise UserError(f"facing.views is {self.views}: at least 4 are needed to see all around")
 
-    def cost(self, ask: Ask) -> int:
+    def cost(self, ask: OrientationCheck) -> int:
         """U-Net work of one ask in F, one forward pass of a sample."""
-        return self.views * len(LEVELS) * len(AROUND) * ask.draws
+        return self.views * len(LEVELS) * len(AZIMUTH_VIEWS) * ask.draws
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def view_errors(
     count, words = len(latents), len(states)
     total = latents.new_zeros(count, words)
     for level in LEVELS:
-        t = torch.full((count,), round(level * model.schedule.steps), device=latents.device)
+        t = torch.full((count,), round(level * model.schedule.num_train_timesteps), device=latents.device)
         for _ in range(draws):
             noise = torch.randn(latents.shape, generator=generator).to(latents)
             x_t = model.schedule.add_noise(latents, noise, t)
@@ -73,13 +73,15 @@ def view_errors(
 
 
 def quarter_turns(errors: Tensor, cameras: Cameras, margin: float) -> int:
-    """Quarter turns of the scene, 0 to 3, after which the view words fit best; errors (N, 3) of `AROUND` as seen from cameras (N).
+    """Quarter turns of the scene, 0 to 3, after which the view words fit best; errors (N, 3) of `AZIMUTH_VIEWS` as seen from cameras (N).
 
     What is seen from azimuth a is seen from a + 90 q after q of them. 0 where none is better by a share `margin`.
     """
 
     def mean(turns: int) -> float:
-        words = [AROUND.index(view_of(azimuth + 90.0 * turns, 0.0)) for azimuth in cameras.azimuth.tolist()]
+        words = [
+            AZIMUTH_VIEWS.index(view_of(azimuth + 90.0 * turns, 0.0)) for azimuth in cameras.azimuth.tolist()
+        ]
         return float(errors[torch.arange(len(words)), torch.tensor(words)].mean())
 
     found = [mean(turns) for turns in range(4)]

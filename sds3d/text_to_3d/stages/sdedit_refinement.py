@@ -16,7 +16,7 @@ CHUNK = 16  # views drawn at once; bounds the memory
 
 
 @dataclass(frozen=True)
-class RedrawOptions:
+class SDEditRefinementOptions:
     """From a share `begin` of a run on: one round a strength (SDEdit's share of the way back to noise), in equal parts; [] for none.
 
     Each draws `views` anew in `steps` of DDIM at `guidance`, to which the scene is then fitted with `weight` on the mean square
@@ -66,7 +66,7 @@ class RedrawOptions:
         )
 
 
-class Redrawn(nn.Module):
+class RefinedViews(nn.Module):
     """V views: their cameras, the greys behind them and what was drawn; a module, so that checkpoints hold it."""
 
     def __init__(self, views: int, resolution: int) -> None:

@@ -22,7 +22,13 @@ from diffusers.pipelines.stable_diffusion import (
 from PIL import Image
 from torch import Tensor
 
-from distill.apps.text_to_image import TextToImageOptions, load_picture, race, text_rows, text_to_image
+from distill.apps.text_to_image import (
+    TextToImageOptions,
+    compare_samplers,
+    load_picture,
+    text_rows,
+    text_to_image,
+)
 from distill.control.adapter import make_adapter, save_adapter
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
@@ -197,7 +203,7 @@ def test_labels_of_a_folder(tmp_path: Path) -> None:
 
 def test_a_race_draws_by_each_sampler(tiny_teacher: Teacher) -> None:
     options = TextToImageOptions((PROMPT,), count=1, steps=3)
-    images, table = race(tiny_teacher, options, ["ddim", "dpm"])
+    images, table = compare_samplers(tiny_teacher, options, ["ddim", "dpm"])
     assert torch.equal(images[0], text_to_image(tiny_teacher, options)[0]) and len(table.splitlines()) == 3
 
 

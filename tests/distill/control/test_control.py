@@ -21,9 +21,9 @@ from distill.control.adapter import (
 )
 from distill.control.conditions import as_input, beside, edges, of_images, scribbles
 from distill.control.train import AdapterOptions, AdapterTraining, adapter_loss
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache
-from distill.evaluation.control import ControlEvaluationOptions, by_teacher
+from distill.evaluation.control import ControlEvaluationOptions, teacher_sampler
 from distill.evaluation.fidelity import fidelity, jump, line_f1, overlap, rank_correlation
 from distill.evaluation.judge import Judge, JudgeOptions, save_judge
 from distill.evaluation.probe import Probe, ProbeOptions, depth_loss
@@ -119,7 +119,7 @@ def test_the_stock_pipeline_draws_the_same_image(
     controls = [Control(adapter, disc(), *acts) for adapter, acts in zip(loaded, acting, strict=True)]
     noise, draw = (
         random(1, *tiny_teacher.latent_shape),
-        by_teacher(tiny_teacher, ControlEvaluationOptions(steps=4, guidance=2.0)),
+        teacher_sampler(tiny_teacher, ControlEvaluationOptions(steps=4, guidance=2.0)),
     )
     ours = tiny_teacher.decode(draw(controls, tiny_teacher.encode_text(["a red cube"]), noise))
     stock = [ControlNetModel.from_pretrained(place, torch_dtype=torch.float32) for place in places]
@@ -159,7 +159,7 @@ def test_conditions_made_of_an_image() -> None:
     images = torch.full((1, 4, 64, 64), 255, dtype=torch.uint8)
     images[:, :3] = (disc() * 200).byte()
     images[:, 3:] = (disc()[:, :1] * 255).byte()
-    data = Captioned(images, [{"file_name": "a.png", "text": "a disc"}])
+    data = CaptionedImages(images, [{"file_name": "a.png", "text": "a disc"}])
     assert torch.equal(of_images("silhouette", "x", data), images[:, 3:])
     lines = edges(data.composite(slice(None)))
     ring = (lines[0, 0] > 0).nonzero().float() - torch.tensor([32.0, 28.0])
@@ -170,18 +170,18 @@ def test_conditions_made_of_an_image() -> None:
     with pytest.raises(UserError, match="none of silhouette, edges, scribble, folder"):
         of_images("pose", "x", data)
     with pytest.raises(UserError, match="alpha channel"):
-        of_images("silhouette", "x", Captioned(images[:, :3], data.rows))
+        of_images("silhouette", "x", CaptionedImages(images[:, :3], data.rows))
 
 
 def test_a_folder_with_a_conditioning_column(tmp_path: Path) -> None:
     Image.fromarray(np.full((64, 64, 3), 77, np.uint8)).save(tmp_path / "c.png")
-    data = Captioned(
+    data = CaptionedImages(
         torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
         [{"file_name": "a.png", "text": "x", "conditioning_image": "c.png"}],
     )
     assert torch.equal(beside(tmp_path, data), torch.full((1, 3, 64, 64), 77, dtype=torch.uint8))
     with pytest.raises(UserError, match="a.png has no conditioning_image"):
-        beside(tmp_path, Captioned(data.images, [{"file_name": "a.png", "text": "x"}]))
+        beside(tmp_path, CaptionedImages(data.images, [{"file_name": "a.png", "text": "x"}]))
 
 
 def test_fidelity_by_hand() -> None:

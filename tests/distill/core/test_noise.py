@@ -6,8 +6,8 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from distill.core.noise import (
-    Kind,
     NoiseSchedule,
+    PredictionType,
     clean_and_noise,
     from_flow,
     from_variance_exploding,
@@ -17,7 +17,7 @@ from distill.core.noise import (
 from distill.core.score import Prediction
 from distill.runtime.errors import UserError
 
-KINDS: tuple[Kind, ...] = ("epsilon", "v_prediction", "sample")
+KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 TIMES = torch.tensor([0, 1, 250, 500, 998, 999])
 
 
@@ -52,7 +52,7 @@ def test_alpha_is_the_square_root_of_the_product() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameterisation_gives_back_clean_and_noise(kind: Kind) -> None:
+def test_every_parameterisation_gives_back_clean_and_noise(kind: PredictionType) -> None:
     clean, noise = draw(0, 1)
     angle = torch.linspace(0.01, 1.55, len(TIMES), dtype=torch.float64)[:, None, None, None]
     alpha, sigma = angle.cos(), angle.sin()
@@ -107,5 +107,5 @@ def test_the_three_forms_of_diffusion_round_trip(schedule: NoiseSchedule) -> Non
         )  # alpha and sigma of the schedule are float32
         torch.testing.assert_close(back[1], alpha, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(back[2], sigma, atol=1e-6, rtol=1e-6)
-    assert schedule.nearest(level.flatten()).equal(t)
+    assert schedule.sigma_to_t(level.flatten()).equal(t)
     assert Prediction(x0, eps, alpha, sigma).flow.equal(eps - x0)

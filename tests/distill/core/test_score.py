@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.core.noise import Kind, NoiseSchedule
+from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Guided, Prediction
 
 T = torch.tensor([3, 500, 990])
@@ -17,7 +17,7 @@ def noisy(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_prediction_survives_every_parameterisation(kind: Kind, schedule: NoiseSchedule) -> None:
+def test_a_prediction_survives_every_parameterisation(kind: PredictionType, schedule: NoiseSchedule) -> None:
     x_t, eps = noisy(0), noisy(1)
     first = Prediction.of(eps, x_t, T, schedule, "epsilon")
     again = Prediction.of(

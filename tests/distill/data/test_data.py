@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data.folders import Captioned, grey_levels, load_split, read_rows
+from distill.data.folders import CaptionedImages, grey_levels, load_split, read_rows
 from distill.data.images import BACKGROUND
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
@@ -132,5 +132,5 @@ def test_missing_and_unreadable_files_are_told(tmp_path: Path) -> None:
 
 def test_rows_keep_their_columns() -> None:
     rows: list[dict[str, Any]] = [{"text": "a", "object": "cube"}, {"text": "b", "object": "cone"}]
-    data = Captioned(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows)
+    data = CaptionedImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), rows)
     assert len(data) == 2 and data.select([1]).rows == [rows[1]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.evaluation import teacher as evaluation
 from distill.evaluation.judge import Judge, JudgeOptions
 from distill.evaluation.teacher import EvaluationOptions, draw, evaluate_teacher, graded
@@ -80,7 +80,7 @@ def test_the_report_is_complete(tiny_teacher: Teacher) -> None:
     pair = {**rows[0], "relation": "on top of"}
     images = (torch.rand(9, 4, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).byte()
     options = EvaluationOptions(samples=4, guidance=(1.0, 3.0), steps=1)
-    figures, shown = evaluate_teacher(tiny_teacher, judge, Captioned(images, [*rows, pair]), options)
+    figures, shown = evaluate_teacher(tiny_teacher, judge, CaptionedImages(images, [*rows, pair]), options)
     assert [sample["guidance"] for sample in figures["samples"]] == [1.0, 3.0] and shown.shape == (
         4,
         3,
@@ -100,7 +100,9 @@ def test_the_report_is_complete(tiny_teacher: Teacher) -> None:
 
 def test_mistakes(tiny_teacher: Teacher) -> None:
     judge: Any = None
-    data = Captioned(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [{"text": "x", "relation": "next to"}] * 2)
+    data = CaptionedImages(
+        torch.zeros(2, 3, 64, 64, dtype=torch.uint8), [{"text": "x", "relation": "next to"}] * 2
+    )
     with pytest.raises(UserError, match="no rows with one object"):
         evaluate_teacher(tiny_teacher, judge, data, EvaluationOptions())
     with pytest.raises(UserError, match="must be positive"):
@@ -119,6 +121,6 @@ def test_psnr_of_a_known_error(tiny_teacher: Teacher, monkeypatch: pytest.Monkey
     rows = [row("duck", ("blue", "orange")[i % 2], "front", True, False) for i in range(4)]
     options = EvaluationOptions(samples=2, guidance=(1.0,), steps=1)
     figures, _ = evaluate_teacher(
-        tiny_teacher, Judge(LABELS, JudgeOptions(width=8)).eval(), Captioned(images, rows), options
+        tiny_teacher, Judge(LABELS, JudgeOptions(width=8)).eval(), CaptionedImages(images, rows), options
     )
     assert figures["vae"]["psnr"] == pytest.approx(20, abs=1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.evaluation.judge import (
     IGNORE,
     Judge,
@@ -35,7 +35,7 @@ def row(view: str | None = "front", has_front: bool | None = True) -> dict[str, 
     return {"text": "", "object": "disc", "colour": "red", "view": view, "has_front": has_front}
 
 
-def toy(count: int, seed: int) -> Captioned:
+def toy(count: int, seed: int) -> CaptionedImages:
     """Red or blue discs and bars, RGBA 32 x 32; a dark spot on the right of some discs is their front."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
@@ -49,7 +49,7 @@ def toy(count: int, seed: int) -> Captioned:
         images.append((image * 255).byte())
         rows.append(row("front" if front else "back", disc))
         rows[-1] |= {"object": "disc" if disc else "bar", "colour": "red" if red else "blue"}
-    return Captioned(torch.stack(images), rows)
+    return CaptionedImages(torch.stack(images), rows)
 
 
 def logits_of(judge: Judge, images: Tensor) -> dict[str, Tensor]:

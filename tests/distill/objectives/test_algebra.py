@@ -9,30 +9,39 @@ from torch import Tensor
 
 from distill.core.noise import NoiseSchedule
 from distill.objectives.algebra import (
-    Conditions,
-    Distilled,
+    DistillationOutput,
+    PromptConditionings,
     ScoreDistillation,
     surrogate_loss,
     text_conditions,
     time_weight,
 )
-from distill.objectives.options import NoiseLaw, ObjectiveOptions, Ramp, Term, TimeLaw, Weight
+from distill.objectives.options import (
+    LinearSchedule,
+    NoiseSource,
+    ObjectiveOptions,
+    Term,
+    TimestepSampler,
+    Weight,
+)
 from distill.runtime.errors import UserError
 
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")
 
 
-def at(share: float) -> TimeLaw:
-    return TimeLaw(share, (share, share))
+def at(share: float) -> TimestepSampler:
+    return TimestepSampler(share, (share, share))
 
 
-def means(conditional: float, unconditional: float, count: int, negative: float | None = None) -> Conditions:
+def means(
+    conditional: float, unconditional: float, count: int, negative: float | None = None
+) -> PromptConditionings:
     one = torch.ones(1, 1, 1)
     states = {"conditional": one.expand(count, 1, 1) * conditional, "unconditional": one * unconditional}
-    return Conditions(states if negative is None else {**states, "negative": one * negative})
+    return PromptConditionings(states if negative is None else {**states, "negative": one * negative})
 
 
-def teacher(prompt: str = "conditional", coefficient: float | Ramp = 1.0) -> Term:
+def teacher(prompt: str = "conditional", coefficient: float | LinearSchedule = 1.0) -> Term:
     return Term("teacher", coefficient, prompt)
 
 
@@ -45,8 +54,8 @@ def sds(
 
 
 def distilled(
-    model: Any, options: ObjectiveOptions, latents: Tensor, conditions: Conditions, seed: int = 0
-) -> Distilled:
+    model: Any, options: ObjectiveOptions, latents: Tensor, conditions: PromptConditionings, seed: int = 0
+) -> DistillationOutput:
     return ScoreDistillation(model, options)(latents, conditions, 0.0, torch.Generator().manual_seed(seed))
 
 
@@ -181,24 +190,27 @@ def test_weights_by_hand() -> None:
 
 
 def test_times_fill_the_range() -> None:
-    t = TimeLaw(0.02, (0.98, 0.98)).draw(20_000, 1000, 0.0, torch.Generator().manual_seed(0))
+    t = TimestepSampler(0.02, (0.98, 0.98)).draw(20_000, 1000, 0.0, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and (int(t.min()), int(t.max())) == (20, 979)
     assert abs(float(t.float().mean()) - 499.5) < 10 and abs(float(t.float().std()) - 959 / 12**0.5) < 6
 
 
 def test_the_upper_end_anneals() -> None:
-    linear, root = (TimeLaw(0.02, (0.98, 0.5), kind, until=0.5) for kind in ("linear", "sqrt"))
+    linear, root = (TimestepSampler(0.02, (0.98, 0.5), kind, until=0.5) for kind in ("linear", "sqrt"))
     assert [linear.upper(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0.98, 0.74, 0.5, 0.5])
     assert [root.upper(p) for p in (0, 0.125, 0.5, 1)] == pytest.approx([0.98, 0.74, 0.5, 0.5])
-    assert TimeLaw(0.02, (0.98, 0.5), "none").upper(1.0) == 0.98
+    assert TimestepSampler(0.02, (0.98, 0.5), "none").upper(1.0) == 0.98
     assert int(linear.draw(5000, 1000, 1.0, torch.Generator().manual_seed(0)).max()) in (499, 500)
 
 
 def test_one_time_a_batch() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [TimeLaw(one_time=True).draw(8, 1000, 0.0, generator).unique().tolist() for _ in range(4)]
+    drawn = [
+        TimestepSampler(shared_timestep=True).draw(8, 1000, 0.0, generator).unique().tolist()
+        for _ in range(4)
+    ]
     assert all(len(times) == 1 for times in drawn) and len({times[0] for times in drawn}) > 1
-    assert len(TimeLaw().draw(8, 1000, 0.0, generator).unique()) > 1
+    assert len(TimestepSampler().draw(8, 1000, 0.0, generator).unique()) > 1
 
 
 @pytest.mark.parametrize(
@@ -206,7 +218,7 @@ def test_one_time_a_batch() -> None:
 )
 def test_refuses_impossible_times(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected 0 <= low"):
-        TimeLaw(**given)
+        TimestepSampler(**given)
 
 
 def test_refuses_no_terms() -> None:
@@ -225,7 +237,7 @@ def test_an_infinite_weight_is_refused(gaussian: Any) -> None:
 
 def test_clamp_bounds_each_element_before_the_norm(gaussian: Any) -> None:
     latents = torch.tensor([0.0, 1.0, 100.0]).view(1, 3, 1, 1).expand(2, 3, 1, 1)
-    options = replace(sds(), noise=NoiseLaw("fixed"))
+    options = replace(sds(), noise=NoiseSource("fixed"))
     free = distilled(gaussian(0.1), options, latents, means(0, 0, 2)).gradient
     bound = distilled(gaussian(0.1), replace(options, clamp=0.3), latents, means(0, 0, 2)).gradient
     torch.testing.assert_close(bound, free.clamp(-0.3, 0.3))

@@ -9,28 +9,28 @@ import torch
 from PIL import Image
 
 from distill.core.noise import NoiseSchedule
-from distill.objectives.algebra import Conditions, ScoreDistillation
+from distill.objectives.algebra import PromptConditionings, ScoreDistillation
 from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
-from distill.objectives.options import ObjectiveOptions, Term, TimeLaw
+from distill.objectives.options import ObjectiveOptions, Term, TimestepSampler
 from distill.runtime.errors import UserError
 
 Z, MEAN, STD, SCALE = 1.1, 0.3, 0.5, 4.0
 
 
 def told(model: Any, terms: tuple[Term, ...], options: DiagnosticOptions) -> Any:
-    law = TimeLaw(0.1, (0.9, 0.5))
+    law = TimestepSampler(0.1, (0.9, 0.5))
     loss = ScoreDistillation(model, ObjectiveOptions(terms, "one", law))
     one = torch.ones(1, 1, 1)
     latents = torch.full((4, 1, 16, 16), Z)
     outcome = loss(
         latents,
-        Conditions({"conditional": one * MEAN, "unconditional": one * 0.0}),
+        PromptConditionings({"conditional": one * MEAN, "unconditional": one * 0.0}),
         0.5,
         torch.Generator().manual_seed(1),
     )
-    before = loss.forwards
+    before = loss.nfe
     found = diagnose(loss, outcome, 0.5, options)
-    assert loss.forwards == before  # a look costs the run nothing
+    assert loss.nfe == before  # a look costs the run nothing
     return found
 
 

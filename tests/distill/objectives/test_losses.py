@@ -13,9 +13,16 @@ from command_line import ROOT
 from torch import Tensor
 
 from distill.core.noise import NoiseSchedule
-from distill.core.score import Counted, Prediction, ScoreModel
-from distill.objectives.algebra import Conditions, Distilled, ScoreDistillation
-from distill.objectives.options import NoiseLaw, ObjectiveOptions, Part, Ramp, Term, TimeLaw
+from distill.core.score import NFECounter, Prediction, ScoreModel
+from distill.objectives.algebra import DistillationOutput, PromptConditionings, ScoreDistillation
+from distill.objectives.options import (
+    LinearSchedule,
+    LossComponent,
+    NoiseSource,
+    ObjectiveOptions,
+    Term,
+    TimestepSampler,
+)
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.teacher.mixture import Mixture, MixtureTeacher
@@ -28,7 +35,7 @@ SHARE = 0.45  # the t / T of the closed forms
 def load(name: str, share: float | None = SHARE) -> ObjectiveOptions:
     """A config as scripts read it, at one time."""
     options = build(ObjectiveOptions, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), name)
-    return options if share is None else replace(options, time=TimeLaw(share, (share, share)))
+    return options if share is None else replace(options, time=TimestepSampler(share, (share, share)))
 
 
 def mixture() -> Mixture:
@@ -38,11 +45,11 @@ def mixture() -> Mixture:
     return Mixture(means, stds, torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64), ("a", "a", "b", "b"))
 
 
-def states(teacher: MixtureTeacher, count: int) -> Conditions:
+def states(teacher: MixtureTeacher, count: int) -> PromptConditionings:
     """Class a, told apart from the whole; class b as negative, reference and other view."""
     a, b, free = teacher.encode_text(["a"] * count), teacher.encode_text(["b"]), teacher.encode_text([""])
     rest = {name: b for name in ("negative", "reference", "bad", "other_view_0", "other_view_1", "critic")}
-    return Conditions({"conditional": a, "unconditional": free, **rest})
+    return PromptConditionings({"conditional": a, "unconditional": free, **rest})
 
 
 def line(name: str, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
@@ -58,7 +65,7 @@ def line(name: str, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
 
 
 def levels(schedule: NoiseSchedule, share: float = SHARE) -> tuple[float, float]:
-    t = torch.tensor([round(share * (schedule.steps - 1))])
+    t = torch.tensor([round(share * (schedule.num_train_timesteps - 1))])
     return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
@@ -88,7 +95,9 @@ def test_mean_gradient_is_its_closed_form(name: str, schedule: NoiseSchedule) ->
     teacher = MixtureTeacher(mixture(), schedule)
     conditions = states(teacher, count)
     if name == "diff_instruct":  # the critic is told the prompt; here it stands for another class
-        conditions = Conditions({**conditions.states, "conditional": conditions.states["conditional"]})
+        conditions = PromptConditionings(
+            {**conditions.states, "conditional": conditions.states["conditional"]}
+        )
     critic = Switched(teacher, conditions.states["critic"]) if load(name).needs_critic else None
     loss = ScoreDistillation(teacher, load(name), critic, decode=lambda latents: latents)
     latents = torch.full((count, 1, 1, 1), z, dtype=torch.float64)
@@ -158,8 +167,8 @@ def slow_path(
 def test_losses_on_an_inversion_path_against_a_slow_one(name: str, schedule: NoiseSchedule) -> None:
     """They have no noise to average: g itself is compared."""
     z, options = 0.3, load(name)
-    t = round(SHARE * (schedule.steps - 1))
-    gap = round(0.1 * schedule.steps) if name == "ism" else 0
+    t = round(SHARE * (schedule.num_train_timesteps - 1))
+    gap = round(0.1 * schedule.num_train_timesteps) if name == "ism" else 0
     x_t, x_s, s = slow_path(z, t, options.noise.steps, gap, options.noise.guidance, schedule)
     alpha, sigma = levels(schedule)
     free, bound = (float(line(key, np.array(x_t), alpha, sigma)) for key in ("all", "a"))
@@ -183,7 +192,7 @@ def test_recon_is_half_the_squared_distance_to_x0(schedule: NoiseSchedule) -> No
     options = load("recon")
     plain = replace(options, terms=(replace(options.terms[0], rescale=0.0), options.terms[1]))
     told = run(teacher, plain, z, conditions)
-    guided = told.predictions["unconditional"].toward(told.predictions["conditional"], 10.0)
+    guided = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 10.0)
     torch.testing.assert_close(told.gradient, z - guided.x0, atol=1e-5, rtol=1e-5)
     whole = replace(options, terms=(replace(options.terms[0], rescale=1.0), options.terms[1]))
     x0 = z - run(teacher, whole, z, conditions).gradient
@@ -204,8 +213,8 @@ def wide_mixture() -> Mixture:
 
 
 def run(
-    teacher: ScoreModel, options: ObjectiveOptions, z: Tensor, conditions: Conditions, **more: Tensor
-) -> Distilled:
+    teacher: ScoreModel, options: ObjectiveOptions, z: Tensor, conditions: PromptConditionings, **more: Tensor
+) -> DistillationOutput:
     return ScoreDistillation(teacher, options, decode=lambda x: x)(
         z, conditions, 0.0, torch.Generator().manual_seed(0), **more
     )
@@ -218,13 +227,15 @@ def test_perp_neg_by_hand(schedule: NoiseSchedule) -> None:
     free, bound, other = (
         told.predictions[name].eps for name in ("unconditional", "conditional", "other_view_0")
     )
-    toward, away = bound - free, other - free
+    extrapolate, away = bound - free, other - free
     flat = (
         away
-        - (away * toward).sum((1, 2, 3), keepdim=True) / toward.square().sum((1, 2, 3), keepdim=True) * toward
+        - (away * extrapolate).sum((1, 2, 3), keepdim=True)
+        / extrapolate.square().sum((1, 2, 3), keepdim=True)
+        * extrapolate
     )
-    assert (flat * toward).sum((1, 2, 3)).abs().max() < 1e-6 < flat.abs().max()
-    guided = free + 10 * (toward - 0.5 * 2 * flat)  # both other views are class b here
+    assert (flat * extrapolate).sum((1, 2, 3)).abs().max() < 1e-6 < flat.abs().max()
+    guided = free + 10 * (extrapolate - 0.5 * 2 * flat)  # both other views are class b here
     torch.testing.assert_close(
         told.gradient, schedule.sigma(told.t).double() ** 2 * (guided - told.noise), atol=1e-5, rtol=1e-4
     )
@@ -258,11 +269,11 @@ def test_dds_of_an_image_with_its_own_source_is_nothing(schedule: NoiseSchedule)
         torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
         states(teacher, 2),
     )
-    same = Conditions({**conditions.states, "reference": conditions.states["conditional"]})
+    same = PromptConditionings({**conditions.states, "reference": conditions.states["conditional"]})
     assert float(run(teacher, load("dds"), z, same, reference=z).gradient.abs().max()) < 1e-12
     told = run(teacher, load("dds"), z, conditions, reference=z + 1).gradient
     sds = replace(load("sds"), terms=(Term("teacher", guidance=7.5), Term("noise", -1.0)))
-    source = Conditions(
+    source = PromptConditionings(
         {**conditions.states, "conditional": conditions.states["reference"].expand(2, -1, -1)}
     )
     difference = run(teacher, sds, z, conditions).gradient - run(teacher, sds, z + 1, source).gradient
@@ -279,7 +290,7 @@ def test_hifa_pulls_the_image_too(schedule: NoiseSchedule) -> None:
     loss = ScoreDistillation(teacher, load("hifa"), decode=lambda latents: 2 * latents)
     told = loss(z, conditions, 0.0, torch.Generator().manual_seed(0), images=images)
     told.loss.backward()
-    x0 = told.predictions["unconditional"].toward(told.predictions["conditional"], 10.0).x0
+    x0 = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 10.0).x0
     alpha, sigma = schedule.alpha(told.t).double(), schedule.sigma(told.t).double()
     torch.testing.assert_close(
         images.grad, 0.01 * sigma**2 * alpha / sigma * (1 - 2 * x0) / 2, atol=1e-6, rtol=1e-5
@@ -288,7 +299,7 @@ def test_hifa_pulls_the_image_too(schedule: NoiseSchedule) -> None:
 
 def test_pixels_have_a_guidance_of_their_own(schedule: NoiseSchedule) -> None:
     """sds_pixels: the latents' gradient is that of SDS at 20, the pixels are pulled to x0 at 3, from the same two predictions."""
-    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
+    teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
     z, conditions = (
         torch.zeros(2, 1, 4, 4, dtype=torch.float64),
         states(cast(MixtureTeacher, teacher.model), 2),
@@ -299,7 +310,7 @@ def test_pixels_have_a_guidance_of_their_own(schedule: NoiseSchedule) -> None:
     told.loss.backward()
     plain = ScoreDistillation(teacher, load("sds"))(z, conditions, 0.0, torch.Generator().manual_seed(0))
     torch.testing.assert_close(told.gradient, plain.gradient)
-    x0 = told.predictions["unconditional"].toward(told.predictions["conditional"], 3.0).x0
+    x0 = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 3.0).x0
     alpha, sigma = schedule.alpha(told.t).double(), schedule.sigma(told.t).double()
     torch.testing.assert_close(images.grad, 10.0 * sigma * alpha * (1 - x0) / 2, atol=1e-6, rtol=1e-5)
     assert teacher.calls == 2
@@ -327,13 +338,13 @@ def test_pixels_alone_are_predicted_too(schedule: NoiseSchedule) -> None:
 def test_a_loss_costs_what_it_says(name: str, progress: float, schedule: NoiseSchedule) -> None:
     """One batched call of the teacher a step, and one a step of a path; F as `cost` counts it, critic updates apart."""
     plain = MixtureTeacher(wide_mixture(), schedule)
-    teacher, critic = Counted(plain), Counted(plain)
+    teacher, critic = NFECounter(plain), NFECounter(plain)
     options = load(name, None)
     loss = ScoreDistillation(teacher, options, critic if options.needs_critic else None, decode=lambda x: x)
     z = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
     loss(z, states(plain, 3), progress, torch.Generator().manual_seed(0), reference=z)
     updates = 0 if options.critic is None else 3 * options.critic.updates
-    assert teacher.forwards + critic.forwards == 3 * (options.cost(progress) - updates)
+    assert teacher.nfe + critic.nfe == 3 * (options.cost(progress) - updates)
     path = options.noise.steps + options.noise.has_gap if options.noise.kind == "inversion" else 0
     assert (teacher.calls, critic.calls) == (1 + path, int(options.needs_critic))
 
@@ -342,7 +353,7 @@ def test_a_loss_that_costs_something_else_stops(
     schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    monkeypatch.setattr(Part, "forwards", lambda part, progress: 3)
+    monkeypatch.setattr(LossComponent, "forwards", lambda part, progress: 3)
     with pytest.raises(RuntimeError, match=r"took 2.0 forward passes a sample where it states 3"):
         run(teacher, load("sds"), torch.zeros(3, 1, 4, 4, dtype=torch.float64), states(teacher, 3))
 
@@ -356,7 +367,7 @@ def test_stated_costs() -> None:
 
 
 def test_guidance_one_never_asks_the_unconditional(schedule: NoiseSchedule) -> None:
-    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
+    teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
     plain = replace(load("sds"), terms=(Term("teacher"), Term("noise", -1.0)))
     told = run(
         teacher,
@@ -364,7 +375,7 @@ def test_guidance_one_never_asks_the_unconditional(schedule: NoiseSchedule) -> N
         torch.zeros(3, 1, 4, 4, dtype=torch.float64),
         states(cast(MixtureTeacher, teacher.model), 3),
     )
-    assert teacher.forwards == 3 and set(told.predictions) == {"conditional"}
+    assert teacher.nfe == 3 and set(told.predictions) == {"conditional"}
 
 
 def test_identities(schedule: NoiseSchedule) -> None:
@@ -441,17 +452,18 @@ def test_a_critic_that_is_the_teacher_leaves_nothing(schedule: NoiseSchedule) ->
 
 def test_two_parts_have_their_own_times_and_share_one_call(schedule: NoiseSchedule) -> None:
     """Decoupled laws of t: the sum of what each part alone would give."""
-    teacher = Counted(MixtureTeacher(wide_mixture(), schedule))
+    teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
     z, conditions = (
         torch.zeros(3, 1, 4, 4, dtype=torch.float64),
         states(cast(MixtureTeacher, teacher.model), 3),
     )
-    fixed = NoiseLaw("fixed", seed=5)
+    fixed = NoiseSource("fixed", seed=5)
     early, late = (
-        Part((Term("teacher", c),), "one", TimeLaw(s, (s, s)), fixed) for c, s in ((2.0, 0.2), (-1.0, 0.8))
+        LossComponent((Term("teacher", c),), "one", TimestepSampler(s, (s, s)), fixed)
+        for c, s in ((2.0, 0.2), (-1.0, 0.8))
     )
     both = run(teacher, ObjectiveOptions(early.terms, "one", early.time, fixed, second=late), z, conditions)
-    assert teacher.calls == 1 and teacher.forwards == 6
+    assert teacher.calls == 1 and teacher.nfe == 6
     alone = [
         run(teacher, ObjectiveOptions(part.terms, "one", part.time, fixed), z, conditions).gradient
         for part in (early, late)
@@ -464,7 +476,7 @@ def test_fixed_noise_stays_and_fresh_does_not(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
     z, conditions, generator = torch.zeros(2, 1, 4, 4), states(teacher, 2), torch.Generator().manual_seed(0)
     for kind, same in (("fixed", True), ("fresh", False)):
-        loss = ScoreDistillation(teacher, replace(load("sds"), noise=NoiseLaw(kind, seed=1)))  # type: ignore[arg-type]
+        loss = ScoreDistillation(teacher, replace(load("sds"), noise=NoiseSource(kind, seed=1)))  # type: ignore[arg-type]
         noises = [loss(z, conditions, 0.0, generator).noise for _ in range(2)]
         assert torch.equal(*noises) is same
 
@@ -483,9 +495,9 @@ def test_normalised_samples_weigh_alike(schedule: NoiseSchedule) -> None:
 
 
 def test_ramps_and_windows() -> None:
-    ramp = Ramp(0.0, -1.0, 0.2, 0.6)
+    ramp = LinearSchedule(0.0, -1.0, 0.2, 0.6)
     assert [ramp.at(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, -0.5, -1, -1])
-    part = Part((Term("teacher", ramp, "negative"), Term("teacher")))
+    part = LossComponent((Term("teacher", ramp, "negative"), Term("teacher")))
     assert part.asked("teacher", 0.0) == (
         ("now", "conditional"),
     )  # a term that counts nothing is not evaluated
@@ -494,7 +506,7 @@ def test_ramps_and_windows() -> None:
 
 def test_terms_count_in_their_times_only(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    options = ObjectiveOptions((Term("teacher", times=(0.2, 1.0)),), "one", TimeLaw(0.0, (1.0, 1.0)))
+    options = ObjectiveOptions((Term("teacher", times=(0.2, 1.0)),), "one", TimestepSampler(0.0, (1.0, 1.0)))
     told = run(teacher, options, torch.zeros(200, 1, 4, 4, dtype=torch.float64), states(teacher, 200))
     size = told.gradient.abs().amax((1, 2, 3))
     assert torch.equal(size > 0, told.t >= 200) and 20 < int((told.t < 200).sum()) < 60
@@ -544,7 +556,7 @@ def test_what_a_driver_must_give(schedule: NoiseSchedule) -> None:
             teacher,
             load("nfsd"),
             torch.zeros(1, 1, 4, 4),
-            Conditions(
+            PromptConditionings(
                 {"conditional": teacher.encode_text(["a"]), "unconditional": teacher.encode_text([""])}
             ),
         )
@@ -561,7 +573,7 @@ def test_a_critic_four_times_as_fast_never_overshoots(
         sigma * alpha / (alpha**2 * 0.25 + sigma**2)
     )  # c: g per unit of the critic's mean, the teacher's being 0
     mean, belief, eta = torch.ones(1, 1, 1, 1), 1.0, 0.02
-    teacher, conditions = gaussian(0.5), Conditions({"conditional": torch.zeros(1, 1, 1)})
+    teacher, conditions = gaussian(0.5), PromptConditionings({"conditional": torch.zeros(1, 1, 1)})
     lowest = 1.0
     for _ in range(1500):
         critic = Switched(gaussian(0.5), torch.full((1, 1, 1), belief))

@@ -12,9 +12,9 @@ from torch import Tensor
 from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction
 from distill.evaluation.metrics import kernel_distance, precision_recall
-from distill.objectives.algebra import Conditions, ScoreDistillation
+from distill.objectives.algebra import PromptConditionings, ScoreDistillation
 from distill.objectives.critic import Critic
-from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, TimeLaw
+from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, TimestepSampler
 from distill.one_step.adversarial import (
     WEIGHTS,
     Adversary,
@@ -24,9 +24,9 @@ from distill.one_step.adversarial import (
     divergence_weight,
 )
 from distill.one_step.critic_diagnostics import LagOptions, adapted, critic_lag
-from distill.one_step.methods.matching import Batch, Matching
+from distill.one_step.methods.matching import Batch, DistributionMatching
 from distill.one_step.methods.sid import identity_loss
-from distill.one_step.methods.trajectory import ddim, grid_times, straight_target
+from distill.one_step.methods.trajectory import ddim, ddim_target, grid_times
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.student import Student, StudentOptions
 from distill.one_step.trainer import MethodOptions
@@ -86,10 +86,10 @@ def test_dmd_is_the_gradient_of_kl(schedule: NoiseSchedule) -> None:
         (kl(a + step, b) - kl(a - step, b)) / (2 * step),
         (kl(a, b + step) - kl(a, b - step)) / (2 * step),
     ]
-    share = t / (schedule.steps - 1)
+    share = t / (schedule.num_train_timesteps - 1)
     terms = (Term("teacher"), Term("critic", -1.0))
     objective = ObjectiveOptions(
-        terms, weight="one", time=TimeLaw(share, (share, share)), critic=CriticOptions()
+        terms, weight="one", time=TimestepSampler(share, (share, share)), critic=CriticOptions()
     )
     critic = normal(float(b), float(a), schedule)
 
@@ -102,7 +102,7 @@ def test_dmd_is_the_gradient_of_kl(schedule: NoiseSchedule) -> None:
     loss = ScoreDistillation(teacher, objective, Told(critic.mixture, schedule))
     z = torch.randn(200_000, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     a.requires_grad_(), b.requires_grad_()
-    conditions = Conditions({"conditional": state, "unconditional": state})
+    conditions = PromptConditionings({"conditional": state, "unconditional": state})
     loss(b + a * z, conditions, 0.0, torch.Generator().manual_seed(1)).loss.backward()
     got = [float(value.grad) * alpha / sigma for value in (a, b) if value.grad is not None]
     assert (
@@ -122,7 +122,7 @@ def test_a_critic_that_is_the_teacher_leaves_nothing(tiny_teacher: Teacher) -> N
             unguided, given.objective.weight, given.objective.time, critic=given.objective.critic
         )
         batch = batch_of(tiny_teacher)
-        method = Matching(tiny_teacher, objective, None, "reverse_kl", None, batch)
+        method = DistributionMatching(tiny_teacher, objective, None, "reverse_kl", None, batch)
         outcome = method.loss(
             Student.of(tiny_teacher, StudentOptions()), batch, 0.0, torch.Generator().manual_seed(0)
         )
@@ -165,7 +165,7 @@ def test_straight_target_lands_where_it_should(tiny_teacher: Teacher) -> None:
     x_t = torch.randn(3, *tiny_teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     arrived = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
     t, end = torch.tensor([999, 700, 300]), torch.tensor([500, -1, 100])
-    x0 = straight_target(student, x_t, arrived, t, end)
+    x0 = ddim_target(student, x_t, arrived, t, end)
     alpha, sigma = tiny_teacher.schedule.alpha(t), tiny_teacher.schedule.sigma(t)
     told = Prediction(x0, (x_t - alpha * x0) / sigma, alpha, sigma)
     torch.testing.assert_close(ddim(tiny_teacher, told, end), arrived, atol=1e-4, rtol=1e-4)

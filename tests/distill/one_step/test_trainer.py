@@ -340,7 +340,7 @@ def test_every_method_runs(name: str, tiny_teacher: Teacher, world: Path, tmp_pa
     assert torch.equal(tiny_teacher.unet.conv_in.weight, frozen)
     assert float((weights(task) - before).abs().max()) > 0 and bool(weights(task).isfinite().all())
     said = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert said["frechet"] > 0 and said["spread"] >= 0 and task.forwards > 0
+    assert said["frechet"] > 0 and said["spread"] >= 0 and task.nfe > 0
     assert name == "lora" or stated()[name] == [
         task.method.cost(share) for share in ((0.0, 0.99) if name == "progressive" else (0.0,))
     ]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import pytest
 
-from distill.objectives.options import ObjectiveOptions, Ramp, Term, TimeLaw
+from distill.objectives.options import LinearSchedule, ObjectiveOptions, Term, TimestepSampler
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 
@@ -77,8 +77,8 @@ def test_an_objective_as_its_yaml_reads() -> None:
         "time": {"high": [0.98, 0.5], "anneal": "sqrt"},
         "prompts": {"bad": "{prompt}, bad"},
     }
-    expected = (Term("teacher", guidance=7.5), Term("teacher", Ramp(0.0, -1.0), "bad"))
-    law = TimeLaw(high=(0.98, 0.5), anneal="sqrt")
+    expected = (Term("teacher", guidance=7.5), Term("teacher", LinearSchedule(0.0, -1.0), "bad"))
+    law = TimestepSampler(high=(0.98, 0.5), anneal="sqrt")
     assert build(ObjectiveOptions, given) == ObjectiveOptions(
         expected, time=law, prompts={"bad": "{prompt}, bad"}
     )

@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from distill.control.adapter import load_adapter
-from distill.evaluation.control import ControlEvaluationOptions, by_teacher, images_of
+from distill.evaluation.control import ControlEvaluationOptions, images_of, teacher_sampler
 from distill.evaluation.fidelity import fidelity, means
 from distill.evaluation.judge import load_judge, predict
 from distill.evaluation.probe import load_probe
@@ -96,7 +96,7 @@ def test_an_adapter_makes_the_teacher_obey_its_picture(name: str, teacher: Teach
     adapter, condition = load_adapter(name)
     assert condition == name
     options, probe = ControlEvaluationOptions(steps=8, batch=len(kinds)), load_probe("probe64")
-    draw, texts = by_teacher(teacher, options), [phrase("red", kind) for kind in kinds]
+    draw, texts = teacher_sampler(teacher, options), [phrase("red", kind) for kind in kinds]
     kept, free = (
         means(fidelity(name, images_of(draw, teacher, net, texts, pictures, options), pictures, probe))
         for net in (adapter, None)

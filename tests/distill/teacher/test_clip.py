@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.runtime.run import Run, RunOptions
 from distill.teacher import clip as module
 from distill.teacher.clip import (
@@ -17,15 +17,15 @@ from distill.teacher.clip import (
     build_clip,
     caption_features,
     contrastive_loss,
+    hard_negative_stage,
     image_features,
     normalise,
     text_features,
     tokenize,
     train_clip,
-    train_hard,
 )
 from distill.teacher.folder import text_encoder_of
-from distill.teacher.hard_negatives import OneWordApart
+from distill.teacher.hard_negatives import HardNegatives
 from distill.teacher.vocabulary import build_tokenizer
 
 COLOURS = {"red": (0.9, 0.1, 0.1), "green": (0.1, 0.8, 0.1), "blue": (0.1, 0.1, 0.9)}
@@ -33,12 +33,12 @@ PROMPTS = [f"a {name} square" for name in COLOURS]
 TINY = ClipOptions(width=32, layers=1, patch=8, text_width=32, text_layers=1, projection=16, batch=12)
 
 
-def toy(count: int) -> Captioned:
+def toy(count: int) -> CaptionedImages:
     generator = torch.Generator().manual_seed(0)
     images = torch.full((count, 3, 16, 16), 0.5) + 0.05 * torch.randn(count, 3, 16, 16, generator=generator)
     for number, image in enumerate(images):
         image[:, 3:13, 3:13] = torch.tensor(list(COLOURS.values())[number % 3])[:, None, None]
-    return Captioned(
+    return CaptionedImages(
         (images.clamp(0, 1) * 255).byte(), [{"text": PROMPTS[number % 3]} for number in range(count)]
     )
 
@@ -163,7 +163,7 @@ def test_neighbours_are_one_word_apart() -> None:
     texts += ["a lonely caption of its own"]
     tokenizer, _ = build_tokenizer(texts)
     ids = tokenize(tokenizer, texts)
-    table = OneWordApart(ids)
+    table = HardNegatives(ids)
     drawn = table.draw(torch.arange(len(texts)), 400, torch.Generator().manual_seed(0))
     assert drawn.shape == (19, 400)
     apart = (ids[drawn] != ids[:, None]).sum(-1)
@@ -185,7 +185,7 @@ def test_told_from_one_word_apart_the_texts_spread(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_clip(TINY, tokenizer, 16)
     before = caption_features(model, tokenizer, PROMPTS)
-    model = train_hard(
+    model = hard_negative_stage(
         Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "hard"), model, data, tokenizer, TINY
     )
     assert not model.training

@@ -60,9 +60,12 @@ def test_the_stock_pipeline_draws_the_same_image(tiny_teacher: Teacher, tiny_tea
 def test_the_folder_holds_what_was_saved(tiny_teacher: Teacher, tiny_teacher_folder: Path) -> None:
     assert tiny_teacher.latent_shape == (8, 8, 8) and tiny_teacher.resolution == 64
     assert (
-        tiny_teacher.schedule.steps == 1000 and float(tiny_teacher.schedule.alpha(torch.tensor([999]))) == 0
+        tiny_teacher.schedule.num_train_timesteps == 1000
+        and float(tiny_teacher.schedule.alpha(torch.tensor([999]))) == 0
     )
-    assert tiny_teacher.vae.config.scaling_factor == 1.7 and tiny_teacher.score.kind == "v_prediction"
+    assert (
+        tiny_teacher.vae.config.scaling_factor == 1.7 and tiny_teacher.score.prediction_type == "v_prediction"
+    )
     assert {path.suffix for path in tiny_teacher_folder.rglob("*") if path.is_file()} <= {
         ".json",
         ".safetensors",

@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from distill.core.noise import NoiseSchedule
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache, cache_latents
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 from distill.teacher import unet as module
-from distill.teacher.latent import UNetScore
+from distill.teacher.latent import UNetDenoiser
 from distill.teacher.unet import UnetOptions, build_unet, decode, denoising_loss, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, build_vae
 
@@ -104,7 +104,7 @@ def test_the_cache_holds_scaled_means_and_caption_places() -> None:
     vae = tiny_vae()
     vae.register_to_config(scaling_factor=2.0)
     images = (torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).byte()
-    data = Captioned(images, [{"text": text} for text in "babca"])
+    data = CaptionedImages(images, [{"text": text} for text in "babca"])
     got = cache_latents(vae, data, ["a", "b", "c"], torch.zeros(4, 2, 8), batch=2)
     assert got.caption.tolist() == [1, 0, 1, 2, 0]
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_a_short_training_lowers_the_loss_and_returns_the_average(tmp_path: Path
         untrained = denoising_loss(build_unet(TINY, 4, 4, 8).eval(), schedule, batch, "v_prediction")
     assert float(loss) < 0.85 * float(untrained)
     assert (tmp_path / "previews" / "samples_00000050.png").is_file()
-    told = UNetScore(unet, schedule, "v_prediction").predict(noise, torch.full((16,), 999), batch[3])
+    told = UNetDenoiser(unet, schedule, "v_prediction").predict(noise, torch.full((16,), 999), batch[3])
     mean = told.x0.mean((1, 2, 3))
     assert (
         float(mean[::2].mean() - mean[1::2].mean()) > 0.5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from distill.data.folders import Captioned
+from distill.data.folders import CaptionedImages
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.vae import (
@@ -23,11 +23,11 @@ from distill.teacher.vae import (
 TINY = VaeOptions(factor=4, channels=(8, 8, 16), latent_channels=4, batch=8, learning_rate=1e-2)
 
 
-def toy(count: int, seed: int = 0) -> Captioned:
+def toy(count: int, seed: int = 0) -> CaptionedImages:
     """Smooth random images."""
     coarse = torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     images = torch.nn.functional.interpolate(coarse, 16, mode="bilinear")
-    return Captioned((images * 255).byte(), [{"text": "x"}] * count)
+    return CaptionedImages((images * 255).byte(), [{"text": "x"}] * count)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def vae() -> AutoencoderKL:
         return build_vae(TINY, 16).eval()
 
 
-def latents_of(vae: AutoencoderKL, data: Captioned) -> torch.Tensor:
+def latents_of(vae: AutoencoderKL, data: CaptionedImages) -> torch.Tensor:
     with torch.no_grad():
         return vae.encode(data.composite(slice(None)) * 2 - 1).latent_dist.sample(
             torch.Generator().manual_seed(5)

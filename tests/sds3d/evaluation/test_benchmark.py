@@ -15,7 +15,7 @@ from sds3d.evaluation import benchmark
 from sds3d.evaluation.benchmark import (
     PAIRS,
     TINY,
-    Views,
+    RenderedViews,
     averages,
     confusion,
     full_suite,
@@ -53,7 +53,7 @@ def test_truths_are_the_worlds_own() -> None:
 
 def test_a_face_on_the_back_is_counted() -> None:
     azimuth = [0.0, 90.0, 170.0, 180.0, 190.0, 270.0]
-    views = Views({"view": ["front", "side", "front", "back", "front", "side"]}, azimuth)
+    views = RenderedViews({"view": ["front", "side", "front", "back", "front", "side"]}, azimuth)
     assert janus(views) == pytest.approx(2 / 3)
     table = confusion(views)
     assert table["back"] == {"front": 2, "side": 0, "back": 1, "overhead": 0} and table["side"]["side"] == 2

@@ -14,7 +14,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.video import save_animation, save_video
 from sds3d.export.turntable import Frames, contact_sheet, render_layers, render_mesh, render_views
 from sds3d.scene.cameras import Cameras, ring
-from sds3d.scene.nerf import Views
+from sds3d.scene.nerf import RenderedViews
 from sds3d.world.raycast import RayCaster
 
 
@@ -82,7 +82,7 @@ class Ball:
         generator: None = None,
         training: bool = False,
         normals: bool = False,
-    ) -> Views:
+    ) -> RenderedViews:
         ball = trimesh.creation.icosphere(4, radius=0.6)
         face, distance, normal = RayCaster(ball).cast(*cameras.rays())
         side = cameras.resolution
@@ -97,7 +97,7 @@ class Ball:
 
         opacity = layer(np.ones((len(face), 1)))
         rgb = opacity + (1 - opacity) * background[:, :, None, None]
-        return Views(
+        return RenderedViews(
             rgb,
             opacity,
             layer(distance[:, None]),

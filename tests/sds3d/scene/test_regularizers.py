@@ -11,7 +11,7 @@ from sds3d.scene.nerf import GridOptions, Scene, SceneOptions
 from sds3d.scene.renderer import Rendered, RenderOptions
 
 
-class Ramp:
+class LinearSchedule:
     """The opacity of a step of 0.02 has slope 0.3 along x; albedo's red has slope 0.5 along y."""
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,21 +72,21 @@ def test_orientation_counts_normals_that_face_away() -> None:
 def test_scene_orientation_estimates_the_weighted_mean() -> None:
     directions = torch.nn.functional.normalize(torch.randn(5, 3, generator=generator()), dim=-1)
     whole = rendered([0.3, 0.2, 0.9, 0.05, 0.0, 0.6, 0.4], [0, 0, 1, 2, 3, 3, 4], 5)
-    normals = Ramp().normal(whole.points)
+    normals = LinearSchedule().normal(whole.points)
     mean = regularizers.orientation(whole.weights, normals, directions[whole.rays]) / whole.weights.mean()
-    estimate = regularizers.scene_orientation(Ramp(), whole, directions, 20000, generator())
+    estimate = regularizers.scene_orientation(LinearSchedule(), whole, directions, 20000, generator())
     torch.testing.assert_close(estimate, mean, rtol=0.05, atol=0)
     for nothing in (rendered([], [], 5), rendered([0.0], [1], 5)):
-        assert regularizers.scene_orientation(Ramp(), nothing, directions, 10, generator()) == 0
+        assert regularizers.scene_orientation(LinearSchedule(), nothing, directions, 10, generator()) == 0
 
 
 def test_total_variation_is_the_mean_slope_times_the_step() -> None:
     points = torch.rand(20000, 3, generator=generator())
-    density, albedo = regularizers.total_variation(Ramp(), points, 0.02, generator())
+    density, albedo = regularizers.total_variation(LinearSchedule(), points, 0.02, generator())
     # |one coordinate| of a random direction is 1/2 on average; albedo's mean is over three channels.
     torch.testing.assert_close(density, torch.tensor(0.02 * 0.5 * 0.3), rtol=0.02, atol=0)
     torch.testing.assert_close(albedo, torch.tensor(0.02 * 0.5 * 0.5 / 3), rtol=0.02, atol=0)
-    assert regularizers.total_variation(Ramp(), points[:0], 0.02, generator()) == (0, 0)
+    assert regularizers.total_variation(LinearSchedule(), points[:0], 0.02, generator()) == (0, 0)
 
 
 def test_depth_variance_counts_rays_that_are_opaque() -> None:

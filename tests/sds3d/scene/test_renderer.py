@@ -194,7 +194,7 @@ def test_parted_colours_are_the_same_and_share_the_gradient() -> None:
     leaves = (field.sigma, field.colour)
     target = torch.rand(rendered.rgb.shape, generator=torch.Generator().manual_seed(0))
     whole = torch.autograd.grad((rendered.rgb * target).sum(), leaves, retain_graph=True)
-    shaped, painted = rendered.parted()
+    shaped, painted = rendered.split_gradients()
     torch.testing.assert_close(shaped, rendered.rgb, atol=0, rtol=0)
     torch.testing.assert_close(painted, rendered.rgb, atol=0, rtol=0)
     moves = torch.autograd.grad((shaped * target).sum(), leaves, retain_graph=True)

@@ -12,7 +12,7 @@ from sds3d.export.turntable import render_views
 from sds3d.scene.cameras import CameraOptions, ring, sample_cameras
 from sds3d.scene.encoding import HashEncodingOptions
 from sds3d.scene.field import FieldOptions
-from sds3d.scene.nerf import BackgroundOptions, GridOptions, Scene, SceneOptions, Views
+from sds3d.scene.nerf import BackgroundOptions, GridOptions, RenderedViews, Scene, SceneOptions
 from sds3d.scene.renderer import RenderOptions
 
 SMALL = HashEncodingOptions(n_levels=3, n_features_per_level=2, log2_hashmap_size=10, base_resolution=4)
@@ -94,7 +94,7 @@ class _Ball(torch.nn.Module):
         return torch.nn.functional.normalize(positions - positions.new_tensor([0.0, 0.5, 0.3]), dim=-1)
 
 
-def ball_views(resolution: int = 40) -> Views:
+def ball_views(resolution: int = 40) -> RenderedViews:
     scene = small_scene()
     scene.field = _Ball()
     return scene.render(ring(4, elevation=0.0, resolution=resolution), normals=True)

@@ -18,7 +18,14 @@ from distill.runtime.run import Run, RunOptions
 from sds3d.scene.cameras import orbit, ring
 from sds3d.scene.nerf import Scene, SceneOptions
 from sds3d.text_to_3d.prompts import view_of
-from sds3d.text_to_3d.stages.orientation import AROUND, LEVELS, Ask, FacingOptions, quarter_turns, view_errors
+from sds3d.text_to_3d.stages.orientation import (
+    AZIMUTH_VIEWS,
+    LEVELS,
+    OrientationCheck,
+    OrientationOptions,
+    quarter_turns,
+    view_errors,
+)
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
 
@@ -82,16 +89,21 @@ def test_errors_are_a_point_mass_distance(gaussian: Callable[[float], Any]) -> N
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     means = torch.tensor([-1.0, 0.0, 2.0])
     told = view_errors(model, latents, means[:, None, None], 2, torch.Generator().manual_seed(1))
-    t = torch.tensor([round(level * model.schedule.steps) for level in LEVELS])
+    t = torch.tensor([round(level * model.schedule.num_train_timesteps) for level in LEVELS])
     weight = (model.schedule.alpha(t) / model.schedule.sigma(t)).square().mean()
     expected = weight * (latents[:, None] - means[None, :, None, None, None]).square().sum((2, 3, 4))
     assert torch.allclose(told, expected, rtol=1e-3)
-    assert sum(len(asked) for asked in model.asked) == 5 * FacingOptions(views=5).cost(Ask(0.5, draws=2)) / 5
+    assert (
+        sum(len(asked) for asked in model.asked)
+        == 5 * OrientationOptions(views=5).cost(OrientationCheck(0.5, draws=2)) / 5
+    )
 
 
 def errors_of(turned: int, strength: float = 0.1) -> Tensor:
     """Errors (16, 3) of an object that was turned by so many quarters: the word it was made for fits best."""
-    words = [AROUND.index(view_of(azimuth - 90.0 * turned, 0.0)) for azimuth in ring(16).azimuth.tolist()]
+    words = [
+        AZIMUTH_VIEWS.index(view_of(azimuth - 90.0 * turned, 0.0)) for azimuth in ring(16).azimuth.tolist()
+    ]
     return torch.ones(16, 3).index_put_((torch.arange(16), torch.tensor(words)), torch.tensor(1 - strength))
 
 
@@ -101,7 +113,7 @@ def test_what_was_turned_is_turned_back(turned: int) -> None:
     assert quarter_turns(errors_of(turned, 0.002), ring(16), 0.005) == 0  # too little to tell
 
 
-class Views(ScoreModel):
+class RenderedViews(ScoreModel):
     """A teacher in pixel space that knows one image a view word: its text states are the words' numbers."""
 
     resolution = 16
@@ -110,7 +122,7 @@ class Views(ScoreModel):
         self.schedule, self.images = NoiseSchedule(torch.linspace(0.999, 0.01, 1000)), torch.stack(images)
 
     def encode_text(self, prompts: list[str]) -> Tensor:
-        return torch.tensor([AROUND.index(prompt.split(", ")[1].split()[0]) for prompt in prompts])[
+        return torch.tensor([AZIMUTH_VIEWS.index(prompt.split(", ")[1].split()[0]) for prompt in prompts])[
             :, None, None
         ]
 
@@ -129,26 +141,28 @@ class Views(ScoreModel):
 def test_a_scene_that_grew_turned_round_is_turned_back(scene: Scene, tmp_path: Path) -> None:
     """The teacher's front is what the scene shows behind, its back what it shows before."""
     options = TextTo3dOptions(
-        "a red ball", background=(0.7, 0.7), facing=FacingOptions((Ask(0.25), Ask(0.5, draws=3)))
+        "a red ball",
+        background=(0.7, 0.7),
+        facing=OrientationOptions((OrientationCheck(0.25), OrientationCheck(0.5, draws=3))),
     )
-    around = ring(4, options.facing.elevation, Views.resolution)
+    around = ring(4, options.facing.elevation, RenderedViews.resolution)
     front, right, back, left = scene.render(around, torch.full((4, 3), 0.7)).rgb
-    teacher = Views([back, (right + left) / 2, front])
+    teacher = RenderedViews([back, (right + left) / 2, front])
     run = Run(RunOptions(str(tmp_path / "run"), steps=4, trackers=()), {}, "facing")
     sds = ObjectiveOptions((Term("teacher"), Term("noise", -1.0)))
     made = TextTo3d(run, teacher, SceneOptions(), sds, options)  # type: ignore[arg-type]
     made.scene.load_state_dict(scene.state_dict())
-    assert made.face(Ask(0.5, margin=1.0), 0) == 0.0  # nothing is better by so much
-    assert made.face(Ask(0.5), 0) == 180.0
+    assert made.face(OrientationCheck(0.5, margin=1.0), 0) == 0.0  # nothing is better by so much
+    assert made.face(OrientationCheck(0.5), 0) == 180.0
     assert torch.allclose(made.scene.render(around, torch.full((4, 3), 0.7)).rgb[0], back, atol=2e-3)
-    assert made.face(Ask(0.5), 0) == 0.0
-    assert made.forwards == 16 * 5 * 3 * (2 + 3) + options.views * sds.total_cost(4)
+    assert made.face(OrientationCheck(0.5), 0) == 0.0
+    assert made.nfe == 16 * 5 * 3 * (2 + 3) + options.views * sds.total_cost(4)
     blind = TextTo3d(run, teacher, SceneOptions(), sds, replace(options, view_words=False))  # type: ignore[arg-type]
-    assert not blind.turning_points and blind.forwards == options.views * sds.total_cost(4)
+    assert not blind.turning_points and blind.nfe == options.views * sds.total_cost(4)
 
 
 def test_shares_are_within_the_run() -> None:
     with pytest.raises(UserError, match=r"asked at 1.5"):
-        Ask(1.5)
+        OrientationCheck(1.5)
     with pytest.raises(UserError, match=r"facing.views is 3"):
-        FacingOptions(views=3)
+        OrientationOptions(views=3)

@@ -14,12 +14,12 @@ from distill.objectives.options import ObjectiveOptions, Term
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from sds3d.scene.cameras import orbit, ring
-from sds3d.text_to_3d.stages.orientation import Ask, FacingOptions
-from sds3d.text_to_3d.stages.sdedit_refinement import Redrawn, RedrawOptions
+from sds3d.text_to_3d.stages.orientation import OrientationCheck, OrientationOptions
+from sds3d.text_to_3d.stages.sdedit_refinement import RefinedViews, SDEditRefinementOptions
 from sds3d.text_to_3d.trainer import TextTo3d
 
 STILL = ObjectiveOptions((Term("noise", 0.0),))  # an objective that moves nothing
-REDRAW = RedrawOptions((1.0, 0.5), begin=0.5, views=6, steps=10, guidance=1.0)
+REDRAW = SDEditRefinementOptions((1.0, 0.5), begin=0.5, views=6, steps=10, guidance=1.0)
 
 
 class Painter(OneImage):
@@ -32,15 +32,15 @@ class Painter(OneImage):
         self.scheduler = DDIMScheduler(
             trained_betas=betas.tolist(), clip_sample=False, prediction_type="epsilon"
         )
-        self.forwards = 0
+        self.nfe = 0
 
     def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        self.forwards += len(x_t)
+        self.nfe += len(x_t)
         return super().predict(x_t, t, condition)
 
 
 def made(
-    directory: Path, steps: int, redraw: RedrawOptions = REDRAW, objective: ObjectiveOptions = STILL
+    directory: Path, steps: int, redraw: SDEditRefinementOptions = REDRAW, objective: ObjectiveOptions = STILL
 ) -> TextTo3d:
     return TextTo3d(
         Run(options(directory, steps), {}, "t"), Painter(), SMALL, objective, replace(OPTIONS, redraw=redraw)
@@ -48,11 +48,11 @@ def made(
 
 
 def test_rounds_share_what_is_left_of_a_run() -> None:
-    assert RedrawOptions((0.6, 0.5, 0.4), begin=0.7).rounds(600) == {420: 0.6, 480: 0.5, 540: 0.4}
-    assert RedrawOptions().rounds(600) == {} and RedrawOptions().cost(600) == 0
-    assert RedrawOptions((0.6, 0.25), views=3, steps=20).cost(600) == 3 * 2 * (12 + 5)
-    assert RedrawOptions((0.6, 0.5, 0.4), begin=0.5).rounds(2) == {1: 0.4}  # too short for more
-    assert RedrawOptions((0.6, 0.5), begin=0.8).rounds(2) == {}
+    assert SDEditRefinementOptions((0.6, 0.5, 0.4), begin=0.7).rounds(600) == {420: 0.6, 480: 0.5, 540: 0.4}
+    assert SDEditRefinementOptions().rounds(600) == {} and SDEditRefinementOptions().cost(600) == 0
+    assert SDEditRefinementOptions((0.6, 0.25), views=3, steps=20).cost(600) == 3 * 2 * (12 + 5)
+    assert SDEditRefinementOptions((0.6, 0.5, 0.4), begin=0.5).rounds(2) == {1: 0.4}  # too short for more
+    assert SDEditRefinementOptions((0.6, 0.5), begin=0.8).rounds(2) == {}
     for wrong in (
         {"strengths": (1.5,)},
         {"strengths": (0.01,)},
@@ -62,11 +62,11 @@ def test_rounds_share_what_is_left_of_a_run() -> None:
         {"weight": 0.0},
     ):
         with pytest.raises(UserError, match="redraw"):
-            RedrawOptions(**wrong)  # type: ignore[arg-type]
+            SDEditRefinementOptions(**wrong)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"camera elevation is \[50, 10\]"):
-        replace(OPTIONS, redraw=RedrawOptions(elevation=(50, 10)))
+        replace(OPTIONS, redraw=SDEditRefinementOptions(elevation=(50, 10)))
     with pytest.raises(UserError, match="must not turn"):
-        replace(OPTIONS, redraw=REDRAW, facing=FacingOptions((Ask(0.6),)))
+        replace(OPTIONS, redraw=REDRAW, facing=OrientationOptions((OrientationCheck(0.6),)))
 
 
 def test_views_are_drawn_towards_what_the_teacher_knows(tmp_path: Path) -> None:
@@ -89,15 +89,18 @@ def test_the_scene_is_fitted_and_the_work_is_as_stated(tmp_path: Path) -> None:
         orbit(*(torch.tensor([v]) for v in (0.0, 0.0, 3.0, 35.0)), 16), torch.full((1, 3), 0.5)
     ).rgb
     assert (front - disc()).abs().mean() < 0.05
-    assert task.teacher.forwards == task.forwards == 2 * 60 + 6 * (10 + 5)  # type: ignore[attr-defined]
+    assert task.teacher.nfe == task.nfe == 2 * 60 + 6 * (10 + 5)  # type: ignore[attr-defined]
 
 
 def test_what_is_asked_of_a_facing_is_asked_in_the_run_and_stated(tmp_path: Path) -> None:
     task = made(tmp_path, 20)
-    task.options = replace(task.options, facing=FacingOptions((Ask(0.1), Ask(0.3, draws=3)), views=4))
-    assert task.turning_points == {2: Ask(0.1), 6: Ask(0.3, draws=3)}
+    task.options = replace(
+        task.options,
+        facing=OrientationOptions((OrientationCheck(0.1), OrientationCheck(0.3, draws=3)), views=4),
+    )
+    assert task.turning_points == {2: OrientationCheck(0.1), 6: OrientationCheck(0.3, draws=3)}
     task.train()
-    assert task.teacher.forwards == task.forwards == 4 * 5 * 3 * (2 + 3) + 6 * (10 + 5)  # type: ignore[attr-defined]
+    assert task.teacher.nfe == task.nfe == 4 * 5 * 3 * (2 + 3) + 6 * (10 + 5)  # type: ignore[attr-defined]
 
 
 def test_only_the_second_stage_moves_a_scene_that_is_left_alone(tmp_path: Path) -> None:
@@ -133,7 +136,7 @@ def test_a_run_broken_in_the_second_stage_resumes_to_the_same_scene(
 
 
 def test_views_are_kept_with_their_cameras() -> None:
-    kept, cameras = Redrawn(5, 8), ring(5, 20.0, 8)
+    kept, cameras = RefinedViews(5, 8), ring(5, 20.0, 8)
     images = torch.rand(5, 3, 8, 8)
     kept.take(cameras, torch.rand(5, 3), images)
     chosen, behind, some = kept.some(3, torch.Generator().manual_seed(0))
@@ -143,6 +146,6 @@ def test_views_are_kept_with_their_cameras() -> None:
             chosen.rays()[0][place], cameras.rays()[0][at]
         )
         assert torch.equal(behind[place], kept.behind[at])
-    again = Redrawn(5, 8)
+    again = RefinedViews(5, 8)
     again.load_state_dict(kept.state_dict())
     assert torch.equal(again.images, images)

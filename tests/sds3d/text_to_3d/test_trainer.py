@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
-from distill.objectives.algebra import Distilled, ScoreDistillation
+from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.options import ObjectiveOptions, Term
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
@@ -260,7 +260,7 @@ def test_pixels_paint_and_latents_shape(moves: str, tmp_path: Path, monkeypatch:
 
     def look(
         self: ScoreDistillation, latents: Tensor, *given: object, images: Tensor | None = None
-    ) -> Distilled:
+    ) -> DistillationOutput:
         met.append((latents, images))
         return call(self, latents, *given, images=images)
 
@@ -272,7 +272,7 @@ def test_pixels_paint_and_latents_shape(moves: str, tmp_path: Path, monkeypatch:
             OneImage(disc()),
             SMALL,
             objective,
-            replace(OPTIONS, image_moves=moves),
+            replace(OPTIONS, pixel_loss_target=moves),
         )
         for progress, step in ((0.0, 0), (0.75, 3)):
             _, views = task.step(progress, step)
