@@ -7,6 +7,7 @@ import random
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,8 +33,40 @@ class Stateful(Protocol):
         """Take over such a state."""
 
 
+class TensorState:
+    """Loose tensors, such as parameters without a module, as one part of a checkpoint; loaded in place."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The tensors in order."""
+        return {"tensors": [tensor.detach() for tensor in self._tensors]}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Copy the values of a state of as many tensors of the same shapes."""
+        for tensor, value in zip(self._tensors, state["tensors"], strict=True):
+            tensor.copy_(value)
+
+
+@dataclass
+class ValueState:
+    """Base class of dataclasses whose fields (numbers, strings, lists, dicts) are one part of a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Set the fields. Raises `KeyError` for a state of other fields."""
+        if state.keys() != vars(self).keys():
+            raise KeyError(f"fields {', '.join(state)}; expected {', '.join(vars(self))}")
+        vars(self).update(state)
+
+
 class Checkpoint(NamedTuple):
-    """A checkpoint that could be read: where it lies and what it holds."""
+    """A readable checkpoint: its path and its state."""
 
     path: Path
     state: dict[str, Any]

@@ -1,94 +1,153 @@
-"""Plain nested mappings (as hydra or JSON give them) to typed, frozen option classes, every mistake one clear sentence."""
+"""Nested plain mappings (from hydra or JSON) to typed, frozen option classes and back; each mistake is a one-sentence error."""
 
 import dataclasses
+import inspect
+import math
+import pydoc
 import types
 import typing
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from distill.runtime.errors import UserError
 
 Options = TypeVar("Options")
+TARGET = "_target_"  # hydra's key for the class that a mapping builds
+SCALARS = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}
 
 
-def build(cls: type[Options], values: Mapping[str, Any], where: str = "") -> Options:
-    """`cls` (a dataclass) from a mapping; missing keys take their defaults, nested option classes are built too.
+def build(cls: type[Options], values: Mapping[str, Any], name: str = "", default: object = None) -> Options:
+    """Build `cls` (a dataclass) from a mapping; `name` is its dotted name in error messages.
 
-    Raises `UserError` for an unknown key (naming those there are), a missing one without a default and a value of another type.
+    Missing keys take their values from `default` where it is a `cls`, else from the class, at every level: one key
+    overrides one value. `_target_: package.module.Class` names a subclass of `cls` to build in its place.
+    Raises `UserError` for an unknown key, a missing value, a value of another type and a number that is not finite.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or cls.__name__} is {values!r}: expected a group of options")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
+        raise UserError(f"{name or cls.__name__} is {values!r}: expected a group of options")
+    target = type(default) if isinstance(default, cls) else cls
+    if TARGET in values:
+        target = _target(cls, values[TARGET], _join(name, TARGET))
+    if inspect.isabstract(target):
+        raise UserError(
+            f"{_join(name, TARGET)} is missing: expected the class of the options, package.module.Class"
+        )
+    hints = typing.get_type_hints(target)
+    fields = {field.name: field for field in dataclasses.fields(target)}  # type: ignore[arg-type]
+    defaults = _defaults(fields, default if type(default) is target else None)
+    given = {str(key): value for key, value in values.items() if key != TARGET}
+
+    for key in given:
         if key not in fields:
-            raise UserError(f"{_join(where, str(key))} is no option: expected one of {', '.join(fields)}")
-    for name, field in fields.items():
-        absent = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if absent and name not in values:
-            raise UserError(f"{_join(where, name)} is missing: give it a value")
-    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in values.items()})
+            raise UserError(f"{_join(name, key)} is not an option: expected one of {', '.join(fields)}")
+    for key in fields:
+        if key not in given and key not in defaults:
+            raise UserError(f"{_join(name, key)} is missing: give it a value")
+    converted = {
+        key: _convert(hints[key], value, _join(name, key), defaults.get(key)) for key, value in given.items()
+    }
+    return target(**{**defaults, **converted})
 
 
-def _join(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
+def as_mapping(options: Any) -> Any:
+    """Options as nested JSON values from which `build` restores them; `_target_` where the class has an abstract base."""
+    if dataclasses.is_dataclass(options):
+        cls = type(options)
+        target = {TARGET: f"{cls.__module__}.{cls.__qualname__}"} if isinstance(cls, ABCMeta) else {}
+        return target | {key: as_mapping(value) for key, value in vars(options).items()}
+    if isinstance(options, Mapping):
+        return {key: as_mapping(value) for key, value in options.items()}
+    if isinstance(options, list | tuple):
+        return [as_mapping(item) for item in options]
+    return options
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _defaults(fields: Mapping[str, dataclasses.Field[Any]], options: object) -> dict[str, Any]:
+    """The value of every field that has one without being given, by name."""
+    if options is not None:
+        return dict(vars(options))
+    values = {key: field.default for key, field in fields.items() if field.default is not dataclasses.MISSING}
+    for key, field in fields.items():
+        if field.default_factory is not dataclasses.MISSING:
+            values[key] = field.default_factory()
+    return values
+
+
+def _target(cls: type[Options], path: object, name: str) -> type[Options]:
+    try:
+        target = pydoc.locate(str(path))
+    except pydoc.ErrorDuringImport as error:
+        raise UserError(f"{name} is {path!r}, which cannot be imported: {error.value}") from None
+    if not (isinstance(target, type) and issubclass(target, cls) and dataclasses.is_dataclass(target)):
+        raise UserError(f"{name} is {path!r}: expected package.module.Class, a kind of {cls.__name__}")
+    return target
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _convert(hint: Any, value: Any, name: str, default: object = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{where} is {value!r}: expected names with values")
-        return {str(key): _convert(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
+        return build(typing.cast(type, hint), value, name, default)
+    if origin in (dict, Mapping):
+        return _mapping(arguments[1], value, name, default)
     if origin is tuple:
-        return _sequence(arguments, value, where)
+        return _sequence(arguments, value, name)
     if origin in (typing.Union, types.UnionType):
-        return _union(arguments, value, where)
+        return _union(arguments, value, name, default)
     if origin is typing.Literal:
         if value not in arguments:
-            raise UserError(f"{where} is {value!r}: expected one of {', '.join(map(str, arguments))}")
+            raise UserError(f"{name} is {value!r}: expected one of {', '.join(map(str, arguments))}")
         return value
-    return _scalar(hint, value, where)
+    return _scalar(hint, value, name)
 
 
-def _sequence(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+def _mapping(hint: Any, values: Any, name: str, default: object) -> dict[str, Any]:
+    """Named values, merged into those of the default; null removes one of them."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{name} is {values!r}: expected names with values")
+    result = dict(default) if isinstance(default, Mapping) else {}
+    for key, value in values.items():
+        if value is None and key in result:
+            del result[key]
+        else:
+            result[str(key)] = _convert(hint, value, _join(name, str(key)), result.get(key))
+    return result
+
+
+def _sequence(arguments: tuple[Any, ...], value: Any, name: str) -> tuple[Any, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise UserError(f"{where} is {value!r}: expected a list")
+        raise UserError(f"{name} is {value!r}: expected a list")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
-        raise UserError(f"{where} has {len(value)} entries: expected {len(arguments)}")
-    return tuple(
-        _convert(hint, item, f"{where}[{i}]")
-        for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
-    )
+        raise UserError(f"{name} has {len(value)} entries: expected {len(arguments)}")
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_convert(hint, item, f"{name}[{i}]") for i, (hint, item) in enumerate(pairs))
 
 
-def _union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+def _union(arguments: tuple[Any, ...], value: Any, name: str, default: object) -> Any:
     if value is None and type(None) in arguments:
         return None
-    hints = [
-        a
-        for a in arguments
-        if a is not type(None) and (dataclasses.is_dataclass(a) or not isinstance(value, Mapping))
-    ]
+    hints = [hint for hint in arguments if hint is not type(None)]
+    if isinstance(value, Mapping):
+        hints = [hint for hint in hints if dataclasses.is_dataclass(hint)] or hints
     reasons = []
-    for hint in hints or arguments[:1]:
+    for hint in hints:
         try:
-            return _convert(hint, value, where)
+            return _convert(hint, value, name, default)
         except UserError as error:
-            reasons.append(str(error))
-    raise UserError(reasons[0])
+            reasons.append(error)
+    raise reasons[0]
 
 
-def _scalar(hint: Any, value: Any, where: str) -> Any:
+def _scalar(hint: Any, value: Any, name: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
-            hint, str(hint)
-        )
-        raise UserError(f"{where} is {value!r}: expected {expected}")
+    fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not fits or (hint is float and not math.isfinite(value)):
+        raise UserError(f"{name} is {value!r}: expected {SCALARS.get(hint, str(hint))}")
     return value

@@ -17,12 +17,12 @@ SHIPPED: dict[Kind, dict[str, str]] = {  # names and their folders
 }
 
 
-def located(kind: Kind, name: Path | str) -> Path:
+def resolve(kind: Kind, name: Path | str) -> Path:
     """The folder of a shipped name, any other name as a path."""
     folder = SHIPPED[kind].get(str(name))
     return Path(name) if folder is None else WEIGHTS / folder
 
 
-def known(kind: Kind) -> str:
+def names(kind: Kind) -> str:
     """The shipped names, for a sentence."""
     return ", ".join(SHIPPED[kind])

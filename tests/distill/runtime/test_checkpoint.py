@@ -3,6 +3,7 @@
 import math
 import random
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from distill.runtime.checkpoint import (
+    TensorState,
+    ValueState,
     checkpoint_path,
     checkpoints,
     load_newest,
@@ -160,3 +163,25 @@ def test_random_state_round_trips_through_a_file(tmp_path: Path) -> None:
     set_random_state(load_state(tmp_path / "s.safetensors"))
     assert draw() == expected
     seed_everything(-1)
+
+
+def test_loose_tensors_are_loaded_in_place() -> None:
+    parameter, target = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    TensorState(target).load_state_dict(TensorState(parameter).state_dict())
+    assert torch.equal(target, parameter)
+    assert target.requires_grad and target.is_leaf
+
+
+def test_value_state_restores_its_fields_and_refuses_others() -> None:
+    @dataclass
+    class Counts(ValueState):
+        updates: int
+        best: dict[str, float]
+
+    saved, restored = Counts(3, {"fid": 1.5}), Counts(0, {})
+    state = saved.state_dict()
+    saved.best["fid"] = 0.0  # a state is a copy
+    restored.load_state_dict(state)
+    assert restored == Counts(3, {"fid": 1.5})
+    with pytest.raises(KeyError, match="expected updates, best"):
+        restored.load_state_dict({"updates": 1})

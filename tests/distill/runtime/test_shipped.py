@@ -11,7 +11,7 @@ from distill.evaluation.judge import load_judge, predict
 from distill.evaluation.probe import load_probe
 from distill.evaluation.teacher import EvaluationOptions, draw
 from distill.one_step.folder import load_student
-from distill.runtime.shipped import SHIPPED, WEIGHTS, located
+from distill.runtime.shipped import SHIPPED, WEIGHTS, resolve
 from distill.teacher.latent import Teacher
 from distill.teacher.vocabulary import phrase
 from sds3d.scene.cameras import ring
@@ -77,7 +77,7 @@ def test_the_student_is_a_stock_pipelines_folder() -> None:
     noise = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = parts.decode(student(noise, parts.encode_text(["a red teapot"]), torch.Generator()))
-    stock = StableDiffusionPipeline.from_pretrained(located("student", "shapes64"), dtype=torch.float32)
+    stock = StableDiffusionPipeline.from_pretrained(resolve("student", "shapes64"), dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     told = stock(
         "a red teapot", latents=noise, num_inference_steps=1, guidance_scale=1, output_type="pt"

@@ -1,0 +1,51 @@
+"""Learning-rate schedules and the optimisation step, shared by every training loop."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+
+
+def cosine_decay(step: float, final: float, steps: float = 1.0) -> float:
+    """The factor of a learning rate that falls from 1 at step 0 to `final` at `steps` along half a cosine.
+
+    With the default `steps`, `step` is the progress in [0, 1] (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    """
+    return final + (1 - final) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def cosine_annealing(optimizer: Optimizer, steps: int, final: float) -> CosineAnnealingLR:
+    """A scheduler from the optimizer's learning rate to `final` times it over `steps` steps."""
+    return CosineAnnealingLR(optimizer, steps, optimizer.param_groups[0]["lr"] * final)
+
+
+def one_cycle(optimizer: Optimizer, steps: int, warmup: float = 0.3) -> OneCycleLR:
+    """A scheduler: up to the optimizer's learning rates over the fraction `warmup` of `steps`, then down.
+
+    From 1/25 of the peak, to 1/250000 of it; Adam's beta1 moves in the opposite direction, from 0.95 to 0.85
+    and back (Smith & Topin 2018, arXiv:1708.07120).
+    """
+    if warmup * steps == 1:  # torch would divide by the warm-up's length, warmup * steps - 1 = 0
+        warmup *= 1 - 1e-9
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=warmup)
+
+
+def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float], factor: float) -> None:
+    """Set the learning rate of each parameter group to `factor` times its base rate in `rates`."""
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
+
+
+def optimizer_step(optimizer: Optimizer, loss: Tensor, max_norm: float | None = None) -> None:
+    """One update by the gradient of `loss`; `max_norm` clips its norm over all parameters of the optimizer."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if max_norm is not None:
+        nn.utils.clip_grad_norm_(
+            [parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm
+        )
+    optimizer.step()
