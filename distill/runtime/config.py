@@ -1,4 +1,4 @@
-"""Nested plain mappings (from hydra or JSON) to typed, frozen option classes and back; each mistake is a one-sentence error."""
+"""Nested mappings (from hydra or JSON) to frozen option classes and back; mistakes raise one sentence."""
 
 import dataclasses
 import inspect
@@ -20,9 +20,10 @@ SCALARS = {int: "a whole number", float: "a finite number", str: "text", bool: "
 def build(cls: type[Options], values: Mapping[str, Any], name: str = "", default: object = None) -> Options:
     """Build `cls` (a dataclass) from a mapping; `name` is its dotted name in error messages.
 
-    Missing keys take their values from `default` where it is a `cls`, else from the class, at every level: one key
-    overrides one value. `_target_: package.module.Class` names a subclass of `cls` to build in its place.
-    Raises `UserError` for an unknown key, a missing value, a value of another type and a number that is not finite.
+    Missing keys take their values from `default` where it is a `cls`, else from the class, at every level:
+    one key overrides one value. `_target_: package.module.Class` names a subclass of `cls` to build instead.
+    Raises `UserError` for an unknown key, a missing value, a value of another type and a number that is not
+    finite.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{name or cls.__name__} is {values!r}: expected a group of options")
@@ -34,7 +35,7 @@ def build(cls: type[Options], values: Mapping[str, Any], name: str = "", default
             f"{_join(name, TARGET)} is missing: expected the class of the options, package.module.Class"
         )
     hints = typing.get_type_hints(target)
-    fields = {field.name: field for field in dataclasses.fields(target)}  # type: ignore[arg-type]
+    fields = _fields(target)
     defaults = _defaults(fields, default if type(default) is target else None)
     given = {str(key): value for key, value in values.items() if key != TARGET}
 
@@ -51,11 +52,11 @@ def build(cls: type[Options], values: Mapping[str, Any], name: str = "", default
 
 
 def as_mapping(options: Any) -> Any:
-    """Options as nested JSON values from which `build` restores them; `_target_` where the class has an abstract base."""
+    """Options as nested JSON values for `build`; with `_target_` where the class has an abstract base."""
     if dataclasses.is_dataclass(options):
         cls = type(options)
         target = {TARGET: f"{cls.__module__}.{cls.__qualname__}"} if isinstance(cls, ABCMeta) else {}
-        return target | {key: as_mapping(value) for key, value in vars(options).items()}
+        return target | {key: as_mapping(value) for key, value in _defaults(_fields(cls), options).items()}
     if isinstance(options, Mapping):
         return {key: as_mapping(value) for key, value in options.items()}
     if isinstance(options, list | tuple):
@@ -63,10 +64,14 @@ def as_mapping(options: Any) -> Any:
     return options
 
 
+def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    return {field.name: field for field in dataclasses.fields(cls)}
+
+
 def _defaults(fields: Mapping[str, dataclasses.Field[Any]], options: object) -> dict[str, Any]:
-    """The value of every field that has one without being given, by name."""
+    """By name, the fields' values in `options`, else the defaults of those that have one."""
     if options is not None:
-        return dict(vars(options))
+        return {key: vars(options)[key] for key in fields}
     values = {key: field.default for key, field in fields.items() if field.default is not dataclasses.MISSING}
     for key, field in fields.items():
         if field.default_factory is not dataclasses.MISSING:

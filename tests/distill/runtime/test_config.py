@@ -1,12 +1,16 @@
 """Mappings to option classes: values arrive typed, every mistake is one sentence naming the place."""
 
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
 from distill.objectives.options import LinearSchedule, ObjectiveOptions, Term, TimestepSampler
-from distill.runtime.config import build
+from distill.runtime.config import as_mapping, build
 from distill.runtime.errors import UserError
 
 
@@ -44,19 +48,21 @@ def test_defaults_and_nesting() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"name": "x", "nmae": 1}, "^run.nmae is no option: expected one of name, inner"),
+        ({"name": "x", "nmae": 1}, "^run.nmae is not an option: expected one of name, inner"),
         ({}, "^run.name is missing"),
         ({"name": 3}, "^run.name is 3: expected text"),
         ({"name": "x", "inner": {"size": "3"}}, "^run.inner.size is '3': expected a whole number"),
         ({"name": "x", "inner": {"size": True}}, "^run.inner.size is True: expected a whole number"),
         ({"name": "x", "inner": {"size": 1.5}}, "^run.inner.size is 1.5: expected a whole number"),
-        ({"name": "x", "inner": {"ratio": True}}, "^run.inner.ratio is True: expected a number"),
-        ({"name": "x", "inner": {"ratio": None}}, "^run.inner.ratio is None: expected a number"),
+        ({"name": "x", "inner": {"ratio": True}}, "^run.inner.ratio is True: expected a finite number"),
+        ({"name": "x", "inner": {"ratio": None}}, "^run.inner.ratio is None: expected a finite number"),
+        ({"name": "x", "inner": {"ratio": math.inf}}, "^run.inner.ratio is inf: expected a finite number"),
+        ({"name": "x", "inner": {"ratio": math.nan}}, "^run.inner.ratio is nan: expected a finite number"),
         ({"name": "x", "inner": 3}, "^run.inner is 3: expected a group"),
         ({"name": "x", "inner": {"size": -1}}, "^size is -1"),
         ({"name": "x", "pair": [1]}, "^run.pair has 1 entries: expected 2"),
         ({"name": "x", "pair": "ab"}, "^run.pair is 'ab': expected a list"),
-        ({"name": "x", "many": [{}, {"site": 1}]}, r"^run.many\[1\].site is no option"),
+        ({"name": "x", "many": [{}, {"site": 1}]}, r"^run.many\[1\].site is not an option"),
         ({"name": "x", "kind": "c"}, "^run.kind is 'c': expected one of a, b"),
         ({"name": "x", "maybe": "no"}, "^run.maybe is 'no': expected a whole number"),
         ({"name": "x", "flag": 1}, "^run.flag is 1: expected true or false"),
@@ -84,3 +90,72 @@ def test_an_objective_as_its_yaml_reads() -> None:
     )
     with pytest.raises(UserError, match="^prompts is 3: expected names with values"):
         build(ObjectiveOptions, {**given, "prompts": 3})
+
+
+class Shape(ABC):
+    @abstractmethod
+    def area(self) -> float:
+        """Of the shape."""
+
+
+@dataclass(frozen=True)
+class ShapeOptions(Shape):
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Square(ShapeOptions):
+    side: float = 1.0
+
+    def area(self) -> float:
+        return self.side**2
+
+
+@dataclass(frozen=True)
+class Circle(ShapeOptions):
+    radius: float = 1.0
+
+    def area(self) -> float:
+        return 3.0 * self.radius**2
+
+
+@dataclass(frozen=True)
+class Drawing:
+    shape: ShapeOptions
+    parts: Mapping[str, ShapeOptions] = field(default_factory=lambda: {"a": Square(2.0), "b": Circle(3.0)})
+    inner: Inner = Inner(size=7)
+
+
+SQUARE, CIRCLE = f"{__name__}.Square", f"{__name__}.Circle"
+
+
+def test_target_names_the_class() -> None:
+    drawing = build(Drawing, {"shape": {"_target_": CIRCLE, "radius": 2}})
+    assert drawing.shape == Circle(radius=2.0)
+
+
+def test_one_key_overrides_one_value_of_the_default() -> None:
+    """A nested group starts from the field's default, not from its class."""
+    given = {"shape": {"_target_": SQUARE}, "inner": {"ratio": 0.1}, "parts": {"a": {"side": 5}, "b": None}}
+    assert build(Drawing, given) == Drawing(Square(), {"a": Square(2.0, 5.0)}, Inner(7, 0.1))
+    changed = build(Drawing, {**given, "parts": {"a": {"_target_": CIRCLE}, "c": {"_target_": SQUARE}}})
+    assert changed.parts == {"a": Circle(), "b": Circle(3.0), "c": Square()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({}, "^shape._target_ is missing"),
+        ({"_target_": "nowhere.Shape"}, "^shape._target_ is 'nowhere.Shape': expected package.module.Class"),
+        ({"_target_": "pathlib.Path"}, "a kind of ShapeOptions"),
+        ({"_target_": CIRCLE, "side": 1}, "^shape.side is not an option: expected one of scale, radius"),
+    ],
+)
+def test_target_mistakes(shape: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(Drawing, {"shape": shape})
+
+
+def test_as_mapping_is_json_and_builds_the_same_options() -> None:
+    for options in (Drawing(Circle(radius=2.0)), Outer("x", many=(Inner(1),), either=(1.0, 2.0))):
+        assert build(type(options), json.loads(json.dumps(as_mapping(options)))) == options
