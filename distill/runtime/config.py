@@ -27,26 +27,22 @@ def build(cls: type[Options], values: Mapping[str, Any], name: str = "", default
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{name or cls.__name__} is {values!r}: expected a group of options")
-    target = type(default) if isinstance(default, cls) else cls
-    if TARGET in values:
-        target = _target(cls, values[TARGET], _join(name, TARGET))
+    target = target_class(cls, values, name, default)
     if inspect.isabstract(target):
-        raise UserError(
-            f"{_join(name, TARGET)} is missing: expected the class of the options, package.module.Class"
-        )
+        raise UserError(f"{join(name, TARGET)} is missing: expected the options class, package.module.Class")
     hints = typing.get_type_hints(target)
-    fields = _fields(target)
-    defaults = _defaults(fields, default if type(default) is target else None)
+    fields = fields_of(target)
+    defaults = defaults_of(fields, default if type(default) is target else None)
     given = {str(key): value for key, value in values.items() if key != TARGET}
 
     for key in given:
         if key not in fields:
-            raise UserError(f"{_join(name, key)} is not an option: expected one of {', '.join(fields)}")
+            raise UserError(f"{join(name, key)} is not an option: expected one of {', '.join(fields)}")
     for key in fields:
         if key not in given and key not in defaults:
-            raise UserError(f"{_join(name, key)} is missing: give it a value")
+            raise UserError(f"{join(name, key)} is missing: give it a value")
     converted = {
-        key: _convert(hints[key], value, _join(name, key), defaults.get(key)) for key, value in given.items()
+        key: _convert(hints[key], value, join(name, key), defaults.get(key)) for key, value in given.items()
     }
     return target(**{**defaults, **converted})
 
@@ -56,7 +52,9 @@ def as_mapping(options: Any) -> Any:
     if dataclasses.is_dataclass(options):
         cls = type(options)
         target = {TARGET: f"{cls.__module__}.{cls.__qualname__}"} if isinstance(cls, ABCMeta) else {}
-        return target | {key: as_mapping(value) for key, value in _defaults(_fields(cls), options).items()}
+        return target | {
+            key: as_mapping(value) for key, value in defaults_of(fields_of(cls), options).items()
+        }
     if isinstance(options, Mapping):
         return {key: as_mapping(value) for key, value in options.items()}
     if isinstance(options, list | tuple):
@@ -64,11 +62,12 @@ def as_mapping(options: Any) -> Any:
     return options
 
 
-def _fields(cls: type) -> dict[str, dataclasses.Field[Any]]:
+def fields_of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a dataclass by name."""
     return {field.name: field for field in dataclasses.fields(cls)}
 
 
-def _defaults(fields: Mapping[str, dataclasses.Field[Any]], options: object) -> dict[str, Any]:
+def defaults_of(fields: Mapping[str, dataclasses.Field[Any]], options: object) -> dict[str, Any]:
     """By name, the fields' values in `options`, else the defaults of those that have one."""
     if options is not None:
         return {key: vars(options)[key] for key in fields}
@@ -79,17 +78,28 @@ def _defaults(fields: Mapping[str, dataclasses.Field[Any]], options: object) -> 
     return values
 
 
-def _target(cls: type[Options], path: object, name: str) -> type[Options]:
+def target_class(
+    cls: type[Options], values: Mapping[str, Any], name: str = "", default: object = None
+) -> type[Options]:
+    """The class that `build` makes: what `_target_` names, else the default's."""
+    if TARGET not in values:
+        return type(default) if isinstance(default, cls) else cls
+    path = str(values[TARGET])
     try:
-        target = pydoc.locate(str(path))
+        target = pydoc.locate(path)
     except pydoc.ErrorDuringImport as error:
-        raise UserError(f"{name} is {path!r}, which cannot be imported: {error.value}") from None
+        raise UserError(
+            f"{join(name, TARGET)} is {path!r}, which cannot be imported: {error.value}"
+        ) from None
     if not (isinstance(target, type) and issubclass(target, cls) and dataclasses.is_dataclass(target)):
-        raise UserError(f"{name} is {path!r}: expected package.module.Class, a kind of {cls.__name__}")
+        raise UserError(
+            f"{join(name, TARGET)} is {path!r}: expected package.module.Class, a kind of {cls.__name__}"
+        )
     return target
 
 
-def _join(name: str, key: str) -> str:
+def join(name: str, key: str) -> str:
+    """A dotted name."""
     return f"{name}.{key}" if name else key
 
 
@@ -119,7 +129,7 @@ def _mapping(hint: Any, values: Any, name: str, default: object) -> dict[str, An
         if value is None and key in result:
             del result[key]
         else:
-            result[str(key)] = _convert(hint, value, _join(name, str(key)), result.get(key))
+            result[str(key)] = _convert(hint, value, join(name, str(key)), result.get(key))
     return result
 
 
