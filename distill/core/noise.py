@@ -1,4 +1,8 @@
-"""The noise schedule: `alpha` is the square root of the cumulative product, `sigma` = sqrt(1 - alpha^2), x_t = alpha x0 + sigma eps."""
+"""Noise schedules and conversions between parameterisations and between diffusion processes.
+
+`alpha` is the square root of the cumulative product, `sigma` = sqrt(1 - alpha^2), and
+x_t = alpha x0 + sigma eps.
+"""
 
 from typing import Literal
 
@@ -7,22 +11,20 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network answers; diffusers' names
+PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network outputs; diffusers' names
 
 
 class NoiseSchedule:
-    """Discrete variance-preserving schedule (Ho et al. 2020, eq. 4); t counts from 0 (clean) to `steps` - 1."""
+    """Discrete variance-preserving schedule (Ho et al. 2020, eq. 4).
+
+    Integer times t run from 0 (almost clean) to `num_train_timesteps` - 1.
+    """
 
     def __init__(self, alphas_cumprod: Tensor) -> None:
         """alphas_cumprod (T,), decreasing from near 1; its last entry may be 0 (zero terminal SNR)."""
         product = alphas_cumprod.double()
-        if (
-            product.ndim != 1
-            or len(product) < 2
-            or not bool((product.diff() < 0).all())
-            or product[-1] < 0
-            or product[0] > 1
-        ):
+        decreasing = product.ndim == 1 and len(product) >= 2 and bool((product.diff() < 0).all())
+        if not decreasing or product[-1] < 0 or product[0] > 1:
             raise UserError("alphas_cumprod must be a decreasing sequence within [0, 1]")
         self._alpha, self._sigma = product.sqrt().float(), (1 - product).sqrt().float()
 
@@ -43,23 +45,39 @@ class NoiseSchedule:
         """x_t of clean (B, C, H, W) and standard normal noise of the same shape at times (B,)."""
         return self.alpha(t) * clean + self.sigma(t) * noise
 
-    def betas(self, count: int) -> list[float]:
-        """The first `count` betas, 1 - the ratio of neighbouring cumulative products: diffusers' `trained_betas`."""
-        product = self.alpha(torch.arange(count)).flatten().double().square()
-        return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
-
-    def sigma_to_t(self, level: Tensor) -> Tensor:
-        """The times (B,) whose noise level sigma / alpha is nearest, on a log scale, to `level` (B,): where another SDE meets this one."""
-        own = (self._sigma.double() / self._alpha.double().clamp_min(1e-12)).log().to(level.device)
-        return (own[None] - level.double().log()[:, None]).abs().argmin(1)
-
     def velocity(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """v = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv:2202.00512, section 4)."""
         return self.alpha(t) * noise - self.sigma(t) * clean
 
+    def target(self, clean: Tensor, noise: Tensor, t: Tensor, prediction_type: PredictionType) -> Tensor:
+        """The training target (B, C, H, W) of a network of that parameterisation.
+
+        Raises `UserError` for an unknown one.
+        """
+        if prediction_type == "v_prediction":
+            return self.velocity(clean, noise, t)
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return clean
+        raise _unknown(prediction_type)
+
+    def betas(self, count: int) -> list[float]:
+        """The first `count` betas, 1 - the ratio of consecutive cumulative products (diffusers'
+        `trained_betas`).
+        """
+        product = self.alpha(torch.arange(count)).flatten().double().square()
+        return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
+
+    def sigma_to_t(self, noise_to_signal: Tensor) -> Tensor:
+        """The times (B,) whose sigma / alpha is nearest, on a log scale, to `noise_to_signal` (B,)."""
+        ratio = self._sigma.double() / self._alpha.double().clamp_min(1e-12)
+        levels = ratio.log().to(noise_to_signal.device)
+        return (levels[None] - noise_to_signal.double().log()[:, None]).abs().argmin(1)
+
 
 def to_variance_exploding(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """x0 + level eps, and its level sigma / alpha, of x_t = alpha x0 + sigma eps (Karras et al. 2022, arXiv:2206.00364, section 4)."""
+    """x0 + s eps and its noise level s = sigma / alpha (Karras et al. 2022, arXiv:2206.00364, section 4)."""
     return x_t / alpha, sigma / alpha
 
 
@@ -70,7 +88,7 @@ def from_variance_exploding(x: Tensor, level: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def to_flow(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 - time) x0 + time eps, and its time in [0, 1] (Lipman et al. 2023, arXiv:2210.02747, the straight path)."""
+    """(1 - time) x0 + time eps and its time in [0, 1] (Lipman et al. 2023, arXiv:2210.02747, linear path)."""
     return x_t / (alpha + sigma), sigma / (alpha + sigma)
 
 
@@ -81,20 +99,27 @@ def from_flow(x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def clean_and_noise(
-    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionType
+    output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType
 ) -> tuple[Tensor, Tensor]:
-    """x0 and eps of a network's answer in any parameterisation, in float32 at least; all shapes broadcast with x_t.
+    """x0 and eps of a network's output in any parameterisation, in float32 at least; shapes broadcast with
+    x_t.
 
-    From v both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by sigma.
+    From v both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by
+    sigma. Raises `UserError` for an unknown parameterisation.
     """
-    output, x_t = (
-        output.to(torch.promote_types(output.dtype, torch.float32)),
-        x_t.to(torch.promote_types(x_t.dtype, torch.float32)),
-    )
-    if kind == "v_prediction":
+    output = output.to(torch.promote_types(output.dtype, torch.float32))
+    x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+
+    if prediction_type == "v_prediction":
         return alpha * x_t - sigma * output, sigma * x_t + alpha * output
-    if kind == "epsilon":
+    if prediction_type == "epsilon":
         return (x_t - sigma * output) / alpha, output
-    if kind == "sample":
+    if prediction_type == "sample":
         return output, (x_t - alpha * output) / sigma
-    raise UserError(f"prediction type {kind!r} is unknown: expected epsilon, v_prediction or sample")
+    raise _unknown(prediction_type)
+
+
+def _unknown(prediction_type: str) -> UserError:
+    return UserError(
+        f"prediction type {prediction_type!r} is unknown: expected epsilon, v_prediction or sample"
+    )

@@ -1,25 +1,34 @@
-"""Sampling from any `ScoreModel` with diffusers' schedulers."""
+"""Sampling from any `ScoreModel`: diffusers' schedulers, and the probability-flow ODE in three
+formulations.
+"""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from distill.core.noise import from_flow
+from distill.core.conditioning import Conditioning
+from distill.core.noise import from_flow, from_variance_exploding
 from distill.core.score import Prediction, ScoreModel
+from distill.runtime.errors import UserError
 
-Callback = Callable[[int, Prediction], None]
+Callback = Callable[[int, Tensor, Prediction], None]  # the step, its x_t and its prediction
 Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Formulation = Literal["vp", "ve", "flow"]
 
 
 @dataclass(frozen=True)
 class Img2ImgInit:
-    """What sampling starts from: clean latents (B, C, h, w), made noisy to a share `strength` of the steps (SDEdit, arXiv:2108.01073).
+    """Clean latents (B, C, h, w) that sampling starts from, noised to a fraction `strength` of the steps.
 
-    With a mask (B, 1, h, w) only where it is 1 is drawn anew; elsewhere every step is laid over the picture at its own noise
-    (RePaint, arXiv:2201.09865, eq. 8). As diffusers' image-to-image and inpainting pipelines do.
+    SDEdit, arXiv:2108.01073. With a mask (B, 1, h, w) only the region where it is 1 is sampled; elsewhere
+    every step is replaced by the latents at its own noise level (RePaint, arXiv:2201.09865, eq. 8). As
+    diffusers' image-to-image and inpainting pipelines do.
     """
 
     clean: Tensor
@@ -27,107 +36,145 @@ class Img2ImgInit:
     mask: Tensor | None = None
 
 
-def _as(prediction: Prediction, kind: str) -> Tensor:
+def _scheduler_input(prediction: Prediction, prediction_type: str) -> Tensor:
     """What a scheduler of that prediction type expects from the network."""
-    return (
-        {"epsilon": prediction.eps, "sample": prediction.x0}[kind] if kind != "v_prediction" else prediction.v
-    )
+    if prediction_type == "v_prediction":
+        return prediction.v
+    return {"epsilon": prediction.eps, "sample": prediction.x0}[prediction_type]
 
 
 @torch.no_grad()
 def sample_ode(
     model: ScoreModel,
     scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
-    condition: Tensor,
+    conditioning: Conditioning,
     noise: Tensor,
     steps: int,
-    watch: Callback | None = None,
-    picture: Img2ImgInit | None = None,
+    callback: Callback | None = None,
+    init: Img2ImgInit | None = None,
 ) -> Tensor:
     """Latents (B, C, h, w) from standard normal noise along the probability-flow ODE, by the scheduler given.
 
-    DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12) or DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095).
-    condition (B, ...); `watch` is called with the step and its prediction. Guidance: wrap the model in `Guided`.
+    DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12) or DPM-Solver++ (Lu et al. 2022,
+    arXiv:2211.01095). Guidance: wrap the model in `Guided`. Raises `UserError` for more steps than the
+    schedule has.
     """
-    return _sample(model, scheduler, condition, noise, steps, None, watch, picture)
-
-
-@torch.no_grad()
-def sample_flow(model: ScoreModel, condition: Tensor, noise: Tensor, steps: int) -> Tensor:
-    """Latents by Heun's method in flow time: dx / dtime = eps - x0, from 1 to 0, asking the model at the nearest of its times."""
-
-    def velocity(x: Tensor, time: float) -> Tensor:
-        x_t, alpha, sigma = from_flow(x, torch.full((len(x),), time).to(x)[:, None, None, None])
-        t = model.schedule.sigma_to_t((sigma / alpha).flatten())
-        return model.predict(x_t, t, condition).flow
-
-    x = noise
-    for number in range(steps):
-        now, following = 1 - number / steps, 1 - (number + 1) / steps
-        first = velocity(x, max(min(now, 1 - 1e-4), 1e-4))
-        second = velocity(x + (following - now) * first, max(following, 1e-4))
-        x = x + (following - now) * (first + second) / 2
-    return x
+    return _sample(model, scheduler, conditioning, noise, steps, None, callback, init)
 
 
 @torch.no_grad()
 def sample_ddpm(
     model: ScoreModel,
     scheduler: DDPMScheduler,
-    condition: Tensor,
+    conditioning: Conditioning,
     noise: Tensor,
     steps: int,
     generator: torch.Generator,
-    watch: Callback | None = None,
-    picture: Img2ImgInit | None = None,
+    callback: Callback | None = None,
+    init: Img2ImgInit | None = None,
 ) -> Tensor:
-    """Latents by ancestral sampling (Ho et al. 2020, algorithm 2), its noise drawn from `generator`."""
-    return _sample(model, scheduler, condition, noise, steps, generator, watch, picture)
+    """Latents by ancestral sampling (Ho et al. 2020, algorithm 2), its noise from `generator`."""
+    return _sample(model, scheduler, conditioning, noise, steps, generator, callback, init)
 
 
 def _sample(
     model: ScoreModel,
     scheduler: Scheduler,
-    condition: Tensor,
+    conditioning: Conditioning,
     noise: Tensor,
     steps: int,
     generator: torch.Generator | None,
-    watch: Callback | None,
-    picture: Img2ImgInit | None = None,
+    callback: Callback | None,
+    init: Img2ImgInit | None,
 ) -> Tensor:
-    scheduler = type(scheduler).from_config(scheduler.config)  # the caller's is left as it was
+    if not 1 <= steps <= model.schedule.num_train_timesteps:
+        raise UserError(
+            f"steps is {steps}: expected 1 to {model.schedule.num_train_timesteps}, the schedule's"
+        )
+    scheduler = type(scheduler).from_config(scheduler.config)  # the caller's stays as it is
     scheduler.set_timesteps(steps, device=noise.device)
-    times, x_t = scheduler.timesteps, noise * scheduler.init_noise_sigma
-    if picture is not None:
-        times, x_t = _begun(scheduler, noise, steps, picture)
-    for number, t in enumerate(times):
-        scaled = scheduler.scale_model_input(x_t, t)  # solvers that explode the variance carry x_t / alpha
-        prediction = model.predict(scaled, t.round().long().expand(len(x_t)), condition)
-        output = _as(prediction, scheduler.config.prediction_type)
-        more = {} if generator is None else {"generator": generator}
-        x_t = scheduler.step(output, t, x_t, **more).prev_sample
-        if picture is not None and picture.mask is not None:
-            left = number + 1 < len(times)
-            kept = (
-                scheduler.add_noise(picture.clean, noise, times[number + 1 : number + 2])
-                if left
-                else picture.clean
-            )
-            x_t = torch.lerp(kept, x_t, picture.mask)
-        if watch is not None:
-            watch(number, prediction)
+    timesteps, x_t = scheduler.timesteps, noise * scheduler.init_noise_sigma
+    if init is not None:
+        timesteps, x_t = _init_img2img(scheduler, noise, steps, init)
+
+    for step, t in enumerate(timesteps):
+        scaled = scheduler.scale_model_input(x_t, t)  # variance-exploding solvers carry x_t / alpha
+        prediction = model.predict(scaled, t.round().long().expand(len(x_t)), conditioning)
+        if callback is not None:
+            callback(step, scaled, prediction)
+        output = _scheduler_input(prediction, scheduler.config.prediction_type)
+        options = {} if generator is None else {"generator": generator}
+        x_t = scheduler.step(output, t, x_t, **options).prev_sample
+
+        if init is not None and init.mask is not None:
+            last = step + 1 == len(timesteps)
+            following = timesteps[step + 1 : step + 2]
+            background = init.clean if last else scheduler.add_noise(init.clean, noise, following)
+            x_t = torch.lerp(background, x_t, init.mask)
     return x_t
 
 
-def _begun(scheduler: Scheduler, noise: Tensor, steps: int, picture: Img2ImgInit) -> tuple[Tensor, Tensor]:
-    """The times still to go and the picture made noisy to the first of them."""
-    first = steps - min(int(steps * picture.strength), steps)
-    times = scheduler.timesteps[first:]
+def _init_img2img(
+    scheduler: Scheduler, noise: Tensor, steps: int, init: Img2ImgInit
+) -> tuple[Tensor, Tensor]:
+    """The remaining timesteps, and the initial latents noised to the first of them."""
+    first = steps - min(int(steps * init.strength), steps)
+    timesteps = scheduler.timesteps[first:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
-    whole = (
-        picture.strength == 1 and picture.mask is not None
-    )  # nothing of the picture is asked for where it is drawn anew
-    return times, noise * scheduler.init_noise_sigma if whole else scheduler.add_noise(
-        picture.clean, noise, times[:1]
-    )
+    if init.strength == 1 and init.mask is not None:  # pure noise inside the mask, as diffusers does
+        return timesteps, noise * scheduler.init_noise_sigma
+    return timesteps, scheduler.add_noise(init.clean, noise, timesteps[:1])
+
+
+@torch.no_grad()
+def sample_heun(
+    model: ScoreModel, conditioning: Conditioning, noise: Tensor, steps: int, formulation: Formulation
+) -> Tensor:
+    """Latents (B, C, h, w) by Heun's method on the probability-flow ODE, from standard normal noise.
+
+    The three formulations are the same ODE in other variables: `vp`, x = cos(u) x0 + sin(u) eps with
+    dx/du = v; `ve`, x = x0 + u eps with dx/du = eps, spaced as in Karras et al. 2022 (arXiv:2206.00364,
+    eq. 5); `flow`, x = (1 - u) x0 + u eps with dx/du = eps - x0. The model is evaluated at the nearest of
+    its integer times, so results agree up to discretisation.
+    """
+
+    def derivative(x: Tensor, u: float) -> Tensor:
+        x_t, alpha, sigma = _to_variance_preserving(x, u, formulation)
+        t = model.schedule.sigma_to_t((sigma / alpha).flatten())
+        prediction = model.predict(x_t, t, conditioning)
+        return {"vp": prediction.v, "ve": prediction.eps, "flow": prediction.flow}[formulation]
+
+    times = _heun_times(model, steps, formulation)
+    least, largest = (1e-4, 1 - 1e-4) if formulation == "flow" else (1e-4, times[0])
+    x = noise * (times[0] if formulation == "ve" else 1.0)
+    for now, following in pairwise(times):
+        first = derivative(x, max(min(now, largest), least))
+        second = derivative(x + (following - now) * first, max(following, least))
+        x = x + (following - now) * (first + second) / 2
+    return x
+
+
+def _heun_times(model: ScoreModel, steps: int, formulation: Formulation, rho: float = 7.0) -> list[float]:
+    """steps + 1 values of u from pure noise, which is the schedule's last level, to 0."""
+    fractions = [1 - i / steps for i in range(steps + 1)]
+    if formulation == "flow":
+        return fractions
+
+    last = torch.tensor([model.schedule.num_train_timesteps - 1])
+    alpha, sigma = float(model.schedule.alpha(last)), float(model.schedule.sigma(last))
+    sigma_max = min(sigma / max(alpha, 1e-12), 80.0)  # infinite at zero terminal SNR; 80 as in EDM
+    if formulation == "vp":
+        return [math.atan(sigma_max) * fraction for fraction in fractions]
+    low, high = 0.002 ** (1 / rho), sigma_max ** (1 / rho)
+    return [(low + fraction * (high - low)) ** rho for fraction in fractions[:-1]] + [0.0]
+
+
+def _to_variance_preserving(x: Tensor, u: float, formulation: Formulation) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t with its alpha and sigma (B, 1, 1, 1)."""
+    value = torch.full((len(x), 1, 1, 1), u).to(x)
+    if formulation == "flow":
+        return from_flow(x, value)
+    if formulation == "ve":
+        return from_variance_exploding(x, value)
+    return x, value.cos(), value.sin()

@@ -1,72 +1,110 @@
-"""The latents and text states of a captioned folder under a teacher, computed once and kept beside the images."""
+"""Latents and conditioning of a captioned folder under a teacher, computed once and cached beside the
+images.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
+from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages, load_split
-from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
-from distill.teacher.latent import Teacher
+
+EXTRA = "extra."  # prefix of the conditioning's further tensors in the cache file
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """All that U-Net training reads: latents (N, C, h, w), text states (K, L, D) of the K captions, `caption` (N,) their index.
+    """All that denoiser training reads.
 
-    The last text state is the empty prompt's.
+    latents (N, C, h, w); the conditioning of K distinct captions and, last, of the empty prompt (K + 1 rows);
+    `caption` (N,), the index of each latent's caption.
     """
 
     latents: Tensor
-    states: Tensor
+    conditioning: Conditioning
     caption: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def num_captions(self) -> int:
+        """K, without the empty prompt."""
+        return len(self.conditioning) - 1
+
+    @property
+    def uncond(self) -> Conditioning:
+        """The empty prompt's conditioning, one row."""
+        return self.conditioning.select(slice(-1, None))
+
+    def conditioning_of(self, indices: Tensor, dropped: Tensor | None = None) -> Conditioning:
+        """The conditioning of the latents at `indices` (B,); the empty prompt's where `dropped` (B,) is
+        true.
+        """
+        caption = self.caption[indices]
+        if dropped is not None:
+            caption = torch.where(dropped, self.num_captions, caption)
+        return self.conditioning.select(caption)
 
 
 @torch.no_grad()
 def cache_latents(
-    vae: AutoencoderKL, data: CaptionedImages, texts: Sequence[str], states: Tensor, batch: int = 64
+    encode_images: Callable[[Tensor], Tensor],
+    data: CaptionedImages,
+    captions: Sequence[str],
+    conditioning: Conditioning,
+    batch: int = 64,
 ) -> LatentCache:
-    """Encode a split once; `states` (K + 1, L, D) belong to the K distinct `texts` and the empty prompt."""
-    device = next(vae.parameters()).device
+    """Encode a split once; `conditioning` (K + 1 rows) belongs to the K distinct `captions` and the empty
+    prompt.
+    """
     parts = torch.arange(len(data)).split(batch)
-    latents = [vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist.mean.cpu() for part in parts]
-    place = {text: index for index, text in enumerate(texts)}
-    caption = torch.tensor([place[text] for text in data.texts])
-    return LatentCache(torch.cat(latents) * vae.config.scaling_factor, states.cpu(), caption)
+    latents = torch.cat([encode_images(data.composite(part)).cpu() for part in parts])
+    index = {text: i for i, text in enumerate(captions)}
+    return LatentCache(latents, conditioning.to("cpu"), torch.tensor([index[text] for text in data.texts]))
 
 
 def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> LatentCache:
-    """Of a split of a captioned folder, in float16 on the disk (`<folder>/.latents`), made where it is not there yet.
+    """The cache of a split, in float16 in `<folder>/.latents`, computed where it does not exist yet.
 
-    Raises `UserError` for a folder that cannot serve.
+    Raises `UserError` for a folder that is no captioned image folder and for a damaged cache.
     """
-    path = Path(folder) / ".latents" / f"{split}-{fingerprint(teacher.vae, teacher.text_encoder)}.safetensors"
-    if path.is_file():
-        try:
-            saved = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): delete it, it will be made again") from None
-        return LatentCache(saved["latents"].float(), saved["states"].float(), saved["caption"])
+    path = Path(folder) / ".latents" / f"{split}-{teacher.fingerprint()}.safetensors"
+    if not path.is_file():
+        _save(path, _encode_split(teacher, folder, split))
+    try:
+        saved = load_file(path)
+        extras = {name.removeprefix(EXTRA): v.float() for name, v in saved.items() if name.startswith(EXTRA)}
+        conditioning = Conditioning(saved["states"].float(), extras)
+        return LatentCache(saved["latents"].float(), conditioning, saved["caption"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from None
+
+
+def _encode_split(teacher: Teacher, folder: Path | str, split: str) -> LatentCache:
     data = load_split(folder, split, teacher.resolution)
-    texts = sorted(set(data.texts))
-    parts = [
-        teacher.encode_text(part).cpu()
-        for part in ([*texts, ""][i : i + 256] for i in range(0, len(texts) + 1, 256))
-    ]
+    captions = sorted(set(data.texts))
+    prompts = [*captions, ""]
+    batches = [prompts[first : first + 256] for first in range(0, len(prompts), 256)]
     print(f"encoding {len(data)} images of {folder}/{split}, once")
-    made = cache_latents(teacher.vae, data, texts, torch.cat(parts))
-    saved = {
-        "latents": made.latents.half().contiguous(),
-        "states": made.states.half().contiguous(),
-        "caption": made.caption,
-    }
+    conditioning = Conditioning.cat([teacher.encode_text(batch).to("cpu") for batch in batches])
+    device = teacher.device
+    return cache_latents(
+        lambda images: teacher.encode_images(images.to(device)), data, captions, conditioning
+    )
+
+
+def _save(path: Path, cache: LatentCache) -> None:
+    tensors = {"latents": cache.latents, "states": cache.conditioning.embedding}
+    tensors |= {EXTRA + name: value for name, value in cache.conditioning.extras.items()}
+    halves = {name: value.half().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(saved, temporary)
-    return LatentCache(saved["latents"].float(), saved["states"].float(), saved["caption"])
+        save_file({**halves, "caption": cache.caption}, temporary)

@@ -1,141 +1,103 @@
-"""Critics: models of what is being made, trained on it by denoising, behind the contract of every score model."""
+"""The critic: a denoiser trained on the generator's outputs (the fake score), behind the contract of every
+score model.
+"""
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from distill.core.conditioning import Conditioning
 from distill.core.score import Prediction, ScoreModel
+from distill.core.teacher import Teacher
 from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Distillable, UNetDenoiser
-from distill.teacher.unet import denoising_loss
-
-ADAPTER = "critic"
-CAMERA = 12  # numbers that tell a view: the upper three rows of camera to world
+from distill.runtime.optim import optimizer_step
 
 
 @final
 class Critic(ScoreModel):
-    """A LoRA on a teacher's U-Net, or a copy of it. Starts as the teacher, exactly; the teacher itself is never changed.
+    """A LoRA on a teacher's denoiser, or a copy of it. Starts equal to the teacher, which itself never
+    changes.
 
-    A teacher carries one LoRA at a time: a new critic takes the place of the last.
+    A teacher carries one LoRA at a time: a new critic replaces the last one's.
     """
 
-    def __init__(self, teacher: Distillable, options: CriticOptions) -> None:
-        """Raises `UserError` where peft is needed and not installed."""
+    def __init__(self, teacher: Teacher, options: CriticOptions, camera_dim: int = 0) -> None:
+        """camera_dim: size of the conditioning's extra `camera` (B, camera_dim), with options.camera.
+
+        Raises `UserError` where peft is needed and not installed.
+        """
+        if options.camera and not camera_dim:
+            raise UserError("there are no cameras here: set objective.critic.camera=false")
         self.options, self.schedule = options, teacher.schedule
-        self._lora = options.kind == "lora"
-        self.unet = (
-            _add_lora(teacher.unet, options.rank)
-            if self._lora
-            else copy.deepcopy(teacher.unet).requires_grad_(True)
-        )
-        self.score = UNetDenoiser(self.unet, teacher.schedule, teacher.score.prediction_type)
-        width = teacher.unet.config.cross_attention_dim
-        self.embed = nn.Linear(CAMERA, width).to(teacher.device) if options.camera else None
-        if self.embed is not None:
-            nn.init.zeros_(self.embed.bias)
+        if options.kind == "lora":
+            self.denoiser = teacher.denoiser.with_lora(options.rank)
+        else:
+            self.denoiser = teacher.trainable_copy()
+
+        self.camera_token: nn.Linear | None = None
+        if options.camera:
+            self.camera_token = nn.Linear(camera_dim, self.denoiser.embedding_dim).to(teacher.device)
+            nn.init.zeros_(self.camera_token.bias)
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=0.0)
-        with self.on():
-            pass  # leaves the adapter off: the teacher answers as before
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
-        named = [
-            value for name, value in self.unet.named_parameters() if not self._lora or f".{ADAPTER}." in name
-        ]
-        return named + ([] if self.embed is None else list(self.embed.parameters()))
+        token = [] if self.camera_token is None else list(self.camera_token.parameters())
+        return self.denoiser.trainable_parameters() + token
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """The adapter counts, and is trained, within; a backward pass must be within too."""
-        if not self._lora:
-            yield
-            return
-        self.unet.enable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.disable_adapters()
-
-    def states(self, text: Tensor, poses: Tensor | None, forget: Tensor | None = None) -> Tensor:
-        """What it is told: text states (B, L, D), and with a camera one more token (B, L + 1, D) from poses (B, 12)."""
-        if self.embed is None:
-            return text
-        if poses is None:
+    def _with_camera(self, conditioning: Conditioning, drop_camera: Tensor | None = None) -> Conditioning:
+        """The camera as one more token, embedding (B, L + 1, D); zero where `drop_camera` (B,) is true."""
+        if self.camera_token is None:
+            return conditioning
+        if "camera" not in conditioning.extras:
             raise UserError(
-                "a critic with a camera must be told the view: give poses, or set objective.critic.camera=false"
+                "a critic with a camera needs the camera of each sample in its conditioning: "
+                "give it, or set objective.critic.camera=false"
             )
-        token = self.embed(poses.to(text))
-        if forget is not None:
-            token = torch.where(forget[:, None], torch.zeros_like(token), token)
-        return torch.cat([text, token[:, None]], 1)
+        token = self.camera_token(conditioning.extras["camera"].to(conditioning.embedding))
+        if drop_camera is not None:
+            token = torch.where(drop_camera[:, None], torch.zeros_like(token), token)
+        return Conditioning(torch.cat([conditioning.embedding, token[:, None]], 1))
 
     @torch.no_grad()
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        """As the contract says; condition from `states`."""
-        with self.on():
-            return self.score.predict(x_t, t, condition)
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        """As of every score model, without gradient."""
+        with self.denoiser.adapter_enabled():
+            return self.denoiser.predict(x_t, t, self._with_camera(conditioning))
 
-    def loss(self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Denoising of latents (B, C, h, w) at times over all of [0, T) (VSD, algorithm 1); called and differentiated within `on`."""
+    def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
+        """Denoising loss on latents (B, C, h, w) at uniform times in [0, T) (VSD, algorithm 1).
+
+        Call it, and differentiate it, inside `denoiser.adapter_enabled()`.
+        """
         clean = latents.detach()
-        t = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator).to(
-            clean.device
-        )
+        times = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        forget = (torch.rand(len(clean), generator=generator) < self.options.dropout).to(clean.device)
-        return denoising_loss(
-            self.unet,
-            self.schedule,
-            (clean, noise, t, self.states(text, poses, forget)),
-            self.score.prediction_type,
-        )
+        drop_camera = torch.rand(len(clean), generator=generator) < self.options.camera_dropout
+        conditioning = self._with_camera(conditioning, drop_camera.to(clean.device))
+        return self.denoiser.denoising_loss(clean, noise, times.to(clean.device), conditioning)
 
-    def train_on(
-        self, latents: Tensor, text: Tensor, poses: Tensor | None, generator: torch.Generator
-    ) -> float:
-        """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last loss."""
-        loss = latents.new_zeros(())
+    def train_on(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
+        """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last
+        loss.
+        """
         for _ in range(self.options.updates):
-            with self.on():
-                loss = self.loss(latents, text, poses, generator)
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-            self.optimizer.step()
-        return float(loss.detach())
+            with self.denoiser.adapter_enabled():
+                loss = self.loss(latents, conditioning, generator)
+                optimizer_step(self.optimizer, loss)
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """The trained parameters, in order, and the optimizer."""
-        return {
-            "parameters": [value.detach() for value in self.parameters()],
-            "optimizer": self.optimizer.state_dict(),
-        }
+        parameters = [value.detach() for value in self.parameters()]
+        return {"parameters": parameters, "optimizer": self.optimizer.state_dict()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state of a critic of the same options."""
+        """Take over the state of a critic of the same options."""
         for parameter, value in zip(self.parameters(), state["parameters"], strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def _add_lora(unet: Any, rank: int) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise UserError(
-            "a LoRA critic needs peft: pip install peft, or set objective.critic.kind=copy"
-        ) from None
-    if ADAPTER in getattr(unet, "peft_config", {}):
-        unet.delete_adapters(ADAPTER)
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights=True),
-        adapter_name=ADAPTER,
-    )
-    return unet

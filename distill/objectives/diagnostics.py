@@ -1,4 +1,4 @@
-"""Instruments: what a loss does at each t, looked at on latents that hold still."""
+"""Diagnostics: the statistics of a loss's gradient over t, on latents that stay fixed."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +16,9 @@ from distill.runtime.run import Run
 
 @dataclass(frozen=True)
 class DiagnosticOptions:
-    """How often a run looks (0: never), at how many levels of t, with how many draws at each."""
+    """How often a run is diagnosed, at how many levels of t, with how many draws at each."""
 
-    every: int = 0
+    every: int = 0  # steps between two diagnoses; 0: never
     levels: int = 8
     draws: int = 8
 
@@ -29,65 +29,70 @@ class DiagnosticOptions:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """By level (L entries each): t / T; the root mean square of the mean g; signal to noise |E g|^2 / E |g - E g|^2; the mean
-    cosine of one draw with the mean; the rms of w s (eps_c - eps_0), the guidance, and of w (eps_c - eps), the denoising."""
+    """Statistics by level of t, L entries each.
 
-    share: list[float]
-    size: list[float]
+    t_fraction: t / T. gradient_rms: of the mean g. signal_to_noise: |E g|^2 / E |g - E g|^2. cosine: of one
+    draw with the mean, averaged. guidance_rms: of w s (eps_c - eps_0). denoising_rms: of w (eps_c - eps).
+    """
+
+    t_fraction: list[float]
+    gradient_rms: list[float]
     signal_to_noise: list[float]
     cosine: list[float]
-    guidance: list[float]
-    denoising: list[float]
+    guidance_rms: list[float]
+    denoising_rms: list[float]
 
 
-def at_level(options: ObjectiveOptions, share: float) -> ObjectiveOptions:
-    """The objective with every part's time held at one share of T."""
-    law = TimestepSampler(share, (share, share))
-    second = None if options.second is None else replace(options.second, time=law)
-    return replace(options, time=law, second=second)
+def at_timestep(options: ObjectiveOptions, t_fraction: float) -> ObjectiveOptions:
+    """The objective with the time of every component fixed at one fraction of T."""
+    time = TimestepSampler(t_fraction, (t_fraction, t_fraction))
+    second = None if options.second is None else replace(options.second, time=time)
+    return replace(options, time=time, second=second)
 
 
 @torch.no_grad()
 def diagnose(
-    objective: ScoreDistillation, outcome: DistillationOutput, progress: float, options: DiagnosticOptions
+    objective: ScoreDistillation, output: DistillationOutput, progress: float, options: DiagnosticOptions
 ) -> tuple[Diagnosis, Tensor]:
-    """Figures of a step over the objective's own range of t, and x0 (L, B, C, h, w) of its first teacher term at each level.
+    """Statistics over the objective's own range of t, and x0 (L, B, C, h, w) of its first teacher term.
 
-    Draws its own noise, so that the run it looks at goes on unchanged.
+    It has a noise generator of its own, so that the diagnosed run is not changed.
     """
-    law = objective.options.time
-    latents, conditions = outcome.clean, outcome.conditions
+    sampler = objective.options.time
     critic = None if objective.critic is None else objective.critic.model
-    shares = torch.linspace(law.low, law.upper(progress), options.levels).tolist()
-    rows, clean = [], []
-    for share in shares:
-        held = ScoreDistillation(
-            objective.model.model, at_level(objective.options, share), critic, objective.decode
-        )
+    levels = torch.linspace(sampler.low, sampler.upper(progress), options.levels).tolist()
+    rows, x0 = [], []
+    for t_fraction in levels:
+        fixed = at_timestep(objective.options, t_fraction)
+        loss = ScoreDistillation(objective.model.model, fixed, critic, objective.decode)
         generator = torch.Generator().manual_seed(0)
-        outcomes = [
-            held(latents, conditions, progress, generator, reference=latents) for _ in range(options.draws)
+        outputs = [
+            loss(output.clean, output.conditionings, progress, generator, reference=output.clean)
+            for _ in range(options.draws)
         ]
-        drawn = torch.stack([outcome.gradient for outcome in outcomes]).flatten(2)  # (draws, B, N)
-        mean = drawn.mean(0)
-        noise = (drawn - mean).square().sum(2).mean() * options.draws / (options.draws - 1)
-        signal = (mean.square().sum(1).mean() - noise / options.draws).clamp_min(
-            0
-        )  # the mean's own noise taken off
-        cosine = torch.cosine_similarity(drawn, mean[None], dim=2).mean()
-        told: Predictions = {
-            ("now", name): prediction for name, prediction in outcomes[0].predictions.items()
-        }
-        parts = _split(objective.options, told, outcomes[0].noise, progress)
-        rows.append((share, rms(mean), float(signal / noise.clamp_min(1e-20)), float(cosine), *parts))
-        clean.append(guided_prediction(objective.options.teacher, told, progress).x0)
-    return Diagnosis(*(list(column) for column in zip(*rows, strict=True))), torch.stack(clean)
+
+        gradients = torch.stack([output.gradient for output in outputs]).flatten(2)  # (draws, B, N)
+        mean = gradients.mean(0)
+        noise = (gradients - mean).square().sum(2).mean() * options.draws / (options.draws - 1)
+        # the mean of a few draws has noise of its own, which is subtracted
+        signal = (mean.square().sum(1).mean() - noise / options.draws).clamp_min(0)
+        cosine = torch.cosine_similarity(gradients, mean[None], dim=2).mean()
+
+        predictions: Predictions = {("now", name): value for name, value in outputs[0].predictions.items()}
+        parts = _split(objective.options, predictions, outputs[0].noise, progress)
+        ratio = float(signal / noise.clamp_min(1e-20))
+        rows.append((t_fraction, rms(mean), ratio, float(cosine), *parts))
+        x0.append(guided_prediction(objective.options.teacher, predictions, progress).x0)
+    return Diagnosis(*(list(column) for column in zip(*rows, strict=True))), torch.stack(x0)
 
 
-def _split(part: LossComponent, told: Predictions, noise: Tensor, progress: float) -> tuple[float, float]:
-    """Sizes of the guidance s (eps_c - eps_0) and of the denoising eps_c - eps of the first teacher term."""
-    bound = told["now", part.teacher.prompt].eps
-    return rms(guided_prediction(part.teacher, told, progress).eps - bound), rms(bound - noise)
+def _split(
+    component: LossComponent, predictions: Predictions, noise: Tensor, progress: float
+) -> tuple[float, float]:
+    """RMS of the guidance s (eps_c - eps_0) and of the denoising eps_c - eps of the first teacher term."""
+    cond = predictions["now", component.teacher.prompt].eps
+    guided = guided_prediction(component.teacher, predictions, progress).eps
+    return rms(guided - cond), rms(cond - noise)
 
 
 def rms(values: Tensor) -> float:
@@ -96,35 +101,37 @@ def rms(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def look(
-    run: Run, objective: ScoreDistillation, outcome: DistillationOutput, options: DiagnosticOptions
+def diagnose_run(
+    run: Run, objective: ScoreDistillation, output: DistillationOutput, options: DiagnosticOptions
 ) -> None:
-    """Diagnose the step in progress and write what was seen, where it is time to."""
+    """Diagnose the step in progress and write the results, where one is due."""
     if not options.every or not run.due(options.every):
         return
-    diagnosis, clean = diagnose(objective, outcome, run.step / run.options.steps, options)
-    strips = clean if objective.decode is None else torch.stack([objective.decode(level) for level in clean])
-    save_diagnosis(run.directory, run.step + 1, diagnosis, strips)
+    diagnosis, x0 = diagnose(objective, output, run.step / run.options.steps, options)
+    images = x0 if objective.decode is None else torch.stack([objective.decode(level) for level in x0])
+    save_diagnosis(run.directory, run.step + 1, diagnosis, images)
 
 
-def save_diagnosis(folder: Path, step: int, diagnosis: Diagnosis, strips: Tensor) -> None:
-    """Write diagnostics/step_<step>.json, its plots as PNG, and x0 predictions as strips: images (L, B, 3, H, W), one row a sample."""
+def save_diagnosis(folder: Path, step: int, diagnosis: Diagnosis, images: Tensor) -> None:
+    """Write diagnostics/step_<step>.json, its plots as PNG, and the x0 predictions (L, B, 3, H, W), a row a
+    sample.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    place = folder / "diagnostics"
-    write_json(place / f"step_{step:08d}.json", asdict(diagnosis))
+    folder = folder / "diagnostics"
+    write_json(folder / f"step_{step:08d}.json", asdict(diagnosis))
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    panels = (("size", "guidance", "denoising"), ("signal_to_noise",), ("cosine",))
+    panels = (("gradient_rms", "guidance_rms", "denoising_rms"), ("signal_to_noise",), ("cosine",))
     for axis, names in zip(axes, panels, strict=True):
         for name in names:
-            axis.plot(diagnosis.share, asdict(diagnosis)[name], marker="o", label=name.replace("_", " "))
+            axis.plot(diagnosis.t_fraction, asdict(diagnosis)[name], marker="o", label=name.replace("_", " "))
         axis.set_xlabel("t / T")
         axis.legend()
-    with atomic_path(place / f"step_{step:08d}.png") as temporary:
+    with atomic_path(folder / f"step_{step:08d}.png") as temporary:
         figure.savefig(temporary, dpi=90)
     pyplot.close(figure)
-    rows = strips.transpose(0, 1).flatten(0, 1)  # a sample's levels side by side
-    save_png(place / f"x0_{step:08d}.png", image_grid(rows, len(strips)))
+    rows = images.transpose(0, 1).flatten(0, 1)  # the levels of a sample side by side
+    save_png(folder / f"x0_{step:08d}.png", image_grid(rows, len(images)))

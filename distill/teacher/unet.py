@@ -6,17 +6,17 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
-from torch.nn import functional as F
 
 from distill.core.noise import NoiseSchedule
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import batches
+from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
+from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
-from distill.teacher.latent import UNetDenoiser
+from distill.teacher.denoiser import UNetDenoiser
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,6 @@ def build_unet(
     ).to(memory_format=torch.channels_last)
 
 
-def denoising_loss(
-    unet: UNet2DConditionModel,
-    schedule: NoiseSchedule,
-    batch: tuple[Tensor, Tensor, Tensor, Tensor],
-    prediction: str,
-) -> Tensor:
-    """Mean squared error of eps or v for (latents, noise, t, text states): plain weights, so that the last level trains."""
-    clean, noise, t, states = batch
-    x_t = schedule.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
-    target = noise if prediction == "epsilon" else schedule.velocity(clean, noise, t)
-    return F.mse_loss(unet(x_t, t, encoder_hidden_states=states).sample, target)
-
-
 def train_unet(
     run: Run,
     cache: LatentCache,
@@ -100,48 +87,43 @@ def train_unet(
 ) -> UNet2DConditionModel:
     """Train on cached latents, from a trained one of the same size where given; returns the averages (EMA) in evaluation mode."""
     scheduler = make_scheduler(options)
-    schedule = NoiseSchedule(scheduler.alphas_cumprod)
-    shape, width = cache.latents.shape[1:], cache.states.shape[-1]
-    unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
+    shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
+
+    def build() -> UNetDenoiser:
+        unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
+        return UNetDenoiser(unet, NoiseSchedule(scheduler.alphas_cumprod), options.prediction)
+
+    denoiser, averaged = build(), build()
+    unet = denoiser.network
     if start is not None:
         load_initial(unet, start)
-    averaged = build_unet(options, shape[0], shape[-1], width).to(run.device).eval().requires_grad_(False)
+    averaged.eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
-    decay = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.05
-    )
-    run.track(model=unet, optimizer=optimizer, schedule=decay, ema=ema)
-    shown = torch.arange(32) * (len(cache.states) - 1) // 32  # captions of the previews
-    noise_shown = torch.randn(len(shown), *shape, generator=torch.Generator().manual_seed(1))
+    lr_schedule = one_cycle(optimizer, run.options.steps, warmup=0.05)
+    run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
+
+    previewed = cache.conditioning.select(torch.arange(32) * cache.num_captions // 32).to(run.device)
+    preview_noise = torch.randn(len(previewed), *shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
-        index = batches(len(cache.latents), options.batch, step, run.options.seed)
-        t = torch.randint(schedule.num_train_timesteps, (len(index),), generator=run.generator)
+        index = batch_indices(len(cache), options.batch, step, run.options.seed)
+        t = torch.randint(denoiser.schedule.num_train_timesteps, (len(index),), generator=run.generator)
         noise = torch.randn(len(index), *shape, generator=run.generator)
         dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
-        states = cache.states[torch.where(dropped, len(cache.states) - 1, cache.caption[index])]
-        batch = tuple(value.to(run.device) for value in (cache.latents[index], noise, t, states))
-        loss = denoising_loss(unet, schedule, batch, options.prediction)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
+        batch = (value.to(run.device) for value in (cache.latents[index], noise, t))
+        loss = denoiser.denoising_loss(*batch, cache.conditioning_of(index, dropped).to(run.device))
+        optimizer_step(optimizer, loss, max_norm=1.0)
+        lr_schedule.step()
         ema.update()
         run.log(loss=loss.detach())
+
         if run.due(run.options.preview_every):
-            ema.copy_to(averaged)
-            model = Guided(
-                UNetDenoiser(averaged, schedule, options.prediction),
-                cache.states[-1:].to(run.device),
-                options.preview_guidance,
-            )
-            latents = sample_ode(
-                model, scheduler, cache.states[shown].to(run.device), noise_shown.to(run.device), 25
-            )
+            ema.copy_to(averaged.network)
+            model = Guided(averaged, cache.uncond.to(run.device), options.preview_guidance)
+            latents = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
             run.preview("samples", decode(vae, latents))
-    ema.copy_to(averaged)
-    return averaged
+    ema.copy_to(averaged.network)
+    return averaged.network
 
 
 def load_initial(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
