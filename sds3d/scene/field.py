@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,17 @@ from sds3d.scene.encoding import HashEncodingOptions, make_encoding
 
 # Corners of a tetrahedron: four taps give a gradient where the six of central differences would.
 TETRAHEDRON = ((1.0, 1.0, 1.0), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0))
+RAY_STEPS = 7  # of the short ray that a surface point's colour is rendered along
+CHUNK = 1 << 17  # evaluations at once, which bounds the memory
 
 
 @dataclass(frozen=True)
 class FieldOptions:
-    """Size of the field and its start. Raises `UserError` for sizes that cannot be.
+    """Size of the field and its initial density. Raises `UserError` for sizes that are not positive.
 
     Before the activation, density gets `density_bias + blob_density * (1 - |x| / blob_radius)` (Magic3D, Lin
-    et al. 2023, section 4.1; DreamFusion, appendix A.2, uses a Gaussian): a soft ball to carve from, empty
-    far from the centre.
+    et al. 2023, section 4.1; DreamFusion, appendix A.2, uses a Gaussian): a soft ball, empty far from the
+    centre.
     """
 
     encoding: HashEncodingOptions = field(default_factory=HashEncodingOptions)
@@ -30,8 +32,8 @@ class FieldOptions:
     hidden_layers: int = 1
     activation: Literal["softplus", "trunc_exp"] = "softplus"
     density_bias: float = 0.0
-    blob_density: float = 10.0
-    blob_radius: float = 0.5  # world units; the box is [-1, 1]^3
+    blob_density: float = 6.0  # 10 and a radius of 0.5 prevented spouts and handles
+    blob_radius: float = 0.6  # world units; the box is [-1, 1]^3
 
     def __post_init__(self) -> None:
         if self.hidden_width < 1 or self.hidden_layers < 1 or self.blob_radius <= 0:
@@ -44,28 +46,26 @@ class FieldOptions:
 
 
 class _TruncExp(torch.autograd.Function):
-    """exp with its gradient's exponent clamped at 15, so that a far outlier cannot blow up a step (Mueller et
-    al. 2022)."""
+    """exp whose gradient's exponent is clamped at 15, against overflow by outliers (Mueller et al. 2022)."""
 
     @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor) -> Tensor:
         ctx.save_for_backward(value)
         return value.clamp(max=15).exp()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0].clamp(max=15).exp()
 
 
-def _unturned(field: "Field", state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Scenes and checkpoints written before fields could turn stand as they were made."""
-    state.setdefault(f"{prefix}turn", torch.eye(3))
+def _rename_buffers(field: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Scenes of format sds3d-scene-1 call the rotation `turn`, or have none."""
+    state.setdefault(f"{prefix}rotation", state.pop(f"{prefix}turn", torch.eye(3)))
 
 
 class Field(nn.Module):
-    """Density and albedo at positions in [-1, 1]^3; no dependence on the view, as the light is baked and
-    fixed to the world."""
+    """Density and albedo at positions in [-1, 1]^3, independent of the view: light is in the albedo."""
 
     def __init__(self, options: FieldOptions, device: torch.device | str = "cpu") -> None:
         super().__init__()
@@ -76,14 +76,12 @@ class Field(nn.Module):
         for before, after in pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
-        self.register_buffer(
-            "turn", torch.eye(3, device=device)
-        )  # what the field was turned by since it began
-        self.register_load_state_dict_pre_hook(_unturned)
+        self.rotation: Tensor  # the product of all `rotate` calls
+        self.register_buffer("rotation", torch.eye(3, device=device))
+        self.register_load_state_dict_pre_hook(_rename_buffers)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (N, 3) -> density (N,) per world unit, albedo (N, 3) in [0, 1]. Density is 0 outside the
-        box."""
+        """positions (N, 3) -> density (N,) per world unit, 0 outside the box, and albedo (N, 3) in [0, 1]."""
         raw = self._raw(positions)
         return self._activate(raw[:, 0], positions), raw[:, 1:].sigmoid()
 
@@ -92,28 +90,44 @@ class Field(nn.Module):
         return self._activate(self._raw(positions)[:, 0], positions)
 
     def normal(self, positions: Tensor, step: float = 0.01) -> Tensor:
-        """Unit outward normals (N, 3): minus the density's gradient, by differences over a tetrahedron of
-        half-width `step`.
+        """Unit outward normals (N, 3): the negative gradient of density, by finite differences.
 
-        Differentiable with respect to the parameters (four evaluations of the density).
+        Four evaluations of the density at the corners of a tetrahedron of half-width `step`; differentiable
+        with respect to the parameters.
         """
         taps = positions.new_tensor(TETRAHEDRON)
         density = self.density((positions[:, None] + step * taps).flatten(0, 1)).view(-1, 4)
-        # log1p keeps the direction while taming slopes of thousands at a hard surface.
+        # log1p keeps the direction and bounds slopes of thousands at a hard surface.
         return functional.normalize(-torch.log1p(density) @ taps, dim=-1, eps=1e-8)
 
-    def turn_by(self, quarters: int) -> None:
-        """Turn what is there about the vertical, by 90 degrees each, so that the box stays the box."""
-        quarter = self.turn.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-        self.turn.copy_(torch.linalg.matrix_power(quarter, quarters % 4) @ self.turn)
+    def surface_colours(self, points: Tensor, normals: Tensor, step: float) -> Tensor:
+        """Colours (N, 3) of surface points (N, 3), on the CPU: rendered along short rays against the normals.
+
+        Each ray is `RAY_STEPS` steps of length `step`. Points and normals (N, 3) are on the CPU.
+        """
+        offsets = torch.arange(RAY_STEPS)[:, None, None] * step
+        colours = []
+        chunks = (value.split(CHUNK // RAY_STEPS) for value in (points, normals))
+        for origin, normal in zip(*chunks, strict=True):
+            samples = (origin - offsets * normal).clamp(-1, 1).reshape(-1, 3)
+            density, albedo = self(samples.to(self.rotation.device))
+            thickness = density.reshape(RAY_STEPS, -1, 1).float().cpu() * step
+            weights = torch.exp(thickness - thickness.cumsum(0)) * (1 - torch.exp(-thickness)) + 1e-6
+            colour = (weights * albedo.reshape(RAY_STEPS, -1, 3).float().cpu()).sum(0)
+            colours.append(colour / weights.sum(0))
+        return torch.cat(colours).clamp(0, 1)
+
+    def rotate(self, quarter_turns: int) -> None:
+        """Rotate the scene about the vertical by 90 degrees a quarter turn, which maps the box to itself."""
+        quarter = self.rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+        self.rotation.copy_(torch.linalg.matrix_power(quarter, quarter_turns % 4) @ self.rotation)
 
     def _raw(self, positions: Tensor) -> Tensor:
-        with torch.autocast(
-            positions.device.type, enabled=False
-        ):  # in half, positions would be off by a cell
-            turned = positions @ self.turn
-        # Back to the positions' dtype: under autocast the MLP answers in half, too coarse to composite in.
-        return self.mlp(self.encoding((turned + 1) / 2)).to(positions.dtype)
+        # In half precision, positions would be off by a cell.
+        with torch.autocast(positions.device.type, enabled=False):
+            rotated = positions @ self.rotation
+        # Under autocast the MLP's output is in half precision, too coarse for compositing.
+        return self.mlp(self.encoding((rotated + 1) / 2)).to(positions.dtype)
 
     def _activate(self, raw: Tensor, positions: Tensor) -> Tensor:
         options = self.options

@@ -1,35 +1,39 @@
-"""The NeRF that is optimised: field, occupancy grid and background, rendered through cameras, saved as a
-folder."""
+"""The NeRF: field, occupancy grid and background, rendered through cameras."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distill.runtime.config import build
 from distill.runtime.errors import UserError
-from distill.runtime.files import atomic_path
 from sds3d.scene.cameras import Cameras
 from sds3d.scene.field import Field, FieldOptions
 from sds3d.scene.occupancy import OccupancyGrid
-from sds3d.scene.renderer import Rendered, RenderOptions, render
+from sds3d.scene.protocol import ParameterGroup, RenderedViews, Scene3D, SceneOptions
+from sds3d.scene.regularizers import RegularizerOptions, opacity_regularization, ray_regularization
+from sds3d.scene.renderer import RenderedRays, RenderOptions, render
 
-FORMAT = "sds3d-scene-1"
+if TYPE_CHECKING:
+    from sds3d.export.mesh import ExtractedMesh, MeshOptions
+
+CHUNK = 2**14  # rays rendered at once without gradients, which bounds the memory
 
 
 @dataclass(frozen=True)
 class BackgroundOptions:
-    """What lies behind the scene: a `fixed` colour, a learned `constant`, or a learned `mlp` of the ray's
-    direction."""
+    """The background: a `fixed` colour, a learned `constant`, or a learned `mlp` of the ray's direction.
+
+    Raises `UserError` for an unknown kind or a colour out of range.
+    """
 
     kind: Literal["fixed", "constant", "mlp"] = "fixed"
-    colour: tuple[float, float, float] = (1.0, 1.0, 1.0)  # RGB in [0, 1]; where a learned one starts
+    colour: tuple[float, float, float] = (
+        0.85,
+        0.85,
+        0.85,
+    )  # RGB in [0, 1], the initial value of a learned one
     width: int = 16  # of the MLP's hidden layer
 
     def __post_init__(self) -> None:
@@ -41,16 +45,12 @@ class BackgroundOptions:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """The occupancy grid: cells a side, steps between updates, decay per update, opacity of a cell that
-    counts as empty.
+    """The occupancy grid. Raises `UserError` for a value out of range."""
 
-    Raises `UserError` for a value out of range.
-    """
-
-    resolution: int = 48
-    every: int = 16
-    decay: float = 0.9
-    threshold: float = 0.01
+    resolution: int = 48  # cells a side
+    every: int = 16  # steps between updates
+    decay: float = 0.9  # of the density maximum, per update
+    threshold: float = 0.01  # opacity below which a cell is empty
 
     def __post_init__(self) -> None:
         if self.every < 1 or not 0 <= self.decay <= 1 or self.threshold <= 0:
@@ -60,40 +60,41 @@ class GridOptions:
             )
 
 
+@final
 @dataclass(frozen=True)
-class SceneOptions:
-    """All choices that make a scene; saved beside its weights."""
+class NerfOptions(SceneOptions):
+    """All choices that define a NeRF."""
 
     field: FieldOptions = dataclasses.field(default_factory=FieldOptions)
     grid: GridOptions = dataclasses.field(default_factory=GridOptions)
     render: RenderOptions = dataclasses.field(default_factory=RenderOptions)
     background: BackgroundOptions = dataclasses.field(default_factory=BackgroundOptions)
 
+    def build(self, device: torch.device | str = "cpu") -> "NeRF":
+        """A new NeRF on `device`."""
+        return NeRF(self, device)
 
+
+@final
 @dataclass(frozen=True)
-class RenderedViews:
-    """Images of B cameras. `rendered` holds the samples behind them (all rays, row by row) when rendered for
-    training."""
+class NerfViews(RenderedViews):
+    """Images of B cameras with the rays they consist of, and in training the samples on these."""
 
-    rgb: Tensor  # (B, 3, H, W) in [0, 1]
-    opacity: Tensor  # (B, 1, H, W)
-    depth: Tensor  # (B, 1, H, W) world units along the ray, 0 where nothing is
-    normal: Tensor | None  # (B, 3, H, W) world space, length <= 1: weighted by opacity
-    rendered: Rendered | None
     directions: Tensor  # (B * H * W, 3) unit
+    rays: RenderedRays | None  # in training only
 
     def split_gradients(self) -> tuple[Tensor, Tensor]:
-        """`rgb` twice, with a gradient to the density only and to the albedo only. For views rendered in training."""
-        assert self.rendered is not None
+        """`rgb` twice, with a gradient to the density only, and to the albedo only; for views of training."""
+        assert self.rays is not None
         count, _, height, width = self.rgb.shape
-        shaped, painted = (
-            part.view(count, height, width, 3).permute(0, 3, 1, 2) for part in self.rendered.split_gradients()
+        rgb_density_grad, rgb_albedo_grad = (
+            rgb.view(count, height, width, 3).permute(0, 3, 1, 2) for rgb in self.rays.split_gradients()
         )
-        return shaped, painted
+        return rgb_density_grad, rgb_albedo_grad
 
 
 class Background(nn.Module):
-    """Colours behind the scene, for directions (R, 3) -> (R, 3) in [0, 1]."""
+    """Background colours for ray directions (R, 3) -> (R, 3) in [0, 1]."""
 
     def __init__(self, options: BackgroundOptions) -> None:
         super().__init__()
@@ -106,9 +107,10 @@ class Background(nn.Module):
         if options.kind == "constant":
             self.logit = nn.Parameter(logit)
             return
-        self.mlp = nn.Sequential(nn.Linear(3, options.width), nn.ReLU(), nn.Linear(options.width, 3))
-        nn.init.zeros_(self.mlp[2].weight)
-        self.mlp[2].bias.data.copy_(logit)
+        last = nn.Linear(options.width, 3)
+        self.mlp = nn.Sequential(nn.Linear(3, options.width), nn.ReLU(), last)
+        nn.init.zeros_(last.weight)
+        last.bias.data.copy_(logit)
 
     def forward(self, directions: Tensor) -> Tensor:
         if self.kind == "mlp":
@@ -117,32 +119,58 @@ class Background(nn.Module):
         return colour.expand_as(directions)
 
 
-class Scene(nn.Module):
-    """A NeRF in the box [-1, 1]^3. `update` it as training goes on, `render` it, `save` and `load` it."""
+@final
+class NeRF(Scene3D):
+    """A radiance field without view dependence (Mildenhall et al. 2020; encoding: Mueller et al. 2022)."""
 
-    def __init__(self, options: SceneOptions, device: torch.device | str = "cpu") -> None:
-        super().__init__()
-        self.options = options
+    options: NerfOptions
+
+    def __init__(self, options: NerfOptions, device: torch.device | str = "cpu") -> None:
+        super().__init__(options)
         self.field = Field(options.field, device)
-        self.grid = OccupancyGrid(options.grid.resolution, options.grid.decay, options.grid.threshold).to(
-            device
-        )
+        grid = options.grid
+        self.grid = OccupancyGrid(grid.resolution, grid.decay, grid.threshold).to(device)
         self.background = Background(options.background).to(device)
 
-    @property
-    def device(self) -> torch.device:
-        return self.grid.levels.device
-
     def update(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Refresh the occupancy grid when `step` is a multiple of its interval. Call before rendering step
-        `step`."""
+        """Update the occupancy grid when `step` is a multiple of its interval."""
         if step % self.options.grid.every == 0:
             self.grid.update(self.field, generator)
 
-    def turn_by(self, quarters: int) -> None:
-        """Turn what is there about the vertical by quarters: what a camera at azimuth a saw is seen from a + 90 degrees each."""
-        self.field.turn_by(quarters)
-        self.grid.turn_by(quarters)
+    def rotate(self, quarter_turns: int) -> None:
+        """Rotate field and grid about the vertical, by 90 degrees a quarter turn."""
+        self.field.rotate(quarter_turns)
+        self.grid.rotate(quarter_turns)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The encoding's features, then all MLP weights."""
+        encoding = list(self.field.encoding.parameters())
+        ids = {id(parameter) for parameter in encoding}
+        mlps = [parameter for parameter in self.parameters() if id(parameter) not in ids]
+        return [ParameterGroup("encoding", "explicit", encoding), ParameterGroup("mlps", "mlp", mlps)]
+
+    def regularization(
+        self, views: RenderedViews, options: RegularizerOptions, progress: float, generator: torch.Generator
+    ) -> Tensor:
+        """The weighted sum of all terms in `options`, for views rendered in training."""
+        assert isinstance(views, NerfViews) and views.rays is not None
+        total = opacity_regularization(views.opacity, options, progress)
+        for term in ray_regularization(
+            self.field, views.rays, views.directions, options, progress, generator
+        ):
+            total = total + term
+        return total
+
+    def extract_mesh(self, options: "MeshOptions") -> "ExtractedMesh":
+        """An isosurface of the density. Raises `UserError` for an empty or diverged scene."""
+        from sds3d.export.mesh import extract_isosurface
+
+        return extract_isosurface(self, self.field.density, options)
+
+    @torch.no_grad()
+    def surface_colours(self, points: Tensor, normals: Tensor, spacing: float) -> Tensor:
+        """Colours along short rays against the normals, in steps of `spacing`."""
+        return self.field.surface_colours(points, normals, spacing)
 
     def render(
         self,
@@ -151,92 +179,55 @@ class Scene(nn.Module):
         generator: torch.Generator | None = None,
         training: bool = False,
         normals: bool = False,
-    ) -> RenderedViews:
-        """Images through `cameras`; `background` (B, 3) replaces the scene's own, as background augmentation
-        does.
+    ) -> NerfViews:
+        """Images through `cameras` over `background` (B, 3), or over the scene's own.
 
-        Training renders all rays at once, with gradients and with samples jittered by `generator`; otherwise
-        rays go in chunks, without gradients and without jitter. `normals` are rendered only where they are
-        asked for (four more evaluations a sample).
+        Training renders all rays at once, with samples jittered by `generator`; otherwise rays go in chunks,
+        without jitter. Normals cost four more field evaluations a sample.
         """
         origins, directions = (value.to(self.device) for value in cameras.rays())
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
-        behind = None if background is None else background.to(directions)
-        if behind is not None:
-            behind = behind[:, None].expand(-1, cameras.resolution**2, -1).reshape(-1, 3)
+        if background is not None:
+            background = background.to(directions)[:, None].expand(-1, cameras.resolution**2, -1)
+            background = background.reshape(-1, 3)
+
         with torch.set_grad_enabled(training):
-            if training:
-                rendered = self._rays(origins, directions, behind, generator)
-                images = self._layers(rendered, normals)
+            rays = self._rays(origins, directions, background, generator) if training else None
+            if rays is not None:
+                values = self._pixel_values(rays, normals)
             else:
-                rendered = None
-                images = self._chunks(origins, directions, behind, normals)
-        maps = images.view(len(cameras), cameras.resolution, cameras.resolution, -1).permute(0, 3, 1, 2)
-        normal = maps[:, 5:8] if normals else None
-        return RenderedViews(maps[:, :3], maps[:, 3:4], maps[:, 4:5], normal, rendered, directions)
+                values = self._render_chunks(origins, directions, background, normals)
+
+        images = values.view(len(cameras), cameras.resolution, cameras.resolution, -1).permute(0, 3, 1, 2)
+        normal = images[:, 5:8] if normals else None
+        return NerfViews(images[:, :3], images[:, 3:4], images[:, 4:5], normal, directions, rays)
 
     def _rays(
-        self, origins: Tensor, directions: Tensor, behind: Tensor | None, generator: torch.Generator | None
-    ) -> Rendered:
-        behind = self.background(directions) if behind is None else behind
-        return render(self.field, self.grid, origins, directions, behind, self.options.render, generator)
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        background: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> RenderedRays:
+        background = self.background(directions) if background is None else background
+        return render(self.field, self.grid, origins, directions, background, self.options.render, generator)
 
-    def _chunks(
-        self, origins: Tensor, directions: Tensor, behind: Tensor | None, normals: bool, size: int = 2**14
+    def _render_chunks(
+        self, origins: Tensor, directions: Tensor, background: Tensor | None, normals: bool
     ) -> Tensor:
-        behinds = [None] * -(-len(origins) // size) if behind is None else behind.split(size)
-        parts = zip(origins.split(size), directions.split(size), behinds)
-        return torch.cat([self._layers(self._rays(o, d, b, None), normals) for o, d, b in parts])
+        backgrounds = [None] * -(-len(origins) // CHUNK) if background is None else background.split(CHUNK)
+        chunks = zip(origins.split(CHUNK), directions.split(CHUNK), backgrounds, strict=True)
+        return torch.cat([self._pixel_values(self._rays(o, d, b, None), normals) for o, d, b in chunks])
 
-    def _layers(self, rendered: Rendered, normals: bool) -> Tensor:
-        """Colour, opacity, depth and, where asked for, normals side by side: (R, 5 or 8)."""
-        layers = [rendered.rgb, rendered.opacity[:, None], rendered.depth[:, None]]
+    def _pixel_values(self, rays: RenderedRays, normals: bool) -> Tensor:
+        """Colour, opacity, depth and optionally normals side by side: (R, 5 or 8)."""
+        values = [rays.rgb, rays.opacity[:, None], rays.depth[:, None]]
         if normals:
-            layers.append(rendered.gather(self._normals(rendered)))
-        return torch.cat(layers, dim=1)
+            values.append(rays.gather(self._normals(rays)))
+        return torch.cat(values, dim=1)
 
-    def _normals(self, rendered: Rendered, least: float = 1e-3) -> Tensor:
-        """Normals (M, 3) of the samples that weigh more than `least`; zero for the others, which no pixel
-        shows."""
-        shown = (rendered.weights > least).nonzero().squeeze(1)
-        normal = self.field.normal(rendered.points[shown])
-        return torch.zeros_like(rendered.points).index_copy(0, shown, normal)
-
-    def save(self, folder: Path | str) -> None:
-        """Write scene.safetensors (weights and grid) and scene.json (options) into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(folder / "scene.safetensors") as path:
-            save_file(tensors, str(path), metadata={"format": FORMAT})
-        with atomic_path(folder / "scene.json") as path:
-            path.write_text(
-                json.dumps({"format": FORMAT, "options": dataclasses.asdict(self.options)}, indent=2) + "\n"
-            )
-
-    @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> "Scene":
-        """The scene saved in `folder`. Raises `UserError` where that is no such folder, or a damaged one."""
-        folder = Path(folder)
-        hint = "give a folder written by Scene.save (scene.json and scene.safetensors)"
-        try:
-            content = json.loads((folder / "scene.json").read_text())
-            if content.get("format") != FORMAT:
-                raise UserError(
-                    f"{folder / 'scene.json'} has format {content.get('format')!r}, not {FORMAT!r}: {hint}"
-                )
-            scene = cls(build(SceneOptions, content["options"], "options"), device)
-            scene.load_state_dict(load_file(str(folder / "scene.safetensors"), device=str(device)))
-        except UserError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            raise UserError(f"{folder} holds no scene ({str(error).splitlines()[0]}): {hint}") from error
-        return scene
+    def _normals(self, rays: RenderedRays, min_weight: float = 1e-3) -> Tensor:
+        """Normals (M, 3) of samples of more than `min_weight`; zero for the others, which are invisible."""
+        visible = (rays.weights > min_weight).nonzero().squeeze(1)
+        normal = self.field.normal(rays.points[visible])
+        return torch.zeros_like(rays.points).index_copy(0, visible, normal)

@@ -69,7 +69,7 @@ def render(
 ) -> Render:
     """One view (`camera` of length 1) with supersample x supersample rays a pixel; face_albedo (F, 3)."""
     size, k = camera.resolution, supersample
-    face, distance, normal = caster.cast(*camera.at(size * k).rays())
+    face, distance, normal = caster.cast(*camera.with_resolution(size * k).rays())
     hit = (face >= 0).astype(np.float32)
     colour = shade(face_albedo[np.maximum(face, 0)].astype(np.float32), normal, light_turn)
 

@@ -17,10 +17,9 @@ from PIL import Image
 
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
-from distill.teacher.vocabulary import phrase
 from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
 from sds3d.text_to_3d.prompts import margin, view_of
-from sds3d.world.shapes import COLOURS, COMPOSED, OBJECTS, RELATIONS, Shape, make_pair, make_shape
+from sds3d.world.shapes import COLOURS, COMPOSED, OBJECTS, RELATIONS, Shape, make_pair, make_shape, noun_phrase
 
 SPLITS = ("train", "validation", "test")
 PHRASES = (
@@ -73,6 +72,7 @@ class WorldOptions:
     )
     supersample: int = 2
     geometry: bool = False  # depth and normals too
+    resolution: int = 64  # pixels a side
     camera: CameraOptions = field(default_factory=CameraOptions)
 
     def __post_init__(self) -> None:
@@ -109,10 +109,10 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
     colours = [_choose_colour(name, fresh if options.hold_out else None, rng) for name in names]
     relation = str(rng.choice(RELATIONS)) if pair else None
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    camera = sample_cameras(options.camera, 1, generator)
+    camera = sample_cameras(options.camera, 1, options.resolution, generator)
     azimuth, elevation = float(camera.azimuth), float(camera.elevation)
     view = view_of(azimuth, elevation) if margin(azimuth, elevation) >= options.view_margin else None
-    things = [phrase(colour, name) for colour, name in zip(colours, names, strict=True)]
+    things = [noun_phrase(colour, name) for colour, name in zip(colours, names, strict=True)]
     has_front = not pair and (names[0] not in COMPOSED or COMPOSED[names[0]][1])
     return {
         "file_name": f"{index:06d}.png",
