@@ -1,91 +1,193 @@
-"""A second stage: a scene is fitted to its own views as the teacher redraws them, round after round, ever closer to what they show.
+"""SDEdit refinement: the scene is fitted to its own views as the teacher resamples them, in rounds.
 
-Score distillation averages what the teacher would draw, so surfaces stay soft; a view that was sampled to its end is sharp. The
-loop is the iterative dataset update of Instruct-NeRF2NeRF (Haque et al. 2023, arXiv:2303.12789, section 4.2), its editor SDEdit.
+Score distillation averages over the teacher's samples, so surfaces stay blurred; a view sampled to the end is
+sharp. This is the iterative dataset update of Instruct-NeRF2NeRF (Haque et al. 2023, arXiv:2303.12789,
+section 4.2), with SDEdit (arXiv:2108.01073) as its editor.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from distill.core.sampling import Img2ImgInit, sample_ode
+from distill.core.score import Guided
+from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
-from sds3d.scene.cameras import Cameras
+from distill.runtime.optim import scale_learning_rates
+from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
+from sds3d.scene.protocol import RenderedViews
+from sds3d.text_to_3d.context import TextTo3dContext
+from sds3d.text_to_3d.stages.base import Stage, StageOptions
 
-CHUNK = 16  # views drawn at once; bounds the memory
+CHUNK = 16  # views sampled at once; bounds the memory
 
 
+@final
 @dataclass(frozen=True)
-class SDEditRefinementOptions:
-    """From a share `begin` of a run on: one round a strength (SDEdit's share of the way back to noise), in equal parts; [] for none.
+class SDEditRefinementOptions(StageOptions):
+    """From a fraction `start` of a run on: one round a strength, of equal length; [] for none.
 
-    Each draws `views` anew in `steps` of DDIM at `guidance`, to which the scene is then fitted with `weight` on the mean square
-    error, on the scale of the objective, at a learning rate of its own.
+    A round resamples `views` with DDIM at `guidance`; the scene is then fitted to them by the mean squared
+    error, whose `weight` is on the scale of the objective.
     """
 
-    strengths: tuple[float, ...] = ()
-    begin: float = 0.8
+    strengths: tuple[float, ...] = (
+        0.6,
+        0.5,
+        0.4,
+        0.3,
+    )  # fraction of the noise levels that SDEdit goes back to
+    start: float = 0.8
     views: int = 32
-    elevation: tuple[float, float] = (-10.0, 50.0)  # from above, what is drawn over loses the legs of chairs
+    elevation: tuple[float, float] = (-10.0, 50.0)  # degrees; views from above lose the legs of chairs
     guidance: float = 4.0
-    steps: int = 20
+    steps: int = 20  # of DDIM at strength 1
     weight: float = 3000.0
-    learning_rate: float = 0.02
-    opacity: float = 10.0  # the regulariser's weight meanwhile: the pictures say what is empty
+    learning_rate: float = 0.02  # of what the scene stores by place; other learning rates in proportion
+    opacity: float = 10.0  # the regulariser's weight here: the images show what is empty
 
     def __post_init__(self) -> None:
+        CameraOptions(elevation=self.elevation)  # raises for a range that no camera can have
         if self.steps < 1 or any(not 1 <= strength * self.steps <= self.steps for strength in self.strengths):
             raise UserError(
-                f"redraw.strengths is {list(self.strengths)}, steps {self.steps}: shares up to 1 of at least one step each are expected"
+                f"sdedit_refinement strengths are {list(self.strengths)} with {self.steps} steps: "
+                "fractions up to 1 of at least one step each are expected"
             )
-        if (
-            not 0 <= self.begin < 1
-            or self.views < 1
-            or min(self.weight, self.learning_rate) <= 0
-            or self.opacity < 0
-        ):
+        if not 0 <= self.start < 1 or self.views < 1:
+            raise UserError("sdedit_refinement needs start in [0, 1) and at least 1 view")
+        if min(self.weight, self.learning_rate) <= 0 or self.opacity < 0:
             raise UserError(
-                "redraw needs begin in [0, 1), at least 1 view, a positive weight and learning_rate, opacity of 0 or more"
+                "sdedit_refinement needs a positive weight and learning_rate, and opacity of 0 or more"
             )
+
+    @property
+    def updates_from(self) -> float | None:
+        """From the first round on."""
+        return self.start if self.strengths else None
+
+    @property
+    def fixed_pose_from(self) -> float | None:
+        """From the first round on: the resampled views are tied to their cameras."""
+        return self.updates_from
 
     def rounds(self, steps: int) -> dict[int, float]:
-        """The strength of each round by the step of a run that it begins at."""
-        first, count = round(self.begin * steps), len(self.strengths)
-        begins = {
-            first + (steps - first) * number // count: strength
-            for number, strength in enumerate(self.strengths)
+        """The strength of each round by its first step, in a run of `steps`."""
+        first, count = round(self.start * steps), len(self.strengths)
+        strengths = {
+            first + (steps - first) * index // count: strength
+            for index, strength in enumerate(self.strengths)
         }
-        return {at: strength for at, strength in begins.items() if at < steps}
+        return {step: strength for step, strength in strengths.items() if step < steps}
 
-    def cost(self, steps: int) -> int:
-        """U-Net work of the rounds of a run of so many steps in F, one forward pass of a sample."""
-        return (
-            self.views
-            * (1 if self.guidance == 1 else 2)
-            * sum(int(self.steps * share) for share in self.rounds(steps).values())
-        )
+    def nfe(self, steps: int) -> int:
+        """NFE of the rounds in a run of `steps`."""
+        samples = self.views * (1 if self.guidance == 1 else 2)
+        return samples * sum(int(self.steps * strength) for strength in self.rounds(steps).values())
+
+    def build(self, context: TextTo3dContext) -> "SDEditRefinementStage":
+        """The stage of a run."""
+        return SDEditRefinementStage(context, self)
 
 
+@final
+class SDEditRefinementStage(Stage):
+    """Resamples the scene's views at the start of a round, and fits the scene to them at every step."""
+
+    def __init__(self, context: TextTo3dContext, options: SDEditRefinementOptions) -> None:
+        self.context, self.options = context, options
+        resolution = context.teacher.resolution
+        self.rounds = options.rounds(context.run.options.steps)
+        self.cameras = replace(context.options.camera, elevation=options.elevation)
+        self.refined = RefinedViews(options.views, resolution).to(context.run.device)
+
+    def state(self) -> Mapping[str, Stateful]:
+        """The resampled views."""
+        return {"refined_views": self.refined} if self.rounds else {}
+
+    def nfe(self, updates: int) -> int:
+        """NFE of the rounds; fitting needs none."""
+        return self.options.nfe(self.context.run.options.steps)
+
+    def before_step(self, step: int) -> None:
+        """Resample the views where a round begins."""
+        if step in self.rounds:
+            self.resample_views(self.rounds[step])
+
+    def update(self, step: int, progress: float) -> RenderedViews:
+        """One update towards the resampled views."""
+        return self.refine_step(step)
+
+    def resample_views(self, strength: float) -> None:
+        """Resample views of the scene from new cameras by SDEdit, each with the prompt of its view."""
+        context, options, teacher = self.context, self.options, self.context.teacher
+        generator = context.run.generator
+        cameras = sample_cameras(self.cameras, options.views, teacher.resolution, generator)
+        background = context.backgrounds(options.views)
+        renders = context.scene.render(cameras.to(context.run.device), background).rgb
+
+        clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        uncond = teacher.encode_text([context.options.negative_prompt])
+        guided = Guided(context.conditioned_teacher, uncond, options.guidance)
+        images = []
+        for indices in torch.arange(len(renders)).split(CHUNK):
+            chunk = cameras.select(indices)
+            context.set_cameras(chunk)
+            latents = sample_ode(
+                guided,
+                teacher.scheduler,
+                context.encode_prompts(chunk),
+                noise[indices],
+                options.steps,
+                init=Img2ImgInit(clean[indices], strength),
+            )
+            images.append(teacher.decode(latents))
+
+        self.refined.replace(cameras, background, torch.cat(images).clamp(0, 1))
+        context.run.preview("refined", self.refined.images)
+
+    def refine_step(self, step: int) -> RenderedViews:
+        """One update of the scene by the squared error to some of the resampled views."""
+        context, options, generator = self.context, self.options, self.context.run.generator
+        base = context.options.learning_rate
+        rates = [options.learning_rate * rate / base for rate in context.learning_rates]
+        scale_learning_rates(context.optimizer.param_groups, rates, 1.0)
+
+        context.scene.update(step, generator)
+        cameras, background, images = self.refined.sample(context.options.views, generator)
+        views = context.scene.render(cameras, background, generator, training=True)
+        rgb_loss = (views.rgb - images).square().mean()
+        regularizers = replace(context.options.regularizers, opacity=options.opacity)
+        context.optimizer_step(options.weight * rgb_loss + context.regularization(views, 1.0, regularizers))
+        context.run.log(rgb_loss=rgb_loss.detach())
+        return views
+
+
+@final
 class RefinedViews(nn.Module):
-    """V views: their cameras, the greys behind them and what was drawn; a module, so that checkpoints hold it."""
+    """V views: their cameras, backgrounds and images; a module, so that checkpoints hold them."""
 
     def __init__(self, views: int, resolution: int) -> None:
         super().__init__()
         self.resolution = resolution
-        shapes = {"images": (3, resolution, resolution), "behind": (3,), "position": (3,), "rotation": (3, 3)}
-        for name, shape in {**shapes, "azimuth": (), "elevation": (), "fovy": ()}.items():
+        shapes: dict[str, tuple[int, ...]] = {"images": (3, resolution, resolution), "background": (3,)}
+        shapes |= {"position": (3,), "rotation": (3, 3), "azimuth": (), "elevation": (), "fovy": ()}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(views, *shape))
 
-    def take(self, cameras: Cameras, behind: Tensor, images: Tensor) -> None:
+    def replace(self, cameras: Cameras, background: Tensor, images: Tensor) -> None:
         """Replace all views."""
-        given = {**vars(cameras), "behind": behind, "images": images}
-        for name, kept in self.named_buffers():
-            kept.copy_(given[name])
+        values = {**vars(cameras), "background": background, "images": images}
+        for name, buffer in self.named_buffers():
+            buffer.copy_(values[name])
 
-    def some(self, count: int, generator: torch.Generator) -> tuple[Cameras, Tensor, Tensor]:
-        """Cameras, greys (count, 3) and images (count, 3, H, W) of views drawn without repetition."""
-        at = torch.randperm(len(self.images), generator=generator)[:count].to(self.images.device)
-        every = Cameras(
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Cameras, Tensor, Tensor]:
+        """Cameras, backgrounds (count, 3) and images (count, 3, H, W) of random views without repetition."""
+        indices = torch.randperm(len(self.images), generator=generator)[:count].to(self.images.device)
+        cameras = Cameras(
             self.position, self.azimuth, self.elevation, self.rotation, self.fovy, self.resolution
         )
-        return every.some(at), self.behind[at], self.images[at]
+        return cameras.select(indices), self.background[indices], self.images[indices]

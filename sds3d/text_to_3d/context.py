@@ -1,0 +1,156 @@
+"""What the stages of a text-to-3D run share: prompt, cameras, teacher, critic, scene and optimizer."""
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from distill.core.conditioning import Conditioning
+from distill.core.teacher import Teacher
+from distill.data.images import BACKGROUND
+from distill.objectives.algebra import PromptConditionings, encode_prompts
+from distill.objectives.critic import Critic
+from distill.objectives.options import PERP_NEG_PROMPTS, ObjectiveOptions
+from distill.runtime.errors import UserError
+from distill.runtime.optim import optimizer_step
+from distill.runtime.run import Run
+from sds3d.scene.cameras import CameraOptions, Cameras
+from sds3d.scene.protocol import RenderedViews, SceneOptions
+from sds3d.scene.regularizers import RegularizerOptions
+from sds3d.text_to_3d.mesh_control import MeshControl
+from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, view_of, view_prompt
+
+CAMERA_DIM = 12  # size of `Cameras.poses`, which a critic is conditioned on
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """The options that all stages share."""
+
+    prompt: str
+    negative_prompt: str = ""
+    views: int = 4  # cameras a step
+    view_words: bool = True  # view-dependent prompts: "..., front view"
+    camera: CameraOptions = field(default_factory=lambda: CameraOptions(elevation=(-10.0, 70.0)))
+    background: tuple[float, float] = (
+        BACKGROUND  # range of the grey behind each view, as in the teacher's data
+    )
+    learning_rate: float = 0.03  # of what the scene stores by place, such as a feature grid
+    mlp_learning_rate: float = 0.005
+    adam_epsilon: float = 1e-15  # larger values freeze parameters with tiny gradients, such as empty space
+    regularizers: RegularizerOptions = field(default_factory=RegularizerOptions)
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise UserError(f"views is {self.views}: at least 1 is needed")
+        if min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
+            raise UserError("learning_rate, mlp_learning_rate and adam_epsilon must be positive")
+        if not 0 <= self.background[0] <= self.background[1] <= 1:
+            raise UserError(
+                f"background is {list(self.background)}: expected two grey levels in [0, 1], low then high"
+            )
+
+
+@final
+class TextTo3dContext:
+    """A scene under optimisation, and what its updates are computed from."""
+
+    def __init__(
+        self,
+        run: Run,
+        teacher: Teacher,
+        scene: SceneOptions,
+        objective: ObjectiveOptions,
+        options: SharedOptions,
+        control: MeshControl | None = None,
+    ) -> None:
+        """control: a coarse mesh that fixes the shape, through an adapter of the teacher."""
+        self.run, self.teacher, self.options, self.control = run, teacher, options, control
+        self.conditioned_teacher = teacher if control is None else control.teacher
+        self.scene = scene.build(run.device)
+        self.objective = objective
+        critic = objective.critic
+        self.critic = None if critic is None else Critic(teacher, critic, camera_dim=CAMERA_DIM)
+
+        groups = self.scene.parameter_groups()
+        by_role = {"explicit": options.learning_rate, "mlp": options.mlp_learning_rate}
+        self.learning_rates = [by_role[group.role] * group.lr_scale for group in groups]
+        self.optimizer = torch.optim.Adam(
+            [
+                {"params": group.parameters, "lr": rate}
+                for group, rate in zip(groups, self.learning_rates, strict=True)
+            ],
+            betas=(0.9, 0.99),
+            eps=options.adam_epsilon,
+        )
+
+    def backgrounds(self, count: int) -> Tensor:
+        """Random grey backgrounds (count, 3) on the run's device."""
+        return grey_backgrounds(self.options.background, count, self.run.generator).to(self.run.device)
+
+    def set_cameras(self, cameras: Cameras) -> None:
+        """Render the mesh control, where there is one, from the cameras of the teacher's next batches."""
+        if self.control is not None:
+            self.control.set_cameras(cameras.with_resolution(self.teacher.resolution))
+
+    def encode_prompts(self, cameras: Cameras) -> Conditioning:
+        """The conditioning of each camera's prompt."""
+        return self.teacher.encode_text(camera_prompts(self.options, cameras))
+
+    def prompt_conditionings(self, cameras: Cameras) -> PromptConditionings:
+        """What the objective evaluates at cameras; for a critic the prompt and, as an extra, the camera."""
+        conditionings = prompt_conditionings(self.teacher, self.options, self.objective, cameras)
+        if self.critic is None:
+            return conditionings
+        poses = cameras.to(self.run.device).poses()
+        critic = conditionings.by_name["conditional"].with_extras(camera=poses)
+        return conditionings.updated(critic=critic)
+
+    def regularization(
+        self, views: RenderedViews, progress: float, options: RegularizerOptions | None = None
+    ) -> Tensor:
+        """The scene's penalties, by default those of the run's options."""
+        weights = self.options.regularizers if options is None else options
+        return self.scene.regularization(views, weights, progress, self.run.generator)
+
+    def optimizer_step(self, loss: Tensor) -> None:
+        """One update of the scene."""
+        optimizer_step(self.optimizer, loss)
+
+
+def prompt_conditionings(
+    teacher: Teacher, options: SharedOptions, objective: ObjectiveOptions, cameras: Cameras
+) -> PromptConditionings:
+    """The conditionings that an objective evaluates, one row a camera; for Perp-Neg two other views too."""
+    conditionings = encode_prompts(
+        teacher.encode_text, camera_prompts(options, cameras), objective, options.negative_prompt
+    )
+    if PERP_NEG_PROMPTS[0] not in objective.prompt_names:
+        return conditionings
+
+    contrast = [CONTRAST_VIEWS[view] for view in camera_views(cameras)]
+    others = {
+        name: teacher.encode_text([view_prompt(options.prompt, views[index]) for views in contrast])
+        for index, name in enumerate(PERP_NEG_PROMPTS)
+    }
+    return conditionings.updated(**others)
+
+
+def grey_backgrounds(levels: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """One grey level a view, uniform between two, as RGB (count, 3)."""
+    low, high = levels
+    return (low + (high - low) * torch.rand(count, 1, generator=generator)).expand(count, 3)
+
+
+def camera_views(cameras: Cameras) -> list[str]:
+    """The view word of each camera."""
+    angles = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
+    return [view_of(azimuth, elevation) for azimuth, elevation in angles]
+
+
+def camera_prompts(options: SharedOptions, cameras: Cameras) -> list[str]:
+    """The prompt of each camera, with its view word where they are enabled."""
+    if not options.view_words:
+        return [options.prompt] * len(cameras)
+    return [view_prompt(options.prompt, view) for view in camera_views(cameras)]
