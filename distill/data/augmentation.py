@@ -1,6 +1,6 @@
-"""Random changes of image batches (B, 3, H, W) in [0, 1] that keep what is seen; each image draws its own amounts.
+"""Label-preserving augmentations of image batches (B, 3, H, W) in [0, 1]; amounts are sampled per image.
 
-None mirrors by itself (sides are meaning) and none turns the hue.
+None mirrors by default (left and right can be labels) and none changes the hue.
 """
 
 import torch
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 
 
 def uniform(images: Tensor, generator: torch.Generator, low: float, high: float) -> Tensor:
-    """One number an image, (B, 1, 1, 1)."""
+    """One uniform number per image, (B, 1, 1, 1)."""
     return low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
 
 
-def some(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
-    """Whether an image is chosen, (B, 1, 1, 1); small cues such as a nose need sharp images to be learnt."""
-    return torch.rand(len(images), 1, 1, 1, generator=generator) < share
+def bernoulli_mask(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
+    """Which images are selected, (B, 1, 1, 1) bool; each with `probability`."""
+    return torch.rand(len(images), 1, 1, 1, generator=generator) < probability
 
 
-def move(images: Tensor, generator: torch.Generator, mirror: float = 0.0) -> Tensor:
-    """Zoomed by 10 % and shifted by 5 % of the side at most, a share of them mirrored; the border goes on."""
+def random_affine(images: Tensor, generator: torch.Generator, mirror: float = 0.0) -> Tensor:
+    """Zoom by up to 10 %, shift by up to 5 % of the side, mirror with a probability; border replicated."""
     theta = torch.zeros(len(images), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 0.9 + 0.2 * torch.rand(len(images), generator=generator)
     theta[:, :, 2] = 0.1 * (2 * torch.rand(len(images), 2, generator=generator) - 1)
@@ -29,15 +29,19 @@ def move(images: Tensor, generator: torch.Generator, mirror: float = 0.0) -> Ten
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def soften(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Half of them blended with a box blur of radius 1 or 2 pixels; a negative share sharpens."""
+def blur_sharpen(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images blended with a box blur of radius 1 or 2 pixels; a negative weight sharpens.
+
+    The other half stays sharp: small features, such as a nose, are visible in sharp images only.
+    """
     radius = int(torch.randint(1, 3, (), generator=generator))
     blurred = F.avg_pool2d(F.pad(images, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
-    return images.lerp(blurred, uniform(images, generator, -0.5, 1.0) * some(images, generator, 0.5))
+    weight = uniform(images, generator, -0.5, 1.0) * bernoulli_mask(images, generator, 0.5)
+    return images.lerp(blurred, weight)
 
 
-def relight(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Saturation, contrast and brightness; each image alone."""
+def color_jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random saturation, contrast and brightness."""
     grey = images.mean(1, keepdim=True)
     images = grey + (images - grey) * uniform(images, generator, 0.75, 1.25)
     mean = images.mean((1, 2, 3), keepdim=True)
@@ -45,19 +49,19 @@ def relight(images: Tensor, generator: torch.Generator) -> Tensor:
     return contrasted * uniform(images, generator, 0.8, 1.15)
 
 
-def add_noise(images: Tensor, generator: torch.Generator, most: float) -> Tensor:
-    """Half of them with Gaussian noise of a deviation up to `most`."""
-    noise = torch.randn(images.shape, generator=generator) * uniform(images, generator, 0, most)
-    return images + noise * some(images, generator, 0.5)
+def add_noise(images: Tensor, generator: torch.Generator, max_std: float) -> Tensor:
+    """Gaussian noise on half of the images, its standard deviation uniform up to `max_std`."""
+    noise = torch.randn(images.shape, generator=generator) * uniform(images, generator, 0, max_std)
+    return images + noise * bernoulli_mask(images, generator, 0.5)
 
 
-def cover(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A grey rectangle, at most a quarter of the side, on a fifth of the images (Zhong et al. 2017)."""
+def random_erasing(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A grey rectangle of at most a quarter of the side, on a fifth of the images (Zhong et al. 2017)."""
     side = images.shape[-1]
     pixels = torch.arange(side)
     size = uniform(images, generator, 0, side / 4), uniform(images, generator, 0, side / 4)
     start = uniform(images, generator, 0, side), uniform(images, generator, 0, side)
     rows = (pixels[:, None] >= start[0]) & (pixels[:, None] < start[0] + size[0])
     columns = (pixels >= start[1]) & (pixels < start[1] + size[1])
-    chosen = rows & columns & some(images, generator, 0.2)
-    return torch.where(chosen, uniform(images, generator, 0, 1), images)
+    erased = rows & columns & bernoulli_mask(images, generator, 0.2)
+    return torch.where(erased, uniform(images, generator, 0, 1), images)

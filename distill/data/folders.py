@@ -1,4 +1,4 @@
-"""Captioned image folders (the `datasets` imagefolder convention: images beside a metadata.jsonl) and atomic files."""
+"""Captioned image folders: images beside a metadata.jsonl (the imagefolder convention of `datasets`)."""
 
 import json
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.images import BACKGROUND, open_image
+from distill.data.images import BACKGROUND, read_pixels
 from distill.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """A split in memory: images (N, 3 or 4, H, W) uint8 and one metadata row an image, each with a `text`."""
+    """A split in memory: images (N, 3 or 4, H, W) uint8 and a metadata row per image, each with a `text`."""
 
     images: Tensor
     rows: list[dict[str, Any]]
@@ -30,37 +30,41 @@ class CaptionedImages:
         return [row["text"] for row in self.rows]
 
     def composite(self, indices: Tensor | Sequence[int] | slice, background: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1]; transparent ones lie on grey levels `background` (B,), else on their own fixed level."""
+        """Images (B, 3, H, W) in [0, 1] over grey levels `background` (B,), by default fixed ones."""
         if not isinstance(indices, slice):
             indices = torch.as_tensor(indices, dtype=torch.long)  # a tuple would index dimensions
-        chosen = self.images[indices].float() / 255
-        if chosen.shape[1] == 3:
-            return chosen
+        images = self.images[indices].float() / 255
+        if images.shape[1] == 3:
+            return images
+
         levels = grey_levels(len(self))[indices] if background is None else background
-        colour, alpha = chosen[:, :3], chosen[:, 3:]
+        colour, alpha = images[:, :3], images[:, 3:]
         return colour * alpha + levels[:, None, None, None] * (1 - alpha)
 
-    def select(self, keep: Sequence[int]) -> "CaptionedImages":
+    def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images at these indices."""
-        return CaptionedImages(
-            self.images[torch.as_tensor(keep, dtype=torch.long)], [self.rows[i] for i in keep]
-        )
+        images = self.images[torch.as_tensor(indices, dtype=torch.long)]
+        return CaptionedImages(images, [self.rows[i] for i in indices])
 
 
 def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Background levels (count,), uniform in `BACKGROUND`; the same for every call without a generator."""
+    """Background levels (count,), uniform in `BACKGROUND`; the same at every call without a generator."""
     generator = generator or torch.Generator().manual_seed(0)
     low, high = BACKGROUND
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
 def read_rows(folder: Path | str) -> list[dict[str, Any]]:
-    """The rows of a folder's metadata.jsonl. Raises `UserError` where it is missing, broken or lacks `file_name` or `text`."""
+    """The rows of a folder's metadata.jsonl.
+
+    Raises `UserError` where the file is missing, is not JSON or lacks `file_name` or `text`.
+    """
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist: expected images beside a metadata.jsonl with file_name and text in each line"
+            f"{path} does not exist: expected images beside a metadata.jsonl, file_name and text in each line"
         )
+
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -78,31 +82,31 @@ def read_rows(folder: Path | str) -> list[dict[str, Any]]:
 def load_split(
     folder: Path | str, split: str, resolution: int = 64, limit: int | None = None
 ) -> CaptionedImages:
-    """One split of a captioned image folder (`folder/split/metadata.jsonl`), the first `limit` rows where given.
+    """One split of a captioned image folder (`folder/split/metadata.jsonl`), at most `limit` rows.
 
-    Raises `UserError` for a missing folder or split, broken rows and unreadable images.
+    Raises `UserError` for a missing folder or split, malformed rows and unreadable images.
     """
-    place = Path(folder) / split
-    rows = read_rows(place)[:limit]
-    images = [open_image(place / row["file_name"], resolution) for row in rows]
-    if len({image.shape[2] for image in images}) > 1:  # mixed: transparent images decide
-        images = [
-            i if i.shape[2] == 4 else np.dstack([i, np.full(i.shape[:2], 255, np.uint8)]) for i in images
-        ]
+    folder = Path(folder) / split
+    rows = read_rows(folder)[:limit]
+    images = [read_pixels(folder / row["file_name"], resolution) for row in rows]
+    if len({image.shape[2] for image in images}) > 1:  # some have transparency: add it to the others
+        opaque = np.full((resolution, resolution), 255, np.uint8)
+        images = [image if image.shape[2] == 4 else np.dstack([image, opaque]) for image in images]
     return CaptionedImages(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
 
 
-def batches(count: int, size: int, step: int, seed: int) -> Tensor:
-    """The indices (size,) of the batch at a step, a pure function, so that a data position needs no state.
+def batch_indices(count: int, size: int, step: int, seed: int) -> Tensor:
+    """The indices (size,) of the batch at a step; a pure function, so that checkpoints need no data position.
 
-    Batches are cut from an endless stream of permutations of `count` items, a fresh one an epoch.
+    Batches are slices of an endless stream of permutations of `count` items, a new one per epoch.
+    Raises `UserError` for a count or size below 1.
     """
     if count < 1 or size < 1:
-        raise UserError(f"cannot draw batches of {size} from {count} items; expected at least one of each")
+        raise UserError(f"cannot sample batches of {size} from {count} items; expected at least one of each")
     first, end = step * size, (step + 1) * size
     epochs = range(first // count, (end - 1) // count + 1)
-    cuts = [_permutation(count, seed, e)[max(first - e * count, 0) : end - e * count] for e in epochs]
-    return torch.cat(cuts)
+    slices = [_permutation(count, seed, e)[max(first - e * count, 0) : end - e * count] for e in epochs]
+    return torch.cat(slices)
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""Image files to tensors."""
+"""Image files to arrays and tensors."""
 
 from pathlib import Path
 
@@ -9,43 +9,46 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 
-BACKGROUND = (0.4, 1.0)  # grey levels that transparent images are laid on
+BACKGROUND = (0.4, 1.0)  # range of the grey levels behind transparent training images
+GREY = sum(BACKGROUND) / 2
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+def load_image(path: Path | str, resolution: int, background: float = GREY) -> Tensor:
+    """The centre square of an image file, (1, 3, resolution, resolution) in [0, 1], over a grey `background`.
+
+    Another size is resampled by Lanczos; an opaque square image of the given resolution stays as it is.
+    Raises `UserError` for a file that is no image.
+    """
+    image = torch.from_numpy(read_pixels(path, resolution).copy()).permute(2, 0, 1)[None].float() / 255
+    if image.shape[1] == 3:
+        return image
+    colour, alpha = image[:, :3], image[:, 3:]
+    return colour * alpha + background * (1 - alpha)
 
 
-def open_image(path: Path, resolution: int) -> np.ndarray:
-    """(H, W, 3 or 4) uint8, cut square and resized where it is not. Raises `UserError` for what is no image."""
+def read_pixels(path: Path | str, resolution: int) -> np.ndarray:
+    """The same square as (resolution, resolution, C) uint8; C is 4 where the file has transparency, else 3.
+
+    Raises `UserError` for a file that is no image.
+    """
     try:
-        image = Image.open(path)
+        image: Image.Image = Image.open(path)
         image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error})") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from None
     if image.size != (resolution, resolution):
-        side = min(image.size)  # centre crop, then resize
+        side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize(
-            (resolution, resolution), Image.Resampling.LANCZOS
-        )
+        square = image.crop((left, top, left + side, top + side))
+        image = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return np.asarray(image)
-
-
-def composite_over(pixels: np.ndarray) -> Tensor:
-    """An image (1, 3, H, W) in [0, 1] of (H, W, 3 or 4) uint8, what is transparent on the middle of the grey levels."""
-    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-    return (
-        image
-        if image.shape[1] == 3
-        else image[:, :3] * image[:, 3:] + sum(BACKGROUND) / 2 * (1 - image[:, 3:])
-    )
 
 
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder, by name. Raises `UserError` where there are none."""
-    files = (
-        sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES) if folder.is_dir() else []
-    )
+    entries = folder.iterdir() if folder.is_dir() else ()
+    files = sorted(path for path in entries if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise UserError(f"{folder} holds no images: expected a folder with {', '.join(IMAGES)}")
+        raise UserError(f"{folder} holds no images: expected a folder with {', '.join(SUFFIXES)}")
     return files
