@@ -1,27 +1,223 @@
-"""What the documents say is what the code does: the table of losses, the loss that is added live."""
+"""The documentation agrees with the code: commands, options, links, paths, the losses' table and the examples."""
 
+import ast
+import dataclasses
+import importlib
 import re
+import shlex
+import shutil
+import sys
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import entry
+import pytest
 import yaml
 
 from distill.objectives.options import ObjectiveOptions
-from distill.runtime.config import build
+from distill.runtime.config import build, defaults_of, fields_of
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "docs" / "losses.md").read_text()
+CARDS = sorted((ROOT / "distill" / "weights").rglob("README.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
+PLACEHOLDERS = {"CYCLES": "100", "objective=NAME": "objective=sds", "method=NAME": "method=dmd2"}
+LOSSES = (ROOT / "docs" / "losses.md").read_text()
 
 
-def test_the_table_states_every_loss_and_its_cost() -> None:
-    told = {name: int(cost) for name, cost in re.findall(r"^\| `(\w+)` .*\| (\d+) \|$", TEXT, re.MULTILINE)}
-    configs = (ROOT / "configs" / "objective").glob("*.yaml")
-    assert told == {
-        path.stem: build(ObjectiveOptions, yaml.safe_load(path.read_text()), path.stem).cost()
-        for path in configs
+def page_id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def inline_code(text: str) -> list[str]:
+    """Code between backticks, outside of fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+
+
+def heredocs(text: str) -> dict[str, str]:
+    """The files that a page's shell blocks write with `cat > path <<'YAML'`, by path."""
+    return dict(re.findall(r"cat > (\S+) <<'YAML'\n(.*?)\nYAML\n", text, re.DOTALL))
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of a script, with values for placeholders."""
+    shell = re.sub(r"<<'YAML'\n.*?\nYAML\n", "\n", "\n".join(blocks(text, "bash")), flags=re.DOTALL)
+    lines = [*shell.splitlines(), *(code for code in inline_code(text) if "scripts/" in code)]
+    found = []
+    for line in lines:
+        for old, new in PLACEHOLDERS.items():
+            line = line.replace(old, new)
+        for command in re.split(r" && ", line):
+            words = shlex.split(command, comments=True)
+            if words and words[0] in ("python", "bash", "torchrun"):
+                found.append(words)
+    return found
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The config folder with the files that the pages tell the reader to write."""
+    folder = shutil.copytree(ROOT / "configs", tmp_path_factory.mktemp("docs") / "configs")
+    for page in PAGES:
+        for path, content in heredocs(page.read_text()).items():
+            (folder.parent / path).parent.mkdir(exist_ok=True)
+            (folder.parent / path).write_text(content + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "CONFIGS", folder)
+        yield folder
+
+
+@cache
+def entry_of(script: str) -> tuple[str, type, str | None] | None:
+    """The arguments of a script's call of `entry`: config name, options class, positional option."""
+    tree = ast.parse((ROOT / "scripts" / f"{script}.py").read_text())
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "entry"]
+    if not calls:
+        return None
+    name, cls = calls[0].args[0], calls[0].args[1]
+    assert isinstance(name, ast.Constant) and isinstance(cls, ast.Name)
+    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in calls[0].keywords}
+    return name.value, getattr(importlib.import_module(script), cls.id), named.get("positional")
+
+
+COMMANDS = sorted({shlex.join(words) for page in PAGES for words in commands(page.read_text())})
+SCRIPTS = [command for command in COMMANDS if re.match(r"(python|torchrun .*) scripts/", command)]
+
+
+def test_commands_are_found() -> None:
+    assert len(SCRIPTS) > 60
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"entry"} == {
+        re.search(r"scripts/(\w+)\.py", command)[1]  # type: ignore[index]
+        for command in SCRIPTS
     }
 
 
-def test_the_loss_that_is_added_live_is_one() -> None:
-    (added,) = re.findall(r"<<'YAML'\n(.*?)\nYAML\n", TEXT, re.DOTALL)
-    options = build(ObjectiveOptions, yaml.safe_load(added), "my_csd")
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_command_is_accepted_by_its_script(
+    command: str, configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(command)
+    script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    arguments = entry_of(Path(words[script]).stem)
+    if arguments is None:
+        assert words[script + 1 :] == [], "this script takes no options"
+        return
+    name, cls, positional = arguments
+    built: list[Any] = []
+    monkeypatch.setattr(sys, "argv", words[script:])
+    try:
+        entry.entry(name, cls, built.append, positional)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    assert "--help" in words or isinstance(built[0], cls)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("bash ")])
+def test_shell_script_exists(command: str) -> None:
+    _, script, *arguments = shlex.split(command)
+    assert (ROOT / script).is_file()
+    paths = [argument for argument in arguments if argument.startswith("tests/")]
+    assert all((ROOT / path).exists() for path in paths)
+
+
+def has_option(hint: Any, default: Any, keys: list[str]) -> bool:
+    """Whether a type of options, or its default, has the option that the keys lead to."""
+    if not keys or isinstance(default, Mapping) and keys[0] not in default:
+        return not keys
+    if isinstance(default, Mapping):
+        return has_option(type(default[keys[0]]), default[keys[0]], keys[1:])
+    candidates = [type(default), hint, *typing.get_args(hint)]
+    for cls in [cls for cls in candidates if dataclasses.is_dataclass(cls) and isinstance(cls, type)]:
+        fields = fields_of(cls)
+        if keys[0] in fields:
+            values = defaults_of(fields, default if type(default) is cls else None)
+            return has_option(typing.get_type_hints(cls)[keys[0]], values.get(keys[0]), keys[1:])
+    return False
+
+
+def option_mentions(text: str) -> set[str]:
+    """Dotted options in a page's inline code, with or without a value: `run.seed=1`, `text_to_3d.camera`."""
+    words = [word for code in inline_code(text) for word in re.split(r"[ \"]+", code)]
+    named = [re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:=.*)?$", word) for word in words]
+    suffixes = {path.suffix.removeprefix(".") for path in ROOT.rglob("*") if path.suffix} | {"gz"}
+    names = {match[1] for match in named if match}
+    return {name for name in names if name.split(".")[-1] not in suffixes or f"{name}=" in text}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_options_exist(page: Path) -> None:
+    scripts = [entry_of(path.stem) for path in (ROOT / "scripts").glob("*.py") if path.stem != "entry"]
+    classes = [arguments[1] for arguments in scripts if arguments is not None]
+    groups = {key for cls in classes for key, hint in typing.get_type_hints(cls).items() if _nested(hint)}
+    mentioned = {name for name in option_mentions(page.read_text()) if name.split(".")[0] in groups}
+    missing = {
+        name for name in mentioned if not any(has_option(cls, None, name.split(".")) for cls in classes)
+    }
+    assert missing == set()
+
+
+def _nested(hint: Any) -> bool:
+    return any(dataclasses.is_dataclass(cls) for cls in (hint, *typing.get_args(hint)))
+
+
+def anchors(path: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_and_paths_resolve(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if not path.startswith("http"):
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+    rooms = ("distill/", "sds3d/", "scripts/", "configs/", "tests/", "docs/")
+    paths = [word for code in inline_code(text) for word in code.split() if word.startswith(rooms)]
+    written = heredocs(text)
+    missing = [path for path in paths if not (ROOT / path).exists() and path not in written]
+    assert [path for path in missing if not re.search(r"[<*A-Z]|my_", path)] == []
+
+
+def test_readme_is_short_and_has_the_two_commands() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 140
+    assert {'bash scripts/quickstart.sh "a red teapot"', "bash scripts/test.sh"} <= set(lines)
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    table = (ROOT / "docs" / "README.md").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages == set(re.findall(r"^\| \[(\S+)\]\(\1\)", table, re.MULTILINE))
+
+
+def test_table_of_losses_states_every_loss_and_its_nfe() -> None:
+    table = {name: int(nfe) for name, nfe in re.findall(r"^\| `(\w+)` .*\| (\d+) \|$", LOSSES, re.MULTILINE)}
+    assert table == {
+        path.stem: build(ObjectiveOptions, yaml.safe_load(path.read_text()), path.stem).cost()
+        for path in (ROOT / "configs" / "objective").glob("*.yaml")
+    }
+
+
+def test_the_example_loss_is_valid() -> None:
+    (content,) = heredocs(LOSSES).values()
+    options = build(ObjectiveOptions, yaml.safe_load(content), "my_csd")
     assert [options.cost(progress) for progress in (0.0, 0.5, 1.0)] == [2, 3, 2]
+
+
+def test_python_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = blocks((ROOT / "README.md").read_text(), "python")
+    short = example.replace("steps=750", "steps=4").replace("steps=25", "steps=2")
+    assert short != example
+    monkeypatch.chdir(tmp_path)
+    exec(compile(short, "README.md", "exec"), {})
