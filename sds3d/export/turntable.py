@@ -1,8 +1,8 @@
-"""What is looked at: turntables of a scene or a mesh, and contact sheets. Frames are (F, 3, H, W) in [0, 1]."""
+"""Renders for viewing: views of a scene or a mesh, and contact sheets. Frames are (F, 3, H, W) in [0, 1]."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -10,108 +10,75 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras
+from sds3d.scene.protocol import RenderedViews, Scene3D
 
 if TYPE_CHECKING:
     import trimesh
 
-    from sds3d.scene.nerf import RenderedViews, Scene
     from sds3d.world.raycast import RayCaster
 
 Layer = Literal["rgb", "depth", "normals"]
 Colour = tuple[float, float, float]  # RGB in [0, 1]
 WHITE: Colour = (1.0, 1.0, 1.0)
-VIEWS = 4  # rendered at once; bounds the memory
-
-
-class RenderedViews(Protocol):
-    """rgb (B, 3, H, W) and opacity (B, 1, H, W), both in [0, 1]."""
-
-    @property
-    def rgb(self) -> Tensor:
-        """Colours over the background."""
-
-    @property
-    def opacity(self) -> Tensor:
-        """Opacities."""
-
-
-class Renderable(Protocol):
-    """Anything that cameras can look at: `sds3d.scene.Scene`, or a stand-in."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lives."""
-
-    def render(
-        self,
-        cameras: Cameras,
-        background: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        training: bool = False,
-    ) -> RenderedViews:
-        """Views over backgrounds (B, 3), or over its own."""
+GREY: Colour = (0.85, 0.85, 0.85)
+CHUNK = 4  # views rendered at once, which bounds the memory
 
 
 @dataclass(frozen=True)
 class Frames:
-    """Views on the CPU: rgb (B, 3, H, W), opacity (B, 1, H, W)."""
+    """Views on the CPU."""
 
-    rgb: Tensor
-    opacity: Tensor
-
-
-def render_views(scene: Renderable, cameras: Cameras, background: Colour | None = WHITE) -> Frames:
-    """All views, a few at a time, without gradients; over the scene's own background where none is given."""
-    colours, opacities = [], []
-    with torch.no_grad():
-        for part in chunks(cameras.to(scene.device), VIEWS):
-            behind = (
-                None
-                if background is None
-                else torch.tensor(background, device=scene.device).expand(len(part), 3)
-            )
-            views = scene.render(part, behind, training=False)
-            colours.append(views.rgb.float().cpu())
-            opacities.append(views.opacity.float().cpu())
-    return Frames(torch.cat(colours).clamp(0, 1), torch.cat(opacities))
+    rgb: Tensor  # (B, 3, H, W) in [0, 1]
+    opacity: Tensor  # (B, 1, H, W) in [0, 1]
 
 
-def chunks(cameras: Cameras, size: int) -> Iterator[Cameras]:
-    """The cameras in order, `size` at a time."""
-    parts = (cameras.position, cameras.azimuth, cameras.elevation, cameras.rotation, cameras.fovy)
-    for tensors in zip(*(part.split(size) for part in parts), strict=True):
-        yield Cameras(*tensors, cameras.resolution)
+@torch.no_grad()
+def render_views(scene: Scene3D, cameras: Cameras, background: Colour | None = WHITE) -> Frames:
+    """All views, a few at a time, without gradients; over the scene's own background where that is None."""
+    rgb, opacity = [], []
+    for chunk in cameras.to(scene.device).split(CHUNK):
+        views = scene.render(chunk, None if background is None else _backgrounds(background, chunk))
+        rgb.append(views.rgb.float().cpu())
+        opacity.append(views.opacity.float().cpu())
+    return Frames(torch.cat(rgb).clamp(0, 1), torch.cat(opacity))
 
 
 @torch.no_grad()
 def render_layers(
-    scene: "Scene", cameras: Cameras, layers: Sequence[Layer] = ("rgb",), background: Colour = WHITE
+    scene: Scene3D, cameras: Cameras, layers: Sequence[Layer] = ("rgb",), background: Colour = WHITE
 ) -> Tensor:
-    """Each view's layers side by side (B, 3, H, layers * W): colours; nearness to the camera, black where nothing is;
-    normals as it sees them (right, up, towards it as red, green, blue)."""
-    shown = []
-    for part in chunks(cameras.to(scene.device), VIEWS):
-        behind = torch.tensor(background, device=scene.device).expand(len(part), 3)
-        views = scene.render(part, behind, normals="normals" in layers)
-        pictures = [_picture(views, layer, part, behind[:, :, None, None]) for layer in layers]
-        shown.append(torch.cat(pictures, -1).float().cpu())
-    return torch.cat(shown).clamp(0, 1)
+    """Each view's layers side by side (B, 3, H, layers * W).
+
+    The depth layer is nearness to the camera, black where nothing is hit. The layer of normals shows them in
+    camera axes, right, up and backward as red, green and blue.
+    """
+    frames = []
+    for chunk in cameras.to(scene.device).split(CHUNK):
+        colours = _backgrounds(background, chunk)
+        views = scene.render(chunk, colours, normals="normals" in layers)
+        images = [_layer_image(views, layer, chunk, colours[:, :, None, None]) for layer in layers]
+        frames.append(torch.cat(images, -1).float().cpu())
+    return torch.cat(frames).clamp(0, 1)
 
 
-def _picture(views: "RenderedViews", layer: Layer, cameras: Cameras, behind: Tensor) -> Tensor:
+def _backgrounds(colour: Colour, cameras: Cameras) -> Tensor:
+    return torch.tensor(colour, device=cameras.position.device).expand(len(cameras), 3)
+
+
+def _layer_image(views: RenderedViews, layer: Layer, cameras: Cameras, background: Tensor) -> Tensor:
     if layer == "rgb":
         return views.rgb
     if layer == "depth":
-        centre = cameras.position.norm(dim=-1)[:, None, None, None]
-        bare = ((centre + 1 - views.depth) / 2).clamp(0, 1)  # what lies within the unit ball
-        return (bare * views.opacity).expand(-1, 3, -1, -1)
+        distance = cameras.position.norm(dim=-1)[:, None, None, None]
+        nearness = ((distance + 1 - views.depth) / 2).clamp(0, 1)  # 0 to 1 within the unit ball
+        return (nearness * views.opacity).expand(-1, 3, -1, -1)
     assert views.normal is not None
-    seen = torch.einsum("bihw,bij->bjhw", views.normal, cameras.rotation)  # its length is the opacity
-    return (seen + views.opacity) / 2 + (1 - views.opacity) * behind
+    normal = torch.einsum("bihw,bij->bjhw", views.normal, cameras.rotation)  # its length is the opacity
+    return (normal + views.opacity) / 2 + (1 - views.opacity) * background
 
 
-def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) -> np.ndarray:
-    """Colours and coverage (N, 4) of one camera's rays; zeros for a miss."""
+def _cast_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) -> np.ndarray:
+    """Colour and coverage (N, 4) of one camera's rays; zeros for a miss."""
     from trimesh.triangles import points_to_barycentric
 
     from sds3d.export.texture import colours_at
@@ -120,9 +87,9 @@ def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) 
     face, distance, _ = caster.cast(*camera.rays())
     hit = face >= 0
     points = (origins + directions * np.where(hit, distance, 0)[:, None])[hit]
-    share = points_to_barycentric(mesh.triangles[face[hit]], points).clip(0, 1).astype(np.float32)
+    barycentric = points_to_barycentric(mesh.triangles[face[hit]], points).clip(0, 1).astype(np.float32)
     rgba = np.zeros((len(face), 4), np.float32)
-    rgba[hit, :3] = colours_at(mesh, face[hit], share)
+    rgba[hit, :3] = colours_at(mesh, face[hit], barycentric)
     rgba[hit, 3] = 1
     return rgba
 
@@ -130,21 +97,24 @@ def _hit_colours(caster: "RayCaster", mesh: "trimesh.Trimesh", camera: Cameras) 
 def render_mesh(
     mesh: "trimesh.Trimesh", cameras: Cameras, background: Colour = WHITE, supersample: int = 2
 ) -> Frames:
-    """Ray-cast views of a mesh in scene axes by its texture or vertex colours, unlit, so that it can be laid beside its NeRF."""
+    """Ray-cast, unlit views of a mesh in scene axes with its texture or vertex colours."""
     from sds3d.world.raycast import RayCaster
 
     caster, size = RayCaster(mesh), cameras.resolution
     views = []
-    for camera in chunks(cameras.at(size * supersample), 1):
-        rgba = _hit_colours(caster, mesh, camera)
+    for camera in cameras.with_resolution(size * supersample).split(1):
+        rgba = _cast_colours(caster, mesh, camera)
         views.append(rgba.reshape(size, supersample, size, supersample, 4).mean((1, 3)))
-    rgba = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-    opacity = rgba[:, 3:]  # the colours carry it already
-    return Frames(rgba[:, :3] + (1 - opacity) * torch.tensor(background)[:, None, None], opacity)
+    images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+    opacity = images[:, 3:]  # colours are premultiplied by it
+    return Frames(images[:, :3] + (1 - opacity) * torch.tensor(background)[:, None, None], opacity)
 
 
 def contact_sheet(frames: Tensor, columns: int = 8, rows: int = 1) -> Tensor:
-    """Evenly spaced frames, first one included, side by side, then below: (3, rows H, columns W)."""
+    """Evenly spaced frames, from the first on, row by row: (3, rows H, columns W).
+
+    Raises `UserError` for no frames, columns or rows.
+    """
     if columns < 1 or rows < 1 or not len(frames):
         raise UserError(
             f"a contact sheet of {rows} x {columns} from {len(frames)} frames: each must be at least 1"
