@@ -1,4 +1,4 @@
-"""A small CLIP (Radford et al. 2021, arXiv:2103.00020): `transformers.CLIPModel` trained on a captioned folder."""
+"""CLIP (Radford et al. 2021, arXiv:2103.00020): `transformers.CLIPModel` on a captioned folder."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from distill.data.augmentation import add_noise, move, soften, some
-from distill.data.folders import CaptionedImages, batches, grey_levels
+from distill.data.augmentation import add_noise, bernoulli_mask, blur_sharpen, random_affine
+from distill.data.folders import CaptionedImages, batch_indices, grey_levels
+from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
 from distill.teacher.hard_negatives import HardNegatives
 
@@ -19,24 +20,25 @@ STD = (0.25, 0.25, 0.25)
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """Size and training of CLIP. `image_to_text` is the weight of that direction, 1 minus it of the other."""
+    """Size and training of CLIP: first with random negatives, then with hard ones."""
 
     width: int = 128
     layers: int = 4
     patch: int = 8
     text_width: int = 96
     text_layers: int = 3
+    context_length: int = 24  # tokens of a caption or prompt, start and end included: 22 words
     projection: int = 96
     batch: int = 96
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    image_to_text: float = 0.5
-    negatives: int = 256  # further random captions each image is told from in a step
+    image_to_text: float = 0.5  # loss weight of image-to-text; 1 minus it of text-to-image
+    negatives: int = 256  # further random captions an image is contrasted with
     mirror: bool = (
-        True  # half of the images mirrored in the first part; false where captions say left or right
+        True  # mirror half of the images in the first stage; false where captions say left or right
     )
-    hard_negatives: int = 4  # in the second part: captions one word apart, for each image
-    hard_learning_rate: float = 1e-3
+    hard_negatives: int = 4  # in the second stage: captions one word apart, per image
+    hard_negative_learning_rate: float = 1e-3
 
 
 def build_clip(options: ClipOptions, tokenizer: CLIPTokenizer, resolution: int) -> CLIPModel:
@@ -64,68 +66,65 @@ def build_clip(options: ClipOptions, tokenizer: CLIPTokenizer, resolution: int) 
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
-    """Token ids (B, L), padded to the model's length."""
+    """Token ids (B, L), padded or truncated to the context length."""
     return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] as the vision tower takes them."""
+    """Images (B, 3, H, W) in [0, 1] in the normalisation of the vision tower."""
     mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
     return (images - mean) / std
 
 
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
     """Unit features (B, D) of images (B, 3, H, W) in [0, 1] at the model's resolution."""
-    return F.normalize(
-        model.visual_projection(model.vision_model(pixel_values=normalise(images)).pooler_output), dim=-1
-    )
+    pooled = model.vision_model(pixel_values=normalise(images)).pooler_output
+    return F.normalize(model.visual_projection(pooled), dim=-1)
 
 
 def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
-    """Unit features (B, D) of token ids (B, L); padding after the longest is left out, as no word looks ahead."""
+    """Unit features (B, D) of token ids (B, L)."""
+    # Attention is causal, so padding after the longest text changes nothing and is left out.
     longest = int((ids != model.config.text_config.eos_token_id).any(0).sum()) + 1
-    ids = ids[:, :longest]
-    return F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=-1)
+    pooled = model.text_model(input_ids=ids[:, :longest]).pooler_output
+    return F.normalize(model.text_projection(pooled), dim=-1)
 
 
 def contrastive_loss(
-    image: Tensor, text: Tensor, same: Tensor, log_scale: Tensor, image_to_text: float
+    image: Tensor, text: Tensor, positives: Tensor, log_scale: Tensor, image_to_text: float
 ) -> Tensor:
-    """Weighted symmetric cross-entropy over unit features (B, D) and (B + N, D), the last N texts without an image.
+    """loss = w CE(image to text) + (1 - w) CE(text to image) over unit features (B, D) and (B + N, D).
 
-    `same` (B, B + N) marks equal captions, all of them positives.
-    loss = w CE(image to text) + (1 - w) CE(text to image), with the positives of a row sharing its target mass equally.
+    The last N texts have no image. `positives` (B, B + N) marks equal captions; those of a row have equal
+    parts of its target mass.
     """
     logits = log_scale.exp() * image @ text.T
     paired = slice(0, len(image))
-    forward, backward = (
-        target / target.sum(1, keepdim=True) for target in (same, same[:, paired])
+    to_text, to_image = (
+        target / target.sum(1, keepdim=True) for target in (positives, positives[:, paired])
     )  # the paired part is symmetric
-    return image_to_text * F.cross_entropy(logits, forward) + (1 - image_to_text) * F.cross_entropy(
-        logits[:, paired].T, backward
-    )
+    forward, backward = F.cross_entropy(logits, to_text), F.cross_entropy(logits[:, paired].T, to_image)
+    return image_to_text * forward + (1 - image_to_text) * backward
 
 
 def augment(images: Tensor, generator: torch.Generator, mirror: bool) -> Tensor:
-    """Moved, mirrored, softened or made noisy, so that CLIP is a fair judge of reconstructions and samples too."""
-    images = soften(move(images, generator, 0.5 if mirror else 0.0), generator)
+    """Affine, blur and noise augmentation: CLIP also scores reconstructions and samples, less sharp."""
+    images = blur_sharpen(random_affine(images, generator, 0.5 if mirror else 0.0), generator)
     return add_noise(images, generator, 0.08).clamp(0, 1)
 
 
 def train_clip(run: Run, data: CaptionedImages, tokenizer: CLIPTokenizer, options: ClipOptions) -> CLIPModel:
-    """Train on a split, each image told from random captions; returns the model in evaluation mode."""
+    """Train on a split with random captions as negatives; returns the model in evaluation mode."""
     model = build_clip(options, tokenizer, data.images.shape[-1]).to(run.device)
     distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        images = augment(
-            data.composite(index, grey_levels(len(index), run.generator)), run.generator, options.mirror
-        )
-        others = distinct[torch.randint(len(distinct), (options.negatives,), generator=run.generator)].to(
-            run.device
-        )
-        with torch.no_grad():  # they are targets to be told from; texts learn from the paired part
-            return images, others, text_features(model, others)
+        images = data.composite(index, grey_levels(len(index), run.generator))
+        images = augment(images, run.generator, options.mirror)
+        chosen = torch.randint(len(distinct), (options.negatives,), generator=run.generator)
+        negatives = distinct[chosen].to(run.device)
+        with torch.no_grad():  # the text tower learns from the paired captions only
+            return images, negatives, text_features(model, negatives)
 
     return _train(run, model, distinct[caption], options, options.learning_rate, batch)
 
@@ -133,23 +132,24 @@ def train_clip(run: Run, data: CaptionedImages, tokenizer: CLIPTokenizer, option
 def hard_negative_stage(
     run: Run, model: CLIPModel, data: CaptionedImages, tokenizer: CLIPTokenizer, options: ClipOptions
 ) -> CLIPModel:
-    """Train on, each image told from captions one word apart (`HardNegatives`), both towers learning from them.
+    """Continue with captions one word apart as negatives (`HardNegatives`); gradients reach both towers.
 
-    Nothing is mirrored: the light that is fixed to the world tells one view from another. Half of the images stay as they are.
+    No image is mirrored, because a light fixed to the world distinguishes left views from right ones. Half of
+    the images are not augmented at all.
     """
     model = model.to(run.device)
     distinct, caption = tokenize(tokenizer, data.texts).unique(dim=0, return_inverse=True)
-    neighbours = HardNegatives(distinct)
+    hard_negatives = HardNegatives(distinct)
 
     def batch(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         images = data.composite(index, grey_levels(len(index), run.generator))
-        images = torch.where(some(images, run.generator, 0.5), augment(images, run.generator, False), images)
-        others = distinct[
-            neighbours.draw(caption[index], options.hard_negatives, run.generator).flatten()
-        ].to(run.device)
-        return images, others, text_features(model, others)
+        augmented = bernoulli_mask(images, run.generator, 0.5)
+        images = torch.where(augmented, augment(images, run.generator, False), images)
+        chosen = hard_negatives.sample(caption[index], options.hard_negatives, run.generator)
+        negatives = distinct[chosen.flatten()].to(run.device)
+        return images, negatives, text_features(model, negatives)
 
-    return _train(run, model, distinct[caption], options, options.hard_learning_rate, batch)
+    return _train(run, model, distinct[caption], options, options.hard_negative_learning_rate, batch)
 
 
 def _train(
@@ -157,30 +157,26 @@ def _train(
     model: CLIPModel,
     ids: Tensor,
     options: ClipOptions,
-    rate: float,
+    learning_rate: float,
     batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> CLIPModel:
-    """The loop: `batch` gives the images of rows, and further captions with their features."""
+    """The loop of both stages; `batch` returns images of rows, and negative captions with their features."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
+        model.parameters(), lr=learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=run.options.steps, pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, run.options.steps, warmup=0.1)
     run.track(model=model, optimizer=optimizer, schedule=schedule)
+
     for step in run.steps():
-        index = batches(len(ids), options.batch, step, run.options.seed)
-        images, others, far = batch(index)
-        words = ids[index].to(run.device)
-        same = (words[:, None] == torch.cat([words, others])[None]).all(-1).float()
-        text = torch.cat([text_features(model, words), far])
-        loss = contrastive_loss(
-            image_features(model, images.to(run.device)), text, same, model.logit_scale, options.image_to_text
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        index = batch_indices(len(ids), options.batch, step, run.options.seed)
+        images, negatives, negative_features = batch(index)
+        paired = ids[index].to(run.device)
+        positives = (paired[:, None] == torch.cat([paired, negatives])[None]).all(-1).float()
+        text = torch.cat([text_features(model, paired), negative_features])
+        image = image_features(model, images.to(run.device))
+
+        loss = contrastive_loss(image, text, positives, model.logit_scale, options.image_to_text)
+        optimizer_step(optimizer, loss, max_norm=1.0)
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # ln 100, as in the paper; transformers does not
@@ -198,10 +194,13 @@ def caption_features(
 
 
 @torch.no_grad()
-def label_shares(
+def label_probabilities(
     model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250
 ) -> Tensor:
-    """Shares (N, K) of K labels for images (N, 3, H, W) in [0, 1]: softmax of scaled cosines (arXiv:2103.00020, section 3.1)."""
+    """Probabilities (N, K) of K labels for images (N, 3, H, W) in [0, 1], on the CPU.
+
+    The softmax of scaled cosine similarities (arXiv:2103.00020, section 3.1).
+    """
     text = caption_features(model, tokenizer, labels)
-    parts = [image_features(model, part.to(model.device)) @ text.T for part in images.split(batch)]
-    return (model.logit_scale.exp() * torch.cat(parts)).softmax(1).cpu()
+    logits = [image_features(model, part.to(model.device)) @ text.T for part in images.split(batch)]
+    return (model.logit_scale.exp() * torch.cat(logits)).softmax(1).cpu()

@@ -1,111 +1,112 @@
-"""Trained parts to a complete diffusers folder: what `StableDiffusionPipeline.from_pretrained` loads, and CLIP beside it."""
+"""A trained teacher as a diffusers folder, which `StableDiffusionPipeline` loads, with its CLIP."""
 
 import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from distill.runtime.errors import UserError
-from distill.runtime.files import read_json, replaced_folder, write_json
-from distill.runtime.shipped import located
-from distill.teacher.vocabulary import WORDS, save_vocabulary
+from distill.runtime.files import atomic_folder, read_json, write_json
+from distill.runtime.shipped import resolve
+from distill.teacher.vocabulary import VOCABULARY, save_vocabulary
 
-Parts = tuple[CLIPTokenizer, list[str], CLIPModel, AutoencoderKL]
 CLIP = "clip"  # the whole CLIP, image tower too, for scores and zero-shot labels
+
+
+class TeacherParts(NamedTuple):
+    """What a U-Net is trained on."""
+
+    tokenizer: CLIPTokenizer
+    vocabulary: list[str]
+    clip: CLIPModel
+    vae: AutoencoderKL
 
 
 def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
     """CLIP's text tower as a pipeline's text encoder, with the same weights."""
     encoder = CLIPTextModel(clip.config.text_config)
-    own = set(encoder.state_dict())
+    expected = set(encoder.state_dict())
     weights = {
-        name if name in own else name.removeprefix("text_model."): value
+        name if name in expected else name.removeprefix("text_model."): value
         for name, value in clip.state_dict().items()
     }
-    encoder.load_state_dict({name: value for name, value in weights.items() if name in own})
+    encoder.load_state_dict({name: value for name, value in weights.items() if name in expected})
     return encoder.eval()
 
 
 def save_teacher(
-    folder: Path | str,
-    tokenizer: CLIPTokenizer,
-    words: list[str],
-    clip: CLIPModel,
-    vae: AutoencoderKL,
-    unet: UNet2DConditionModel,
-    scheduler: DDIMScheduler,
+    folder: Path | str, parts: TeacherParts, unet: UNet2DConditionModel, scheduler: DDIMScheduler
 ) -> None:
-    """Write the folder in fp16 safetensors, whole or not at all; an older teacher in its place is replaced.
+    """Write the folder in fp16 safetensors, atomically; an older teacher there is replaced.
 
     Raises `UserError` when the folder holds something other than a teacher.
     """
-    with replaced_folder(folder, "model_index.json", "a teacher") as temporary:
-        save_pipeline(
-            temporary,
-            StableDiffusionPipeline(
-                vae=copy.deepcopy(vae),  # the caller's parts keep their precision
-                text_encoder=text_encoder_of(clip),
-                tokenizer=tokenizer,
-                unet=copy.deepcopy(unet),
-                scheduler=scheduler,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            ),
+    with atomic_folder(folder, "model_index.json", "a teacher") as temporary:
+        pipeline = StableDiffusionPipeline(
+            vae=copy.deepcopy(parts.vae),  # the caller's modules keep their precision
+            text_encoder=text_encoder_of(parts.clip),
+            tokenizer=parts.tokenizer,
+            unet=copy.deepcopy(unet),
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
-        copy.deepcopy(clip).half().save_pretrained(temporary / CLIP)
-        save_vocabulary(temporary / "tokenizer", tokenizer, words)
+        save_pipeline(temporary, pipeline)
+        copy.deepcopy(parts.clip).half().save_pretrained(temporary / CLIP)
+        save_vocabulary(temporary / "tokenizer", parts.tokenizer, parts.vocabulary)
 
 
 def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline) -> None:
-    """A pipeline's parts in fp16, in which they are left; loaded without a dtype they are all float32.
-
-    transformers takes the dtype of its config where diffusers takes float32: unlike, they do not run together.
-    """
+    """Save a pipeline in fp16, converting it in place; loaded without a dtype it is all float32."""
     pipeline.to(torch.float16).save_pretrained(folder)
+    # Without a dtype, transformers uses its config's but diffusers float32, and the two cannot be combined.
     config = folder / "text_encoder" / "config.json"
     write_json(config, {**read_json(config), "dtype": "float32"})
 
 
-def save_parts(
-    folder: Path | str, tokenizer: CLIPTokenizer, words: list[str], clip: CLIPModel, vae: AutoencoderKL
-) -> None:
-    """What a U-Net is trained on, in fp16: tokenizer, CLIP and VAE, in a teacher folder's places."""
+def save_parts(folder: Path | str, parts: TeacherParts) -> None:
+    """Tokenizer, CLIP and VAE in fp16, in the layout of a teacher's folder."""
     folder = Path(folder)
-    copy.deepcopy(vae).half().save_pretrained(folder / "vae")
-    copy.deepcopy(clip).half().save_pretrained(folder / CLIP)
-    save_vocabulary(folder / "tokenizer", tokenizer, words)
+    copy.deepcopy(parts.vae).half().save_pretrained(folder / "vae")
+    copy.deepcopy(parts.clip).half().save_pretrained(folder / CLIP)
+    save_vocabulary(folder / "tokenizer", parts.tokenizer, parts.vocabulary)
 
 
-def load_parts(folder: Path | str) -> Parts:
-    """Tokenizer, words, CLIP and VAE (float32, frozen) of a teacher's folder or of `save_parts`.
+def load_parts(folder: Path | str) -> TeacherParts:
+    """The parts (float32, frozen) in a teacher's folder or one of `save_parts`.
 
     Raises `UserError` where one of them is missing.
     """
-    folder = located("teacher", folder)
-    words = folder / "tokenizer" / WORDS
-    if not words.is_file() or not (folder / "vae" / "config.json").is_file():
+    folder = resolve("teacher", folder)
+    vocabulary = folder / "tokenizer" / VOCABULARY
+    if not vocabulary.is_file() or not (folder / "vae" / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no tokenizer and VAE of a teacher trained here: give a folder that train_teacher.py wrote"
+            f"{folder} holds no tokenizer and VAE of a teacher trained here: give one of train_teacher.py"
         )
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    return tokenizer, read_json(words), load_clip(folder), vae.to(memory_format=torch.channels_last)
+    vae = vae.to(memory_format=torch.channels_last)
+    return TeacherParts(tokenizer, read_json(vocabulary), load_clip(folder), vae)
 
 
 def load_unet(folder: Path | str) -> UNet2DConditionModel:
     """The U-Net of a teacher's folder, float32. Raises `UserError` where there is none."""
-    place = located("teacher", folder) / "unet"
-    if not (place / "config.json").is_file():
+    path = resolve("teacher", folder) / "unet"
+    if not (path / "config.json").is_file():
         raise UserError(f"{folder} holds no U-Net: give a teacher's folder, or reuse_unet=false")
-    return UNet2DConditionModel.from_pretrained(place, dtype=torch.float32)
+    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32)
 
 
 def load_clip(folder: Path | str) -> CLIPModel:
-    """The whole CLIP of a teacher's folder, float32, frozen. Raises `UserError` where there is none (Stable Diffusion's folders)."""
-    place = Path(folder) / CLIP
-    if not (place / "config.json").is_file():
+    """The whole CLIP of a teacher's folder, float32, frozen.
+
+    Raises `UserError` where there is none, as in the folders of Stable Diffusion.
+    """
+    path = Path(folder) / CLIP
+    if not (path / "config.json").is_file():
         raise UserError(f"{folder} has no {CLIP} folder: CLIP scores need a teacher trained here")
-    return CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+    return CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)

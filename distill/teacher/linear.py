@@ -1,7 +1,8 @@
-"""A linear stand-in for a VAE's encoder: cheap to differentiate, true to colour, blind to detail.
+"""A linear approximation of a VAE's encoder, cheap to differentiate: correct in colour, without detail.
 
-Latents are close to an affine function of the colours they stand for (the preview decoders of Stable Diffusion rest on
-it), so a warm-up can leave the encoder out, as Latent-NeRF (Metzer et al. 2022, arXiv:2211.07600) does by rendering latents.
+Latents are close to an affine function of the colours of their cells, as the linear preview decoders of
+Stable Diffusion show. A warm-up can therefore skip the encoder, as Latent-NeRF does by rendering latents
+(Metzer et al. 2022, arXiv:2211.07600).
 """
 
 from dataclasses import dataclass
@@ -10,20 +11,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.teacher.latent import Teacher
+from distill.core.teacher import Teacher
 
 
 @dataclass(frozen=True)
 class LinearEncoder:
-    """z = matrix (mean colour of the latent's cell) + bias; matrix (C, 3), bias (C,), latents of side `side`."""
+    """z = matrix (mean colour of the cell) + bias; matrix (C, 3), bias (C,), latents (C, side, side)."""
 
     matrix: Tensor
     bias: Tensor
     side: int
-    explained: float  # share of the latents' variance over the images of the fit, in [0, 1]
+    explained: float  # fraction of the latents' variance over the fitted images (R^2)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Latents (B, C, side, side) of images (B, 3, H, W) in [0, 1], whose side need not be the teacher's."""
+        """Latents (B, C, side, side) of images (B, 3, H, W) in [0, 1] of any resolution."""
         cells = F.adaptive_avg_pool2d(images, self.side)
         return torch.einsum("cd,bdhw->bchw", self.matrix, cells) + self.bias[:, None, None]
 
@@ -34,14 +35,16 @@ def fit_linear_encoder(teacher: Teacher, count: int = 64, seed: int = 0) -> Line
     generator = torch.Generator().manual_seed(seed)
     channels, side = teacher.latent_shape[:2]
     coarse = torch.rand(count, 3, max(side // 2, 2), max(side // 2, 2), generator=generator)
-    images = F.interpolate(coarse, size=(teacher.resolution,) * 2, mode="bilinear", align_corners=False).to(
-        teacher.device
-    )
+    size = (teacher.resolution, teacher.resolution)
+    images = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False).to(teacher.device)
+
     latents = teacher.encode_images(images).permute(0, 2, 3, 1).reshape(-1, channels)
     cells = F.adaptive_avg_pool2d(images, side).permute(0, 2, 3, 1).reshape(-1, 3)
     inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], 1).double().cpu()
     outputs = latents.double().cpu()
     solution = torch.linalg.lstsq(inputs, outputs).solution
-    left = (outputs - inputs @ solution).square().sum() / (outputs - outputs.mean(0)).square().sum()
+
+    variance = (outputs - outputs.mean(0)).square().sum()
+    residual = (outputs - inputs @ solution).square().sum() / variance
     matrix, bias = solution[:3].T.to(images), solution[3].to(images)
-    return LinearEncoder(matrix.contiguous(), bias, side, float(1 - left))
+    return LinearEncoder(matrix.contiguous(), bias, side, float(1 - residual))

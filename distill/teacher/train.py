@@ -1,4 +1,4 @@
-"""A teacher from a captioned folder: CLIP in two stages, VAE, U-Net, each in its own `Run`; then a diffusers folder."""
+"""A teacher from a captioned folder: CLIP in two stages, VAE and U-Net, each in its own `Run`."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -31,10 +31,12 @@ class Steps:
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """A teacher's data, sizes and training. `data` is a captioned image folder with splits train and validation."""
+    """Data, sizes and training; `data` is a captioned image folder with the splits train and validation."""
 
     data: str
-    reuse: str | None = None  # a teacher's folder: its tokenizer, CLIP and VAE are used, only the U-Net is trained
+    reuse: str | None = (
+        None  # a teacher's folder: its tokenizer, CLIP and VAE are used, only the U-Net is trained
+    )
     reuse_unet: bool = False  # initialise from the reused folder's U-Net: fine-tune a finished teacher
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
@@ -88,7 +90,7 @@ def _part_run(
 def _train_parts(
     run: RunOptions, options: TeacherOptions, data: CaptionedImages, validation: CaptionedImages
 ) -> TeacherParts:
-    """Tokenizer, vocabulary, CLIP and VAE, trained on a split and saved in `<run.directory>/parts` for `reuse`."""
+    """Tokenizer, CLIP and VAE, trained on a split and saved in `<run.directory>/parts` for `reuse`."""
     tokenizer, vocabulary = build_tokenizer(data.texts, options.clip.context_length)
     check_length(
         tokenizer, sorted(set(data.texts)), remedy="raise teacher.clip.context_length, or shorten the caption"
@@ -122,7 +124,9 @@ def _check_captions(data: CaptionedImages, parts: TeacherParts) -> None:
             f"words of the captions are not in the reused vocabulary: {', '.join(unknown[:5])};"
             " train without reuse"
         )
-    check_length(parts.tokenizer, sorted(set(data.texts)), remedy="shorten the caption, or train without reuse")
+    check_length(
+        parts.tokenizer, sorted(set(data.texts)), remedy="shorten the caption, or train without reuse"
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The denoiser: `diffusers.UNet2DConditionModel` on cached latents and cached CLIP text states."""
+"""The denoiser: `diffusers.UNet2DConditionModel`, trained on cached latents and text embeddings."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -37,7 +37,7 @@ class UnetOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
-            raise UserError(f"caption_dropout is {self.caption_dropout}: a share in [0, 1) is expected")
+            raise UserError(f"caption_dropout is {self.caption_dropout}: expected a fraction in [0, 1)")
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError(
                 "prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false"
@@ -45,7 +45,7 @@ class UnetOptions:
 
 
 def make_scheduler(options: UnetOptions) -> DDIMScheduler:
-    """The schedule as diffusers keeps it: trailing spacing, so that few steps start from the last level."""
+    """The schedule in diffusers' form; trailing spacing, so that sampling starts from the last level."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -55,7 +55,7 @@ def make_scheduler(options: UnetOptions) -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # no part in trailing spacing; the stock pipeline warns at 0
+        steps_offset=1,  # unused with trailing spacing; the stock pipeline warns at 0
     )
 
 
@@ -83,9 +83,12 @@ def train_unet(
     cache: LatentCache,
     vae: AutoencoderKL,
     options: UnetOptions,
-    start: UNet2DConditionModel | None = None,
+    initial: UNet2DConditionModel | None = None,
 ) -> UNet2DConditionModel:
-    """Train on cached latents, from a trained one of the same size where given; returns the averages (EMA) in evaluation mode."""
+    """Train on cached latents; returns the EMA weights in evaluation mode.
+
+    `initial` is a trained U-Net of the same size to start from.
+    """
     scheduler = make_scheduler(options)
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
 
@@ -95,8 +98,8 @@ def train_unet(
 
     denoiser, averaged = build(), build()
     unet = denoiser.network
-    if start is not None:
-        load_initial(unet, start)
+    if initial is not None:
+        load_initial(unet, initial)
     averaged.eval().requires_grad_(False)
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
@@ -126,17 +129,18 @@ def train_unet(
     return averaged.network
 
 
-def load_initial(unet: UNet2DConditionModel, start: UNet2DConditionModel) -> None:
+def load_initial(unet: UNet2DConditionModel, initial: UNet2DConditionModel) -> None:
+    """Copy the weights of `initial`. Raises `UserError` where its size differs."""
     try:
-        unet.load_state_dict(start.state_dict())
+        unet.load_state_dict(initial.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
-            f"the U-Net to go on from has another size ({reason}): give its channels, layers and VAE"
+            f"the initial U-Net has another size ({reason}): give its channels, layers and VAE"
         ) from None
 
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] of scaled latents."""
+    """Images (B, 3, H, W) in [0, 1] of scaled latents (B, C, h, w)."""
     return (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)

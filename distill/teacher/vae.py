@@ -1,4 +1,4 @@
-"""The autoencoder (Rombach et al. 2022, arXiv:2112.10752): `diffusers.AutoencoderKL`, its training and its whitening."""
+"""Autoencoder (Rombach et al. 2022, arXiv:2112.10752): `diffusers.AutoencoderKL`, and its whitening."""
 
 from dataclasses import dataclass
 
@@ -6,18 +6,21 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from distill.data.folders import CaptionedImages, batches, grey_levels
+from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.runtime.errors import UserError
+from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
 
 
 @dataclass(frozen=True)
 class VaeOptions:
-    """Size and training of the autoencoder; `channels` has one entry a resolution level."""
+    """Size and training of the autoencoder."""
 
-    factor: int = 8  # image side over latent side, 4 or 8
-    channels: tuple[int, ...] = (16, 32, 64, 128)
-    latent_channels: int = 16
+    factor: int = 8  # image side over latent side: 4 with three levels of channels, 8 with four
+    channels: tuple[int, ...] = (16, 32, 64, 128)  # one a resolution level; each level costs about the same
+    latent_channels: int = (
+        16  # 8x8x16: the size of 16x16x4 at a quarter of the U-Net's cost; 8 loses wheels and eyes
+    )
     layers: int = 1
     batch: int = 16
     learning_rate: float = 2e-3
@@ -25,9 +28,10 @@ class VaeOptions:
     kl_weight: float = 1e-4  # on the mean over latent elements
 
     def __post_init__(self) -> None:
-        if self.factor not in (4, 8) or 2 ** (len(self.channels) - 1) != self.factor:
+        levels = len(self.channels)
+        if self.factor not in (4, 8) or 2 ** (levels - 1) != self.factor:
             raise UserError(
-                f"VAE factor {self.factor} with {len(self.channels)} levels: expected 4 with 3 levels or 8 with 4"
+                f"VAE factor {self.factor} with {levels} levels: expected 4 with 3 levels or 8 with 4"
             )
 
 
@@ -45,28 +49,28 @@ def build_vae(options: VaeOptions, resolution: int) -> AutoencoderKL:
         sample_size=resolution,
         scaling_factor=1.0,
     )
-    return vae.to(memory_format=torch.channels_last)  # halves a step on the CPU
+    return vae.to(memory_format=torch.channels_last)  # halves the time of a step on the CPU
 
 
-def gradient_loss(one: Tensor, two: Tensor) -> Tensor:
+def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute difference of horizontal and vertical finite differences of images (B, C, H, W)."""
-    difference = one - two
+    difference = prediction - target
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
 def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, options: VaeOptions) -> tuple[Tensor, Tensor]:
-    """The loss on images (B, 3, H, W) in [-1, 1], and the squared error in [0, 1] units (for the PSNR)."""
+    """The loss on images (B, 3, H, W) in [-1, 1], and the mean squared error in [0, 1] units for the PSNR."""
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.mean + posterior.std * noise).sample
-    square = (output - images).square().mean()
-    loss = (output - images).abs().mean() + square + options.gradient_weight * gradient_loss(output, images)
+    mse = (output - images).square().mean()
+    loss = (output - images).abs().mean() + mse + options.gradient_weight * gradient_loss(output, images)
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return loss + options.kl_weight * kl, square / 4
+    return loss + options.kl_weight * kl, mse / 4
 
 
-def psnr(square: Tensor) -> Tensor:
+def psnr(mse: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB from the mean squared error of images in [0, 1]."""
-    return -10 * square.log10()
+    return -10 * mse.log10()
 
 
 def train_vae(
@@ -75,34 +79,33 @@ def train_vae(
     """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured."""
     vae = build_vae(options, data.images.shape[-1]).to(run.device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=run.options.steps
-    )
+    schedule = one_cycle(optimizer, run.options.steps)
     run.track(model=vae, optimizer=optimizer, schedule=schedule)
-    shown = validation.composite(slice(0, 16))
+
+    preview_images = validation.composite(slice(0, 16))
     side = data.images.shape[-1] // options.factor
     for step in run.steps():
-        index = batches(len(data), options.batch, step, run.options.seed)
+        index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = data.composite(index, grey_levels(len(index), run.generator)).to(run.device) * 2 - 1
-        noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator).to(
-            run.device
-        )
-        loss, square = vae_loss(vae, images.contiguous(memory_format=torch.channels_last), noise, options)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
+        images = images.contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator)
+
+        loss, mse = vae_loss(vae, images, noise.to(run.device), options)
+        optimizer_step(optimizer, loss, max_norm=1.0)
         schedule.step()
-        run.log(loss=loss.detach(), psnr=psnr(square.detach()))
+        run.log(loss=loss.detach(), psnr=psnr(mse.detach()))
+
         if run.due(run.options.preview_every):
-            run.preview("reconstructions", torch.cat([shown, reconstruct(vae, shown).cpu()]))
+            reconstructions = reconstruct(vae, preview_images).cpu()
+            run.preview("reconstructions", torch.cat([preview_images, reconstructions]))
+
     whiten(vae.eval(), data, run.generator)
     return vae
 
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
-    """Images (N, 3, H, W) in [0, 1] through the autoencoder's posterior mean and back."""
+    """Images (N, 3, H, W) in [0, 1] encoded to the posterior mean and decoded."""
     device = next(vae.parameters()).device
     parts = [
         vae.decode(vae.encode(part.to(device) * 2 - 1).latent_dist.mean).sample.cpu()
@@ -113,15 +116,20 @@ def reconstruct(vae: AutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, data: CaptionedImages, generator: torch.Generator, count: int = 2000) -> None:
-    """Fold per-channel whitening of the latents into the 1x1 convolutions beside them, then measure `scaling_factor`.
+    """Fold a per-channel whitening of the latents into the adjacent 1x1 convolutions; set `scaling_factor`.
 
-    Raw channels have unlike means and spreads; a stock pipeline knows one number only. The images stay the same.
+    Raw channels differ in mean and standard deviation, but a stock pipeline has a single scaling factor. The
+    decoded images do not change.
     """
     chosen = torch.randperm(len(data), generator=generator)[:count]
     device = next(vae.parameters()).device
-    moments = [vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist for part in chosen.split(64)]
-    latents = torch.cat([moment.sample(generator) for moment in moments]).transpose(0, 1).flatten(1)
+    posteriors = [
+        vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist for part in chosen.split(64)
+    ]
+    samples = torch.cat([posterior.sample(generator) for posterior in posteriors])
+    latents = samples.transpose(0, 1).flatten(1)
     mean, std = latents.mean(1), latents.std(1)
+
     channels = len(mean)
     quant, post = vae.quant_conv, vae.post_quant_conv
     quant.weight[:channels] /= std[:, None, None, None]
@@ -129,5 +137,6 @@ def whiten(vae: AutoencoderKL, data: CaptionedImages, generator: torch.Generator
     quant.bias[channels:] -= 2 * std.log()
     post.bias += post.weight[:, :, 0, 0] @ mean
     post.weight *= std[None, :, None, None]
+
     white = (latents - mean[:, None]) / std[:, None]
     vae.register_to_config(scaling_factor=float(1 / white.std()))

@@ -1,8 +1,12 @@
-"""A word-level vocabulary in `CLIPTokenizer` format: every known word is one token, anything else falls to its letters."""
+"""A word-level vocabulary in `CLIPTokenizer` format: each word of the captions is one token."""
 
+import hashlib
+import json
 import re
+import sys
+import textwrap
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -10,8 +14,8 @@ from transformers import CLIPTokenizer
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = "words.json"  # beside the tokenizer's files: the words that a prompt may have
+START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+VOCABULARY = "words.json"  # beside the tokenizer's files: the words allowed in prompts
 
 
 def words_of(text: str) -> list[str]:
@@ -19,31 +23,44 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-def build_tokenizer(texts: Iterable[str], max_length: int = 24) -> tuple[CLIPTokenizer, list[str]]:
+def build_tokenizer(texts: Iterable[str], context_length: int = 24) -> tuple[CLIPTokenizer, list[str]]:
     """A tokenizer in which each word of the texts is one token, and the words, most frequent first.
 
-    Byte-pair encoding is trained until nothing is left to merge; the byte alphabet with and without the end-of-word mark
-    keeps unknown letters from becoming the end token. Raises `UserError` for texts without words.
+    Byte-pair encoding is trained until no pair is left to merge. The byte alphabet with and without the
+    end-of-word mark keeps unknown letters from becoming the end token. The same texts give the same token
+    ids in every process. Raises `UserError` for texts without words.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     counts = Counter(word for text in texts for word in words_of(text))
     if not counts:
-        raise UserError("the captions hold no words: a teacher cannot be trained on them")
-    backend = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        raise UserError("the captions contain no words: a teacher cannot be trained on them")
+
+    # The trainer numbers letters in the order of a randomly seeded hash map, and breaks ties between merges
+    # by these numbers. Special tokens are numbered first and in order, which makes the merges reproducible.
+    alphabet = sorted(set("".join(counts)))
     trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=0, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=100_000,
+        min_frequency=0,
+        end_of_word_suffix=WORD_END,
+        show_progress=False,
+        special_tokens=[*alphabet, *(letter + WORD_END for letter in alphabet)],
     )
+    backend = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.train_from_iterator(sorted(counts), trainer)
-    model = _model_of(backend)
+    model = json.loads(backend.to_str())["model"]
+
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = dict.fromkeys([START, END, *letters, *(f"{letter}</w>" for letter in letters), *model["vocab"]])
+    tokens = dict.fromkeys(
+        [START, END, *letters, *(letter + WORD_END for letter in letters), *model["vocab"]]
+    )
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [
-        tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in model["merges"]
-    ]
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+    tokenizer = CLIPTokenizer(
+        vocab=vocab, merges=[tuple(pair) for pair in pairs], model_max_length=context_length
+    )
+
     words = [word for word, _ in counts.most_common()]
     split = [word for word in words if len(tokenizer(word).input_ids) != 3]
     if split:
@@ -51,36 +68,56 @@ def build_tokenizer(texts: Iterable[str], max_length: int = 24) -> tuple[CLIPTok
     return tokenizer, words
 
 
-def _model_of(backend: object) -> dict:
-    import json
+def tokenizer_fingerprint(tokenizer: CLIPTokenizer) -> str:
+    """A hash of the token ids and the context length: weights trained with one tokenizer fit no other."""
+    content = [sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
-    return json.loads(backend.to_str())["model"]  # type: ignore[attr-defined]
+
+def save_vocabulary(folder: Path | str, tokenizer: CLIPTokenizer, vocabulary: Sequence[str]) -> None:
+    """Write the tokenizer's files and the word list into a folder."""
+    tokenizer.save_pretrained(folder)
+    write_json(Path(folder) / VOCABULARY, list(vocabulary))
+
+
+def load_vocabulary(folder: Path | str) -> frozenset[str] | None:
+    """The words of a tokenizer folder; None where it lists none (Stable Diffusion accepts any text)."""
+    path = Path(folder) / VOCABULARY
+    return frozenset(read_json(path)) if path.is_file() else None
+
+
+def check_prompt(prompt: str, vocabulary: frozenset[str] | None) -> None:
+    """Raise `UserError` for an empty prompt, or for words outside a closed vocabulary."""
+    if not prompt.strip():
+        raise UserError("the prompt is empty: describe the object, for example 'a red teapot'")
+    unknown = [] if vocabulary is None else [word for word in words_of(prompt) if word not in vocabulary]
+    if unknown:
+        raise UserError(
+            f"unknown word{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))} in {prompt!r}:"
+            f" the teacher's vocabulary is {', '.join(sorted(vocabulary or ()))}"
+        )
+
+
+def check_length(
+    tokenizer: CLIPTokenizer, texts: str | Sequence[str], truncate: bool = False, remedy: str = "shorten it"
+) -> None:
+    """Raise `UserError` for the first text of more tokens, start and end included, than the context length.
+
+    With `truncate` such a text is cut by the tokenizer, as in a stock pipeline: one warning line on stderr.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids] if texts else []
+    limit = tokenizer.model_max_length
+    for text, length in zip(texts, lengths, strict=True):
+        if length <= limit:
+            continue
+        excerpt = textwrap.shorten(text, 200, placeholder=" ...")
+        message = f"{excerpt!r} has {length} tokens with start and end; the text encoder reads {limit}"
+        if not truncate:
+            raise UserError(f"{message}: {remedy}")
+        print(f"warning: {message}, the rest is ignored", file=sys.stderr)
 
 
 def phrase(colour: str, name: str) -> str:
     """`an orange car`."""
     return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}"
-
-
-def save_vocabulary(folder: Path | str, tokenizer: CLIPTokenizer, words: list[str]) -> None:
-    """The tokenizer's files and the word list into a folder."""
-    tokenizer.save_pretrained(folder)
-    write_json(Path(folder) / WORDS, words)
-
-
-def load_words(folder: Path | str) -> frozenset[str] | None:
-    """The words a teacher knows; None where the folder states none (Stable Diffusion takes any)."""
-    path = Path(folder) / WORDS
-    return frozenset(read_json(path)) if path.is_file() else None
-
-
-def check_prompt(prompt: str, words: frozenset[str] | None) -> None:
-    """Raises `UserError` for an empty prompt or one with words that a closed vocabulary lacks."""
-    if not prompt.strip():
-        raise UserError("the prompt is empty: say what to make, for example 'a red teapot'")
-    unknown = [] if words is None else [word for word in words_of(prompt) if word not in words]
-    if unknown:
-        raise UserError(
-            f"the teacher does not know the word{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))} of {prompt!r}: "
-            f"it knows {', '.join(sorted(words or ()))}"
-        )

@@ -1,4 +1,4 @@
-"""CLIP: the loss against a slow reference, the temperature's bound, learning a toy well enough to classify it."""
+"""CLIP: the loss against a slow reference, the bound of the temperature, hard negatives, learning a toy."""
 
 import math
 from pathlib import Path
@@ -46,12 +46,12 @@ def toy(count: int) -> CaptionedImages:
 def slow_loss(image: Tensor, text: Tensor, captions: list[str], scale: float, weight: float) -> float:
     """One row at a time: minus the mean log-probability of the positives."""
     total = 0.0
-    for one, other, share in ((image, text, weight), (text, image, 1 - weight)):
+    for queries, keys, part in ((image, text, weight), (text, image, 1 - weight)):
         for i in range(len(captions)):
-            logits = [scale * float(one[i] @ other[j]) for j in range(len(captions))]
+            logits = [scale * float(queries[i] @ keys[j]) for j in range(len(captions))]
             norm = torch.tensor(logits).logsumexp(0).item()
             positives = [j for j in range(len(captions)) if captions[j] == captions[i]]
-            total -= share * sum(logits[j] - norm for j in positives) / len(positives) / len(captions)
+            total -= part * sum(logits[j] - norm for j in positives) / len(positives) / len(captions)
     return total
 
 
@@ -63,37 +63,36 @@ def test_loss_equals_the_slow_reference(captions: list[str], weight: float) -> N
         F.normalize(torch.randn(4, 5, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2)
     )
     same = torch.tensor([[float(a == b) for a in captions] for b in captions], dtype=torch.float64)
-    got = contrastive_loss(image, text, same, torch.tensor(2.0, dtype=torch.float64), weight)
-    assert float(got) == pytest.approx(
-        slow_loss(image, text, captions, float(torch.tensor(2.0).exp()), weight), abs=1e-5
-    )
+    loss = contrastive_loss(image, text, same, torch.tensor(2.0, dtype=torch.float64), weight)
+    expected = slow_loss(image, text, captions, float(torch.tensor(2.0).exp()), weight)
+    assert float(loss) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_two_directions_differ() -> None:
-    """Otherwise the comparison above would not see a swapped weight."""
+    """Otherwise the comparison above would not detect a swapped weight."""
     generator = torch.Generator().manual_seed(0)
     image, text = (F.normalize(torch.randn(4, 5, generator=generator), dim=-1) for _ in range(2))
-    one, other = (
+    forward, backward = (
         contrastive_loss(image, text, torch.eye(4), torch.tensor(2.0), weight) for weight in (1.0, 0.0)
     )
-    assert abs(float(one - other)) > 0.05
+    assert abs(float(forward - backward)) > 0.05
 
 
-def test_features_are_clips_own() -> None:
+def test_features_equal_those_of_transformers() -> None:
     tokenizer, _ = build_tokenizer(PROMPTS)
     model = build_clip(TINY, tokenizer, 16).eval()
     images, ids = torch.rand(3, 3, 16, 16), tokenize(tokenizer, PROMPTS)
     with torch.no_grad():
-        theirs = model(input_ids=ids, pixel_values=normalise(images))
-        ours = text_features(model, ids) @ image_features(model, images).T * model.logit_scale.exp()
-        torch.testing.assert_close(theirs.logits_per_text, ours, atol=1e-4, rtol=1e-4)
-        alone = text_encoder_of(model)(ids).last_hidden_state
-        torch.testing.assert_close(alone, model.text_model(input_ids=ids).last_hidden_state)
+        output = model(input_ids=ids, pixel_values=normalise(images))
+        logits = text_features(model, ids) @ image_features(model, images).T * model.logit_scale.exp()
+        torch.testing.assert_close(output.logits_per_text, logits, atol=1e-4, rtol=1e-4)
+        states = text_encoder_of(model)(ids).last_hidden_state
+        torch.testing.assert_close(states, model.text_model(input_ids=ids).last_hidden_state)
     assert ids.shape == (3, tokenizer.model_max_length)
 
 
-def test_the_pooled_state_reads_the_caption_not_the_padding() -> None:
-    """transformers pools at the end token: were its id not told, every caption would be pooled alike."""
+def test_pooling_is_at_the_end_of_the_caption_not_of_the_padding() -> None:
+    """transformers pools at the end token of the config: a wrong id would pool all captions alike."""
     tokenizer, _ = build_tokenizer(PROMPTS)
     model = build_clip(TINY, tokenizer, 16).eval()
     ids = tokenize(tokenizer, [PROMPTS[0]])
@@ -102,29 +101,31 @@ def test_the_pooled_state_reads_the_caption_not_the_padding() -> None:
     torch.testing.assert_close(out.pooler_output[0], out.last_hidden_state[0, 4])  # start, three words, end
 
 
-def test_augment_mirrors_only_when_told() -> None:
+def test_augment_mirrors_only_on_request() -> None:
     images = torch.zeros(200, 3, 16, 16)
     images[:, 0, :, :8] = 1.0  # red on the left
     for mirror, expected in ((False, 0.0), (True, 0.5)):
         changed = augment(images, torch.Generator().manual_seed(1), mirror)
-        turned = changed[:, 0, :, :4].mean((1, 2)) < changed[:, 0, :, -4:].mean((1, 2))
-        assert float(turned.float().mean()) == pytest.approx(expected, abs=0.1)
+        mirrored = changed[:, 0, :, :4].mean((1, 2)) < changed[:, 0, :, -4:].mean((1, 2))
+        assert float(mirrored.float().mean()) == pytest.approx(expected, abs=0.1)
         assert float(changed.min()) >= 0 and float(changed.max()) <= 1
 
 
 def test_further_negatives_count_in_the_image_direction_only() -> None:
     generator = torch.Generator().manual_seed(0)
-    image, text, far = (F.normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (4, 4, 3))
+    image, text, negatives = (F.normalize(torch.randn(n, 5, generator=generator), dim=-1) for n in (4, 4, 3))
     eye, log_scale = torch.eye(4), torch.tensor(2.0)
     same = torch.cat([eye, torch.zeros(4, 3)], 1)
     same[1, 5] = 1  # one of them is the caption of image 1
-    logits = log_scale.exp() * image @ torch.cat([text, far]).T
+    logits = log_scale.exp() * image @ torch.cat([text, negatives]).T
     expected = -sum((logits[i].log_softmax(0) * same[i]).sum() / same[i].sum() for i in range(4)) / 4
     torch.testing.assert_close(
-        contrastive_loss(image, torch.cat([text, far]), same, log_scale, 1.0), expected
+        contrastive_loss(image, torch.cat([text, negatives]), same, log_scale, 1.0), expected
     )
     without = contrastive_loss(image, text, eye, log_scale, 0.0)
-    torch.testing.assert_close(contrastive_loss(image, torch.cat([text, far]), same, log_scale, 0.0), without)
+    torch.testing.assert_close(
+        contrastive_loss(image, torch.cat([text, negatives]), same, log_scale, 0.0), without
+    )
 
 
 def test_learns_a_toy_and_classifies_it(tmp_path: Path) -> None:
@@ -153,7 +154,7 @@ def test_the_temperature_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert float(model.logit_scale.detach().exp()) == pytest.approx(100, rel=1e-3)
 
 
-def test_neighbours_are_one_word_apart() -> None:
+def test_hard_negatives_are_one_word_apart() -> None:
     texts = [
         f"{a} {b} car, {c} view"
         for a in ("red", "blue")
@@ -163,30 +164,27 @@ def test_neighbours_are_one_word_apart() -> None:
     texts += ["a lonely caption of its own"]
     tokenizer, _ = build_tokenizer(texts)
     ids = tokenize(tokenizer, texts)
-    table = HardNegatives(ids)
-    drawn = table.draw(torch.arange(len(texts)), 400, torch.Generator().manual_seed(0))
-    assert drawn.shape == (19, 400)
-    apart = (ids[drawn] != ids[:, None]).sum(-1)
-    assert bool((apart[:-1] == 1).all())
-    assert drawn[-1].unique().numel() == 19  # without a neighbour: any caption
-    found = [set(row.tolist()) for row in drawn[:-1]]
-    for i, near in enumerate(found):
-        assert near == {j for j in range(18) if int((ids[i] != ids[j]).sum()) == 1}
-    colours = (
-        (ids[drawn[:-1]] != ids[:-1, None])[..., 1].float().mean()
-    )  # two choices against three and three
-    assert float(colours) == pytest.approx(math.log(2) / math.log(2 * 3 * 3), abs=0.02)
+    hard_negatives = HardNegatives(ids)
+    samples = hard_negatives.sample(torch.arange(len(texts)), 400, torch.Generator().manual_seed(0))
+    assert samples.shape == (19, 400)
+    distance = (ids[samples] != ids[:, None]).sum(-1)
+    assert bool((distance[:-1] == 1).all())
+    assert samples[-1].unique().numel() == 19  # without a neighbour: any caption
+    for i, row in enumerate(samples[:-1]):
+        assert set(row.tolist()) == {j for j in range(18) if int((ids[i] != ids[j]).sum()) == 1}
+    colour_rate = (ids[samples[:-1]] != ids[:-1, None])[..., 1].float().mean()  # 2 choices beside 3 and 3
+    assert float(colour_rate) == pytest.approx(math.log(2) / math.log(2 * 3 * 3), abs=0.02)
 
 
-def test_told_from_one_word_apart_the_texts_spread(tmp_path: Path) -> None:
-    """Both towers learn on: the toy is told apart, and captions that differ in one word stand further from each other."""
+def test_hard_negatives_separate_the_captions(tmp_path: Path) -> None:
+    """Both towers learn: the toy is classified, and captions that differ in one word are less similar."""
     data = toy(24)
     tokenizer, _ = build_tokenizer(PROMPTS)
     torch.manual_seed(0)
     model = build_clip(TINY, tokenizer, 16)
     before = caption_features(model, tokenizer, PROMPTS)
     model = hard_negative_stage(
-        Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "hard"), model, data, tokenizer, TINY
+        Run(RunOptions(str(tmp_path), 60, trackers=()), {}, "hard_negatives"), model, data, tokenizer, TINY
     )
     assert not model.training
     after = caption_features(model, tokenizer, PROMPTS)
@@ -198,15 +196,11 @@ def test_told_from_one_word_apart_the_texts_spread(tmp_path: Path) -> None:
     assert similar.argmax(1).tolist() == [number % 3 for number in range(24)]
 
 
-def test_padding_is_left_out_without_a_trace() -> None:
+def test_omitting_padding_changes_nothing() -> None:
     tokenizer, _ = build_tokenizer([*PROMPTS, "red"])
     model = build_clip(TINY, tokenizer, 16).eval()
     with torch.no_grad():
-        together = caption_features(model, tokenizer, [PROMPTS[0], "red", " ".join(["red"] * 40)])
-        alone = torch.cat(
-            [
-                caption_features(model, tokenizer, [text])
-                for text in (PROMPTS[0], "red", " ".join(["red"] * 40))
-            ]
-        )
-    torch.testing.assert_close(together, alone)
+        texts = [PROMPTS[0], "red", " ".join(["red"] * 40)]
+        batched = caption_features(model, tokenizer, texts)
+        single = torch.cat([caption_features(model, tokenizer, [text]) for text in texts])
+    torch.testing.assert_close(batched, single)

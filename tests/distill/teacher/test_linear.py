@@ -1,4 +1,4 @@
-"""The linear encoder: exact where the encoder is linear, differentiable, and used in place of the VAE in a warm-up."""
+"""The linear encoder: exact where the encoder is linear, and differentiable."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.teacher.latent import Teacher
+from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.linear import fit_linear_encoder
 
 MATRIX, BIAS = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 1.0]]), torch.tensor([0.25, -1.0])
 
 
 class Affine:
-    """A teacher whose encoder is what the fit looks for, with a term it cannot explain where asked."""
+    """A teacher with a linear encoder and, optionally, noise that no linear fit explains."""
 
     latent_shape, resolution, device = (2, 4, 4), 16, torch.device("cpu")
 
@@ -29,19 +29,19 @@ class Affine:
         )
 
 
-def test_a_linear_encoder_is_found() -> None:
+def test_the_fit_recovers_a_linear_encoder() -> None:
     teacher: Any = Affine()
-    found = fit_linear_encoder(teacher)
-    torch.testing.assert_close(found.matrix, MATRIX, atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.bias, BIAS, atol=1e-4, rtol=0)
-    assert found.explained == pytest.approx(1, abs=1e-6)
+    encoder = fit_linear_encoder(teacher)
+    torch.testing.assert_close(encoder.matrix, MATRIX, atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoder.bias, BIAS, atol=1e-4, rtol=0)
+    assert encoder.explained == pytest.approx(1, abs=1e-6)
     images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(2))  # half the teacher's side
     whole = F.interpolate(images, scale_factor=2, mode="nearest")
-    torch.testing.assert_close(found(images), teacher.encode_images(whole), atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoder(images), teacher.encode_images(whole), atol=1e-4, rtol=0)
 
 
-def test_what_it_explains_is_measured() -> None:
-    """Noise of deviation s on latents of variance v leaves v / (v + s^2)."""
+def test_the_explained_variance_is_measured() -> None:
+    """With noise of deviation s on latents of variance v it is v / (v + s^2)."""
     plain, noisy = Affine(), Affine(1.0)
     images: list[Tensor] = []
     plain.encode_images = lambda batch: images.append(batch) or Affine().encode_images(batch)  # type: ignore[method-assign,func-returns-value]
@@ -50,12 +50,12 @@ def test_what_it_explains_is_measured() -> None:
     assert fit_linear_encoder(noisy).explained == pytest.approx(variance / (variance + 1), abs=0.02)  # type: ignore[arg-type]
 
 
-def test_the_teachers_own_encoder_and_its_gradient(tiny_teacher: Teacher) -> None:
-    found = fit_linear_encoder(tiny_teacher, count=8)
-    assert 0 < found.explained <= 1
+def test_a_vae_encoder_and_the_gradient(tiny_teacher: LatentDiffusionTeacher) -> None:
+    encoder = fit_linear_encoder(tiny_teacher, count=8)
+    assert 0 < encoder.explained <= 1
     images = torch.full((1, 3, 32, 32), 0.5, requires_grad=True)
-    latents = found(images)
+    latents = encoder(images)
     assert latents.shape == (1, *tiny_teacher.latent_shape)
     (slope,) = torch.autograd.grad(latents[0, 0, 0, 0], images)
-    torch.testing.assert_close(slope.sum((0, 2, 3)), found.matrix[0])
-    assert float(slope[..., 4:, :].abs().max()) == 0  # a latent sees its own cell only
+    torch.testing.assert_close(slope.sum((0, 2, 3)), encoder.matrix[0])
+    assert float(slope[..., 4:, :].abs().max()) == 0  # a latent depends on its own cell only

@@ -1,4 +1,4 @@
-"""The autoencoder: whitening changes the latents and nothing else; the loss by hand; a short training."""
+"""The autoencoder: whitening changes only the latents; the loss by hand; a short training."""
 
 from pathlib import Path
 
@@ -44,9 +44,9 @@ def latents_of(vae: AutoencoderKL, data: CaptionedImages) -> torch.Tensor:
         )
 
 
-def test_whitening_leaves_the_images_and_makes_the_latents_unit(vae: AutoencoderKL) -> None:
+def test_whitening_keeps_the_images_and_gives_unit_latents(vae: AutoencoderKL) -> None:
     data = toy(300)
-    with torch.no_grad():  # unlike means and spreads, and noise well above rounding, as a trained one has
+    with torch.no_grad():  # different means and deviations, and noise well above rounding, as after training
         vae.quant_conv.weight[:4] *= torch.tensor([0.3, 1.0, 3.0, 10.0])[:, None, None, None]
         vae.quant_conv.bias[:4] += torch.tensor([2.0, -1.0, 0.0, 5.0])
     images = data.composite(slice(0, 20))
@@ -58,7 +58,7 @@ def test_whitening_leaves_the_images_and_makes_the_latents_unit(vae: Autoencoder
     torch.testing.assert_close(white.mean((0, 2, 3)), torch.zeros(4), atol=0.05, rtol=0)
     torch.testing.assert_close(white.std((0, 2, 3)), torch.ones(4), atol=0.05, rtol=0)
     assert vae.config.scaling_factor == pytest.approx(1 / float(white.std()), rel=0.05)
-    # the same noise gives the same sample in whitened units: the posterior's spread was rescaled too
+    # the same noise gives the same sample in whitened units: the posterior's deviation was rescaled too
     torch.testing.assert_close(
         white, (raw - raw.mean((0, 2, 3), True)) / raw.std((0, 2, 3), keepdim=True), atol=0.1, rtol=0
     )
@@ -93,12 +93,12 @@ def test_psnr() -> None:
     assert psnr(torch.tensor([0.01, 1.0])).tolist() == pytest.approx([20, 0], abs=1e-4)
 
 
-def test_gradient_loss_sees_edges_not_levels() -> None:
-    one = torch.zeros(1, 1, 2, 3)
-    assert float(gradient_loss(one + 0.5, one)) == 0
-    two = one.clone()
-    two[0, 0, 0, 0] = 3.0  # one of 4 horizontal and one of 3 vertical differences
-    assert float(gradient_loss(one, two)) == pytest.approx(3 / 4 + 3 / 3)
+def test_gradient_loss_depends_on_edges_not_levels() -> None:
+    flat = torch.zeros(1, 1, 2, 3)
+    assert float(gradient_loss(flat + 0.5, flat)) == 0
+    corner = flat.clone()
+    corner[0, 0, 0, 0] = 3.0  # one of 4 horizontal and one of 3 vertical differences
+    assert float(gradient_loss(flat, corner)) == pytest.approx(3 / 4 + 3 / 3)
 
 
 def test_loss_by_hand(vae: AutoencoderKL) -> None:
@@ -123,9 +123,9 @@ def test_loss_by_hand(vae: AutoencoderKL) -> None:
 
 
 def test_a_short_training_improves_and_whitens(tmp_path: Path, vae: AutoencoderKL) -> None:
-    data, held = toy(64), toy(16, seed=9)
-    images = held.composite(slice(None))
-    trained = train_vae(Run(RunOptions(str(tmp_path), 40, trackers=()), {}, "vae"), data, held, TINY)
+    data, validation = toy(64), toy(16, seed=9)
+    images = validation.composite(slice(None))
+    trained = train_vae(Run(RunOptions(str(tmp_path), 40, trackers=()), {}, "vae"), data, validation, TINY)
     error = [float((reconstruct(model, images) - images).square().mean()) for model in (vae, trained)]
     assert error[1] < 0.7 * error[0]
     assert not trained.training

@@ -1,4 +1,4 @@
-"""The word-level tokenizer: one token a word, letters for the rest, the same after its files."""
+"""The word-level tokenizer: one token a word, letters for other text, reproducible ids, limits on prompts."""
 
 from pathlib import Path
 
@@ -6,7 +6,15 @@ import pytest
 from transformers import CLIPTokenizer
 
 from distill.runtime.errors import UserError
-from distill.teacher.vocabulary import build_tokenizer, check_prompt, load_words, save_vocabulary, words_of
+from distill.teacher.vocabulary import (
+    build_tokenizer,
+    check_length,
+    check_prompt,
+    load_vocabulary,
+    save_vocabulary,
+    tokenizer_fingerprint,
+    words_of,
+)
 
 TEXTS = [
     "a red teapot, front view",
@@ -29,8 +37,17 @@ def test_every_word_is_one_token_of_its_own() -> None:
     assert max(i[1] for i in ids) < len(tokenizer)
 
 
+def test_the_same_texts_give_the_same_token_ids() -> None:
+    """The trainer's hash maps are seeded at random, each anew: eight builds would give eight vocabularies."""
+    builds = [build_tokenizer(TEXTS)[0] for _ in range(8)]
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in builds}) == 1
+    assert len({str(tokenizer.backend_tokenizer.to_str()) for tokenizer in builds}) == 1  # merges too
+    others = build_tokenizer([*TEXTS, "a blue car"])[0], build_tokenizer(TEXTS, context_length=12)[0]
+    assert len({tokenizer_fingerprint(tokenizer) for tokenizer in (builds[0], *others)}) == 3
+
+
 def test_a_caption_is_its_words_and_padding() -> None:
-    tokenizer, _ = build_tokenizer(TEXTS, max_length=12)
+    tokenizer, _ = build_tokenizer(TEXTS, context_length=12)
     single = {word: tokenizer(word).input_ids[1] for word in ("a", "red", "car")}
     ids = tokenizer("A  red car", padding="max_length").input_ids
     assert ids[:5] == [
@@ -58,24 +75,43 @@ def test_files_hold_the_same_tokenizer_and_words(tmp_path: Path) -> None:
     again = CLIPTokenizer.from_pretrained(tmp_path)
     for text in (*TEXTS, "", "zebra"):
         assert again(text, padding="max_length").input_ids == tokenizer(text, padding="max_length").input_ids
-    assert load_words(tmp_path) == frozenset(words)
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(tokenizer)
+    assert load_vocabulary(tmp_path) == frozenset(words)
 
 
-def test_a_folder_without_words_takes_any(tmp_path: Path) -> None:
-    assert load_words(tmp_path) is None
+def test_a_folder_without_words_accepts_any(tmp_path: Path) -> None:
+    assert load_vocabulary(tmp_path) is None
     check_prompt("anything at all", None)
 
 
 def test_prompts_are_checked() -> None:
-    known = frozenset({"a", "red", "car"})
-    check_prompt("A red car!", known)
-    with pytest.raises(UserError, match=r"words 'zebra', 'hat' of 'a zebra hat': it knows a, car, red$"):
-        check_prompt("a zebra hat", known)
-    with pytest.raises(UserError, match=r"the word 'zebra' of"):
-        check_prompt("red zebra", known)
+    vocabulary = frozenset({"a", "red", "car"})
+    check_prompt("A red car!", vocabulary)
+    with pytest.raises(UserError, match=r"words 'zebra', 'hat' in 'a zebra hat': .* is a, car, red$"):
+        check_prompt("a zebra hat", vocabulary)
+    with pytest.raises(UserError, match=r"unknown word 'zebra' in"):
+        check_prompt("red zebra", vocabulary)
     for empty in ("", "  "):
         with pytest.raises(UserError, match="prompt is empty"):
             check_prompt(empty, None)
+
+
+def test_long_texts_raise_or_warn(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer, _ = build_tokenizer(TEXTS, context_length=6)
+    check_length(tokenizer, [])
+    check_length(tokenizer, ["", "a red", "a red red car"])  # 4 words, the start and the end
+    with pytest.raises(UserError, match=r"'a red red red car' has 7 tokens .* reads 6: use fewer words$"):
+        check_length(tokenizer, ["a red car", "a red red red car"], remedy="use fewer words")
+    with pytest.raises(UserError, match=r"^'red, red, red car' has 8 tokens"):  # a comma is one too
+        check_length(tokenizer, "red, red, red car")
+    with pytest.raises(UserError) as error:
+        check_length(tokenizer, "red " * 5000)
+    assert len(str(error.value)) < 400
+    assert capsys.readouterr().err == ""
+
+    check_length(tokenizer, ["a red car", "a red red red car"], truncate=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 'a red red red car' has 7 tokens")
 
 
 def test_captions_without_words_are_refused() -> None:
