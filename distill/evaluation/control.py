@@ -1,10 +1,10 @@
-"""Adapters graded: samples of held-out conditions against those conditions and their captions, with control and without."""
+"""Evaluation of adapters: samples against held-out conditions and captions, and fidelity over training."""
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import ControlNetModel
 from torch import Tensor
 
@@ -13,20 +13,24 @@ from distill.control.conditions import as_input
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.folders import CaptionedImages
-from distill.evaluation.fidelity import fidelity, means
-from distill.evaluation.judge import Judge
+from distill.evaluation.fidelity import emergence_step, fidelity, means
+from distill.evaluation.generate import Sampler, SamplingBatch, generate, student_sampler, teacher_sampler
+from distill.evaluation.graders import Graders
+from distill.evaluation.labels import LabelOptions
 from distill.evaluation.probe import Probe
-from distill.evaluation.teacher import graded
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Teacher
+from distill.runtime.files import atomic_path
+from distill.runtime.run import Run
+from distill.teacher.latent import LatentDiffusionTeacher
 
-Draw = Callable[[list[Control], Tensor, Tensor], Tensor]  # controls, text states, noise to latents
+FIGURES = ("silhouette_iou", "depth_correlation", "line_f1")
+Curve = tuple[list[int], list[float]]  # steps and values
 
 
 @dataclass(frozen=True)
 class ControlEvaluationOptions:
-    """`samples` of a test split, drawn in `steps` DDIM steps with guidance; the adapter's weight."""
+    """`samples` of a test split by DDIM in `steps` steps with guidance; the adapter's weight."""
 
     samples: int = 300
     steps: int = 25
@@ -40,80 +44,124 @@ class ControlEvaluationOptions:
             raise UserError("samples, steps and batch must be at least 1")
 
 
-def teacher_sampler(teacher: Teacher, options: ControlEvaluationOptions) -> Draw:
-    """DDIM with guidance."""
-
-    def draw(controls: list[Control], states: Tensor, noise: Tensor) -> Tensor:
-        model = Guided(controlled(teacher, controls), teacher.encode_text([""]), options.guidance)
-        return sample_ode(model, teacher.scheduler, states, noise, options.steps)
-
-    return draw
-
-
-def by_student(student: Student, options: ControlEvaluationOptions) -> Draw:
-    """All of a student's steps."""
-    generator = torch.Generator().manual_seed(options.seed)
-    return lambda controls, states, noise: controlled_student(student, controls)(noise, states, generator)
-
-
-@torch.no_grad()
-def images_of(
-    draw: Draw,
-    teacher: Teacher,
-    adapter: ControlNetModel | None,
-    texts: list[str],
+def adapter_sampler(
+    teacher: LatentDiffusionTeacher,
+    adapter: ControlNetModel,
     pictures: Tensor,
     options: ControlEvaluationOptions,
-) -> Tensor:
-    """Images (N, 3, H, W) on the CPU of captions and uint8 pictures; without an adapter the same noise, uncontrolled."""
-    noise = torch.randn(
-        len(texts), *teacher.latent_shape, generator=torch.Generator().manual_seed(options.seed)
-    )
-    made = []
-    for part in torch.arange(len(texts)).split(options.batch):
-        shown = as_input(pictures[part]).to(teacher.device)
-        controls = [] if adapter is None else [Control(adapter, shown, options.weight)]
-        latents = draw(
-            controls, teacher.encode_text([texts[i] for i in part]), noise[part].to(teacher.device)
-        )
-        made.append(teacher.decode(latents).cpu())
-    return torch.cat(made)
+) -> Sampler:
+    """The teacher through an adapter, by guided DDIM; uint8 pictures (N, 1 or 3, H, W), one per caption."""
+    base = teacher_sampler(teacher, options.steps, options.guidance)
+    uncond = teacher.encode_text([""])
+
+    def sample(batch: SamplingBatch) -> Tensor:
+        control = Control(adapter, as_input(pictures[batch.indices]).to(teacher.device), options.weight)
+        model = Guided(controlled(teacher, [control]), uncond, options.guidance)
+        return sample_ode(model, teacher.scheduler, batch.conditioning, batch.noise, options.steps)
+
+    return Sampler(f"{base.name}, adapter", sample, base.nfe, adapter)
+
+
+def student_adapter_sampler(
+    student: Student, adapter: ControlNetModel, pictures: Tensor, options: ControlEvaluationOptions
+) -> Sampler:
+    """A student through an adapter of its teacher; pictures as in `adapter_sampler`."""
+
+    def sample(batch: SamplingBatch) -> Tensor:
+        control = Control(adapter, as_input(pictures[batch.indices]).to(batch.noise.device), options.weight)
+        return controlled_student(student, [control])(batch.noise, batch.conditioning, batch.generator)
+
+    return Sampler("student, adapter", sample, len(student.times), adapter)
 
 
 def evaluate_control(
-    teacher: Teacher,
+    teacher: LatentDiffusionTeacher,
     student: Student | None,
     adapter: ControlNetModel,
     condition: str,
     data: CaptionedImages,
     pictures: Tensor,
-    readers: tuple[Probe, Judge],
+    probe: Probe,
+    graders: Graders,
     options: ControlEvaluationOptions,
+    labels: LabelOptions,
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """A row of figures for the true images, and for teacher and student without and with the adapter; and their images.
+    """Rows of figures, and images, of the truth and of teacher and student without and with the adapter.
 
-    Fidelities are of all samples and of those of a single object; the judge tells single objects only.
+    All samplers start from the same noise. Fidelities named `*_labelled` and the judge's accuracy are of the
+    rows that `labels.exclude_if` leaves.
     """
-    probe, judge = readers
-    data, pictures = data.select(range(min(options.samples, len(data)))), pictures[: options.samples]
-    single = [i for i, row in enumerate(data.rows) if not row.get("relation")]
-    draws = {"teacher": teacher_sampler(teacher, options)} | (
-        {} if student is None else {"student": by_student(student, options)}
-    )
+    count = min(options.samples, len(data))
+    data, pictures = data.select(range(count)), pictures[:count]
+    samplers = {
+        "teacher": teacher_sampler(teacher, options.steps, options.guidance),
+        "teacher, adapter": adapter_sampler(teacher, adapter, pictures, options),
+    }
+    if student is not None:
+        samplers["student"] = student_sampler("student", student)
+        samplers["student, adapter"] = student_adapter_sampler(student, adapter, pictures, options)
+
     images = {"true images": data.composite(slice(None))}
-    for name, draw in draws.items():
-        for kind, net in ((name, None), (f"{name}, adapter", adapter)):
-            images[kind] = images_of(draw, teacher, net, data.texts, pictures, options)
+    for name, sampler in samplers.items():
+        images[name] = generate(teacher, data.texts, sampler, options.batch, options.seed).images
+
+    indices = labels.labelled(data.rows)
+    labelled_rows = [data.rows[i] for i in indices]
     rows = []
-    for name, made in images.items():
-        told = graded(judge, made[single], [data.rows[i] for i in single])
-        figures = fidelity(condition, made, pictures, probe)
-        alone = {f"{key}_single": values[single] for key, values in figures.items()}
-        rows.append(
-            {
-                "generator": name,
-                **means(figures | alone),
-                **{key: told[key] for key in ("object", "colour", "object_and_colour", "view")},
-            }
-        )
+    for name, samples in images.items():
+        figures = fidelity(condition, samples, pictures, probe)
+        labelled = {f"{key}_labelled": values[indices] for key, values in figures.items()}
+        accuracy = graders.accuracy(samples[indices], labelled_rows, labels)
+        rows.append({"generator": name, **means(figures | labelled), **accuracy})
     return rows, list(images.values())
+
+
+def fidelity_curves(metrics: Path) -> dict[str, Curve]:
+    """Every fidelity in a run's metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    logged = {name: [row for row in rows if name in row] for name in FIGURES}
+    return {
+        name: ([row["step"] for row in points], [row[name] for row in points])
+        for name, points in logged.items()
+        if points
+    }
+
+
+def finish(run: Run) -> dict[str, float]:
+    """Write fidelity.png and result.json of an adapter's training; returns the last figures."""
+    curves = fidelity_curves(run.directory / "metrics.jsonl")
+    last = {name: values[-1] for name, (_, values) in curves.items()}
+    emergence = {name: emergence_step(*curve) for name, curve in curves.items()}
+    if curves:
+        plot_fidelity(run.directory / "fidelity.png", curves, emergence)
+    run.finish({"fidelity": last, "emergence_step": emergence})
+    return last
+
+
+def plot_fidelity(path: Path, curves: dict[str, Curve], emergence: dict[str, int | None]) -> None:
+    """The curves, with a dotted line at the step where each one emerges."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for index, (name, (steps, values)) in enumerate(curves.items()):
+        colour, step = f"C{index}", emergence[name]
+        axis.plot(steps, values, ".-", color=colour, label=name.replace("_", " "))
+        if step is not None:
+            axis.axvline(step, color=colour, linestyle=":", linewidth=1)
+            axis.annotate(
+                f"step {step}",
+                (step, values[steps.index(step)]),
+                xytext=(6, -4),
+                textcoords="offset points",
+                fontsize=8,
+                color=colour,
+            )
+    axis.set_xlabel("steps")
+    axis.legend(fontsize=8, loc="lower right")
+    axis.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    pyplot.close(figure)

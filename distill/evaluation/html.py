@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: pictures lie inside it."""
+"""Self-contained HTML pages: tables, bar charts and embedded images."""
 
 import base64
 import html
@@ -17,39 +17,39 @@ td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"""
 
 def save_html(path: Path, title: str, body: Sequence[str], facts: object) -> None:
     """Write a page: its title, the parts of its body (HTML), then the facts as JSON."""
-    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
+    name = html.escape(title)
+    head = f"<!doctype html><meta charset='utf-8'><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"
+    tail = f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"
     with atomic_path(path) as temporary:
-        temporary.write_text(
-            "\n".join([head, *body, f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre>"]),
-            encoding="utf-8",
-        )
+        temporary.write_text("\n".join([head, *body, tail]), encoding="utf-8")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first row the head."""
+    """A table whose first row is its header."""
     lines = []
-    for number, row in enumerate(rows):
-        tag = "td" if number else "th"
+    for index, row in enumerate(rows):
+        tag = "td" if index else "th"
         lines.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
     return "\n".join(["<table>", *lines, "</table>"])
 
 
-def picture(image: bytes, caption: str = "", kind: str = "png") -> str:
-    """A PNG, or a picture of another kind, with a caption."""
+def figure(image: bytes, caption: str = "", kind: str = "png") -> str:
+    """An embedded PNG, or an image of another MIME subtype, with a caption."""
     data = base64.b64encode(image).decode()
-    return f"<figure><img src='data:image/{kind};base64,{data}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+    caption = f"<figcaption>{html.escape(caption)}</figcaption>"
+    return f"<figure><img src='data:image/{kind};base64,{data}'>{caption}</figure>"
 
 
 def bars(
     title: str, labels: Sequence[str], values: Sequence[float], widths: Sequence[float] | None = None
 ) -> str:
-    """A bar chart, a line a label, with intervals where their half-widths are given; what is not a number has no bar."""
+    """A horizontal bar chart, with error bars where half-widths are given; NaNs are omitted."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7.5, 0.8 + 0.24 * len(labels)), layout="constrained")
+    canvas, axis = pyplot.subplots(figsize=(7.5, 0.8 + 0.24 * len(labels)), layout="constrained")
     errors = None if widths is None else np.nan_to_num(widths)
     axis.barh(range(len(labels)), np.nan_to_num(values), xerr=errors, color="#58a", capsize=3)
     axis.set_yticks(range(len(labels)), labels)
@@ -57,6 +57,6 @@ def bars(
     axis.margins(y=0.01)
     axis.set_title(title, fontsize=10)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=80, format="png")
-    pyplot.close(figure)
-    return picture(buffer.getvalue())
+    canvas.savefig(buffer, dpi=80, format="png")
+    pyplot.close(canvas)
+    return figure(buffer.getvalue())

@@ -1,6 +1,6 @@
-"""The judge: a small classifier of metadata columns that grades images; it trains and guides nothing.
+"""The judge: a small classifier of metadata columns that grades images and is independent of every teacher.
 
-Its features are also where Frechet distances are taken (`distill.metrics`).
+Its features also serve for Frechet distances (`distill.evaluation.metrics`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,28 +14,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.data.augmentation import add_noise, cover, move, relight, soften
-from distill.data.folders import CaptionedImages, batches, grey_levels
+from distill.data.augmentation import add_noise, blur_sharpen, color_jitter, random_affine, random_erasing
+from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
+from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
-from distill.runtime.shipped import located
+from distill.runtime.shipped import resolve
 
 FORMAT = "distill-judge-1"
 FEATURES = 128
-IGNORE = -100  # the label of a row that does not count, as in `F.cross_entropy`
+IGNORE = -100  # the label of a row that does not count, the default of `F.cross_entropy`
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """Size, training and what is judged.
+    """The metadata columns that are classified, size and training.
 
-    A row counts for an attribute when its value is neither null nor empty and, for each pair (attribute, condition) in
-    `only_if`, its column `condition` is True: an object without a front has no view to tell.
+    A row counts for an attribute where its value is neither null nor empty and, for each pair (attribute,
+    condition) in `only_if`, its column `condition` is True.
     """
 
-    attributes: tuple[str, ...] = ("object", "colour", "view")
-    only_if: tuple[tuple[str, str], ...] = (("view", "has_front"),)
+    attributes: tuple[str, ...]
+    only_if: tuple[tuple[str, str], ...] = ()
     width: int = 48
     batch: int = 64
     learning_rate: float = 3e-3
@@ -44,13 +45,13 @@ class JudgeOptions:
 
     def __post_init__(self) -> None:
         if not self.attributes:
-            raise UserError("the judge has no attributes; expected a metadata column, such as object")
+            raise UserError("the judge has no attributes; expected the name of a metadata column")
         if self.width < 1 or self.batch < 2:
             raise UserError(f"judge width {self.width}, batch {self.batch}; expected at least 1 and 2")
 
 
 class Block(nn.Sequential):
-    """Convolution, batch norm, ReLU; what keeps its shape is residual."""
+    """Convolution, batch norm, ReLU; residual where the shape does not change."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> None:
         convolution = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
@@ -90,7 +91,7 @@ class Judge(nn.Module):
         return self.trunk(centred).mean((2, 3))
 
     def layers(self, images: Tensor) -> list[Tensor]:
-        """The activations (N, C, h, w) of every block, with gradient, for perceptual distances."""
+        """The activations (N, C, h, w) of every block, differentiable, for perceptual distances."""
         values = [(images * 4 - 2).contiguous(memory_format=torch.channels_last)]
         for block in self.trunk:
             values.append(block(values[-1]))
@@ -107,11 +108,10 @@ def collect_labels(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> 
     labels = {}
     for name in options.attributes:
         labels[name] = tuple(
-            sorted({value for row in rows if (value := _value(row, name, options)) is not None})
+            sorted({value for row in rows if (value := label_of(row, name, options.only_if)) is not None})
         )
         if len(labels[name]) < 2:
-            found = f"the values {list(labels[name])} in the rows that count"
-            raise UserError(f"the column '{name}' has {found}; expected at least two")
+            raise UserError(f"the column '{name}' has the values {list(labels[name])}; expected at least two")
     return labels
 
 
@@ -124,18 +124,18 @@ def label_table(
     """
     table = torch.full((len(rows), len(labels)), IGNORE)
     for column, (name, values) in enumerate(labels.items()):
-        number = {value: index for index, value in enumerate(values)}
+        indices = {value: index for index, value in enumerate(values)}
         for index, row in enumerate(rows):
-            value = _value(row, name, options)
-            if value is not None and value not in number:
-                raise UserError(f"row {index} has the {name} '{value}'; the judge knows {', '.join(values)}")
-            table[index, column] = IGNORE if value is None else number[value]
+            value = label_of(row, name, options.only_if)
+            if value is not None and value not in indices:
+                raise UserError(f"row {index} has the {name} '{value}'; expected one of {', '.join(values)}")
+            table[index, column] = IGNORE if value is None else indices[value]
     return table
 
 
-def _value(row: Mapping[str, Any], name: str, options: JudgeOptions) -> str | None:
-    """The value of an attribute, None where it is empty or the row does not count."""
-    counts = all(row.get(condition) is True for attribute, condition in options.only_if if attribute == name)
+def label_of(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str]]) -> str | None:
+    """The label of a row in the column `name`; None where the row does not count (`JudgeOptions`)."""
+    counts = all(row.get(condition) is True for attribute, condition in only_if if attribute == name)
     return (row.get(name) or None) if counts else None
 
 
@@ -151,13 +151,13 @@ def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) 
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] moved, softened or sharpened, relit, made noisy and covered in part.
+    """Images (B, 3, H, W) in [0, 1] under random affine maps, blur, colour jitter, noise and erasing.
 
-    So the judge reads reconstructions, samples and NeRF renders too. Never mirrored, and the hue stays:
-    both are meaning.
+    They make the judge robust to reconstructions, samples and NeRF renders. No mirroring and no change of
+    hue: both would change labels.
     """
-    images = relight(soften(move(images, generator), generator), generator)
-    return cover(add_noise(images, generator, 0.04), generator).clamp(0, 1)
+    images = color_jitter(blur_sharpen(random_affine(images, generator), generator), generator)
+    return random_erasing(add_noise(images, generator, 0.04), generator).clamp(0, 1)
 
 
 def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge:
@@ -167,17 +167,17 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
     """
     judge = Judge(collect_labels(data.rows, options), options).to(run.device)
     table = label_table(data.rows, judge.labels, options)
-    rate, steps = options.learning_rate, run.options.steps
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
+    optimizer = torch.optim.AdamW(
+        judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
+    )
+    schedule = one_cycle(optimizer, run.options.steps, warmup=0.2)
     run.track(model=judge, optimizer=optimizer, schedule=schedule)
+
     for step in run.steps():
-        index = batches(len(data), options.batch, step, run.options.seed)
+        index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator)
         loss = judge_loss(judge(images.to(run.device)), table[index].to(run.device), options.label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+        optimizer_step(optimizer, loss)
         schedule.step()
         run.log(loss=loss.detach())
         if run.due(run.options.preview_every):
@@ -195,22 +195,10 @@ def judge_features(judge: Judge, images: Tensor, batch: int = 256) -> Tensor:
 
 @torch.no_grad()
 def predict(judge: Judge, images: Tensor) -> dict[str, list[str]]:
-    """The likeliest value of each attribute for each of the images (N, 3, H, W) in [0, 1]."""
+    """The most probable value of each attribute for each of the images (N, 3, H, W) in [0, 1]."""
     features = judge_features(judge, images).to(next(judge.parameters()).device)
-    chosen = {name: head(features).argmax(1).tolist() for name, head in judge.heads.items()}
-    return {name: [judge.labels[name][index] for index in indices] for name, indices in chosen.items()}
-
-
-def accuracy(judge: Judge, data: CaptionedImages) -> dict[str, float]:
-    """The share of right answers of each attribute among the rows that count; no entry where none does."""
-    answers = predict(judge, torch.cat([data.composite(part) for part in torch.arange(len(data)).split(256)]))
-    shares = {}
-    for name, given in answers.items():
-        truth = [_value(row, name, judge.options) for row in data.rows]
-        right = [answer == value for answer, value in zip(given, truth, strict=True) if value is not None]
-        if right:
-            shares[name] = sum(right) / len(right)
-    return shares
+    argmax = {name: head(features).argmax(1).tolist() for name, head in judge.heads.items()}
+    return {name: [judge.labels[name][index] for index in indices] for name, indices in argmax.items()}
 
 
 def save_judge(judge: Judge, folder: Path | str, metrics: Mapping[str, object]) -> None:
@@ -229,16 +217,14 @@ def save_judge(judge: Judge, folder: Path | str, metrics: Mapping[str, object]) 
 
 
 def load_judge(folder: Path | str) -> Judge:
-    """The judge in a folder, or a shipped one by name (`judge64`), float32, in evaluation mode, its weights frozen.
+    """The judge in a folder, or a shipped one by name (`judge64`), float32, in evaluation mode, frozen.
 
     Raises `UserError` where the folder holds none.
     """
-    folder = located("judge", folder)
+    folder = resolve("judge", folder)
     facts = read_json(folder / "judge.json")
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
-        raise UserError(
-            f"{folder} holds no judge; expected what save_judge wrote (judge.json with format {FORMAT})"
-        )
+        raise UserError(f"{folder} holds no judge: train one with scripts/train_judge.py (format {FORMAT})")
     try:
         saved = facts["options"]
         pairs = tuple((attribute, condition) for attribute, condition in saved["only_if"])
@@ -246,7 +232,5 @@ def load_judge(folder: Path | str) -> Judge:
         judge = Judge(facts["labels"], options)
         judge.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"the judge in {folder} is damaged ({error}); expected what save_judge wrote"
-        ) from None
+        raise UserError(f"the judge in {folder} is damaged ({error}): train it again") from None
     return judge.eval().requires_grad_(False)

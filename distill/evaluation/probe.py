@@ -1,6 +1,6 @@
-"""The probe: a small net that reads silhouette and depth from an image, so that a sample can be held against its condition.
+"""The probe: a small network that predicts silhouette and depth of an image, to measure control fidelity.
 
-As the judge, it guides nothing: it is trained on renders with known geometry, moved, relit and made noisy.
+Like the judge it is independent of every teacher: it is trained on augmented renders with true geometry.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.data.augmentation import add_noise, relight, soften
-from distill.data.folders import CaptionedImages, batches, grey_levels
+from distill.data.augmentation import add_noise, blur_sharpen, color_jitter
+from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.evaluation.judge import Block
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
+from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
-from distill.runtime.shipped import located
+from distill.runtime.shipped import resolve
 
 FORMAT = "distill-probe-1"
 
@@ -27,7 +28,7 @@ FORMAT = "distill-probe-1"
 class ProbeOptions:
     """Size and training."""
 
-    width: int = 32
+    width: int = 32  # channels of the finest level
     batch: int = 32
     learning_rate: float = 2e-3
 
@@ -40,7 +41,7 @@ class ProbeOptions:
 
 @final
 class Probe(nn.Module):
-    """Silhouette logits and depth, each (B, 1, H, W), of images (B, 3, H, W) in [0, 1]; sides are multiples of 8."""
+    """Silhouette logits and depth (B, 1, H, W) of images (B, 3, H, W) in [0, 1] with sides in multiples of 8."""
 
     def __init__(self, options: ProbeOptions) -> None:
         super().__init__()
@@ -60,61 +61,61 @@ class Probe(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As the class says; depth is closeness, near 1, far 0, up to a shift."""
+        """Silhouette logits and depth, as closeness: near 1, far 0, up to a shift."""
         fine = self.fine((images * 4 - 2).contiguous(memory_format=torch.channels_last))
         middle = self.middle(fine)
         joined = self.join(torch.cat([middle, F.interpolate(self.coarse(middle), scale_factor=2)], 1))
-        told = self.out(torch.cat([fine, F.interpolate(joined, scale_factor=2)], 1))
-        return told[:, :1], told[:, 1:]
+        output = self.out(torch.cat([fine, F.interpolate(joined, scale_factor=2)], 1))
+        return output[:, :1], output[:, 1:]
 
 
 def train_probe(run: Run, data: CaptionedImages, near: Tensor, options: ProbeOptions) -> Probe:
-    """Train on a split with alpha and its closeness (N, 1, H, W), near 1, far 0; in evaluation mode, weights as they are saved."""
+    """Train on a split with alpha and its closeness `near` (N, 1, H, W), near 1, far 0.
+
+    Returns the probe in evaluation mode, its weights as `save_probe` rounds them.
+    """
     probe = Probe(options).to(run.device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=options.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.learning_rate, total_steps=run.options.steps, pct_start=0.1
-    )
+    schedule = one_cycle(optimizer, run.options.steps, warmup=0.1)
     run.track(model=probe, optimizer=optimizer, schedule=schedule)
     for step in run.steps():
-        index = batches(len(data), options.batch, step, run.options.seed)
+        index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = data.composite(index, grey_levels(len(index), run.generator))
         images = (
-            add_noise(relight(soften(images, run.generator), run.generator), run.generator, 0.02)
+            add_noise(color_jitter(blur_sharpen(images, run.generator), run.generator), run.generator, 0.02)
             .clamp(0, 1)
             .to(run.device)
         )
         mask = data.images[index, 3:].float().to(run.device) / 255
-        logits, told = probe(images)
-        shape = F.binary_cross_entropy_with_logits(logits, mask)
-        deep = depth_loss(told, near[index].float().to(run.device), mask)
-        optimizer.zero_grad(set_to_none=True)
-        (shape + 4 * deep).backward()
-        optimizer.step()
+        logits, depth = probe(images)
+        silhouette_loss = F.binary_cross_entropy_with_logits(logits, mask)
+        depth_term = depth_loss(depth, near[index].float().to(run.device), mask)
+        optimizer_step(optimizer, silhouette_loss + 4 * depth_term)
         schedule.step()
-        run.log(silhouette=shape.detach(), depth=deep.detach())
+        run.log(silhouette=silhouette_loss.detach(), depth=depth_term.detach())
     return probe.half().float().eval()
 
 
-def _both(mask: Tensor, side: int) -> Tensor:
-    """Where a pixel and its neighbour along a side are both within a mask."""
-    length = mask.shape[side] - 1
-    return mask.narrow(side, 0, length).minimum(mask.narrow(side, 1, length))
+def _pair_mask(mask: Tensor, dim: int) -> Tensor:
+    """1 where a pixel and its neighbour along a dimension are both within a mask."""
+    length = mask.shape[dim] - 1
+    return mask.narrow(dim, 0, length).minimum(mask.narrow(dim, 1, length))
 
 
-def depth_loss(told: Tensor, true: Tensor, mask: Tensor) -> Tensor:
-    """How far depths (B, 1, H, W) are from the true ones within a mask, after each image's mean shift; the shift itself counts a tenth.
+def depth_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean absolute error of depths (B, 1, H, W) within a mask after each image's mean shift, plus gradient error.
 
-    An object's distance cannot be told from its size, and no rank depends on it (scale-invariant errors: Eigen et al. 2014,
-    arXiv:1406.2283, section 3.2); slopes count too, as in MiDaS (arXiv:1907.01341, eq. 11).
+    The shift itself has the weight 0.1: distance and size of an object are ambiguous, and ranks do not depend
+    on it (shift-invariant error: Eigen et al. 2014, arXiv:1406.2283, section 3.2). Gradient error as in MiDaS
+    (arXiv:1907.01341, eq. 11).
     """
     pixels = mask.sum((1, 2, 3), keepdim=True).clamp_min(1)
-    error = (told - true) * mask
+    error = (prediction - target) * mask
     shift = error.sum((1, 2, 3), keepdim=True) / pixels
     shape = ((error - shift * mask).abs().sum((1, 2, 3), keepdim=True) / pixels).mean()
-    slopes = [(told - true).diff(dim=side) * _both(mask, side) for side in (2, 3)]
-    slope = sum((value.abs().sum((1, 2, 3), keepdim=True) / pixels).mean() for value in slopes)
-    return shape + slope + 0.1 * shift.abs().mean()
+    gradients = [(prediction - target).diff(dim=dim) * _pair_mask(mask, dim) for dim in (2, 3)]
+    gradient = sum((value.abs().sum((1, 2, 3), keepdim=True) / pixels).mean() for value in gradients)
+    return shape + gradient + 0.1 * shift.abs().mean()
 
 
 def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> None:
@@ -131,11 +132,14 @@ def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> N
 
 
 def load_probe(folder: Path | str) -> Probe:
-    """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen. Raises `UserError` where there is none."""
-    place = located("probe", folder)
-    facts = read_json(place / "probe.json") if (place / "probe.json").is_file() else None
+    """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen.
+
+    Raises `UserError` where there is none.
+    """
+    path = resolve("probe", folder)
+    facts = read_json(path / "probe.json") if (path / "probe.json").is_file() else None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")
     probe = Probe(ProbeOptions(**facts["options"]))
-    probe.load_state_dict(load_file(place / "model.safetensors"))
+    probe.load_state_dict(load_file(path / "model.safetensors"))
     return probe.eval().requires_grad_(False)

@@ -1,29 +1,27 @@
-"""How good a teacher is, on held-out images and captions, graded by an independent judge."""
+"""Evaluation of a teacher on held-out images and captions: its CLIP, its VAE, its samples by guidance."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.core.sampling import sample_ode
-from distill.core.score import Guided
+from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages
-from distill.evaluation.judge import Judge, judge_features, predict
+from distill.evaluation.clip import ClipScorer
+from distill.evaluation.generate import generate, teacher_sampler
+from distill.evaluation.graders import Graders
+from distill.evaluation.judge import label_of
+from distill.evaluation.labels import LabelOptions, fill_caption, fractions, template_columns
 from distill.evaluation.metrics import frechet_distance, moments
 from distill.runtime.errors import UserError
-from distill.teacher.clip import caption_features, image_features
-from distill.teacher.folder import load_clip
-from distill.teacher.latent import Teacher
-from distill.teacher.vae import psnr, reconstruct
-from distill.teacher.vocabulary import phrase
+from distill.teacher.vae import psnr
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is sampled: `samples` captions at each guidance scale, by DDIM in `steps` steps."""
+    """What is sampled: the first `samples` captions at each guidance scale, by DDIM in `steps` steps."""
 
     samples: int = 500
     guidance: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0, 7.5)
@@ -37,118 +35,119 @@ class EvaluationOptions:
 
 
 def evaluate_teacher(
-    teacher: Teacher, judge: Judge, data: CaptionedImages, options: EvaluationOptions
+    teacher: Teacher,
+    graders: Graders,
+    data: CaptionedImages,
+    options: EvaluationOptions,
+    labels: LabelOptions,
 ) -> tuple[dict[str, Any], Tensor]:
-    """All figures of a teacher on a test split with object and colour columns, and samples (S, 3, H, W) at the best guidance."""
-    single = data.select([i for i, row in enumerate(data.rows) if not row.get("relation")])
-    if len(single) < 2:
+    """All figures of a teacher on a test split, and samples (S, 3, H, W) at the best guidance scale.
+
+    The best scale has the highest joint accuracy, else the lowest Frechet distance. Raises `UserError`
+    where `labels.exclude_if` leaves fewer than two rows, or the graders have no features.
+    """
+    data = data.select(labels.labelled(data.rows))
+    if len(data) < 2:
         raise UserError(
-            "the test split has no rows with one object: the evaluation needs object and colour columns"
+            f"{len(data)} rows of the test split are without {labels.exclude_if}: at least 2 are needed"
         )
-    images = single.composite(slice(None))
-    restored = reconstruct(teacher.vae, images)
+
+    images = data.composite(slice(None))
+    restored = reconstruct(teacher, images)
     error = (restored - images).square()
+    features = graders.features(images)
+    real = moments(features)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     figures: dict[str, Any] = {
-        "clip": zero_shot(teacher, single, images),
+        "clip": {} if graders.clip is None else zero_shot(graders.clip, data, images, labels),
         "vae": {
             "psnr": float(psnr(error.mean())),
             "psnr_mean_over_images": float(psnr(error.flatten(1).mean(1)).mean()),
         },
-        "judge_on": {
-            "real": graded(judge, images, single.rows),
-            "reconstructions": graded(judge, restored, single.rows),
+        "judge_accuracy": {
+            "real": graders.accuracy(images, data.rows, labels),
+            "reconstructions": graders.accuracy(restored, data.rows, labels),
+        },
+        "frechet": {
+            "real_halves": frechet_distance(*(moments(features[half]) for half in order.chunk(2))),
+            "reconstructions": frechet_distance(moments(graders.features(restored)), real),
         },
     }
-    real = judge_features(judge, images)
-    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
-    halves = [moments(real[part]) for part in order.chunk(2)]
-    whole = moments(real)
-    count = min(options.samples, len(single))
-    chosen = single.select(range(count))
-    figures["frechet"] = {
-        "real_halves": frechet_distance(*halves),
-        "reconstructions": frechet_distance(moments(judge_features(judge, restored)), whole),
-    }
-    best, shown = -1.0, images[:0]
-    figures["samples"] = []
+
+    figures["samples"], best, quality = [], images[:0], -float("inf")
+    prompts = data.select(range(min(options.samples, len(data))))
     for scale in options.guidance:
-        drawn = draw(teacher, chosen.texts, scale, options)
-        row = {"guidance": scale, **graded(judge, drawn, chosen.rows)}
-        row["frechet"] = frechet_distance(moments(judge_features(judge, drawn)), whole)
+        sampler = teacher_sampler(teacher, options.steps, scale)
+        samples = generate(teacher, prompts.texts, sampler, options.batch, options.seed).images
+        row = {
+            "guidance": scale,
+            **graders.accuracy(samples, prompts.rows, labels),
+            **graders.clip_figures(samples, prompts.texts),
+            "frechet": frechet_distance(moments(graders.features(samples)), real),
+        }
         figures["samples"].append(row)
-        if row["object_and_colour"] > best:
-            best, shown = row["object_and_colour"], drawn
-    return figures, shown
-
-
-def draw(teacher: Teacher, captions: Sequence[str], scale: float, options: EvaluationOptions) -> Tensor:
-    """Images (N, 3, H, W) of captions, the noise of each a function of the seed and its place only."""
-    generator = torch.Generator().manual_seed(options.seed)
-    noise = torch.randn(len(captions), *teacher.latent_shape, generator=generator)
-    model = Guided(teacher, teacher.encode_text([""]), scale)
-    parts = []
-    for part in torch.arange(len(captions)).split(options.batch):
-        states = teacher.encode_text([captions[i] for i in part])
-        latents = sample_ode(model, teacher.scheduler, states, noise[part].to(teacher.device), options.steps)
-        parts.append(teacher.decode(latents).cpu())
-    return torch.cat(parts)
-
-
-def graded(judge: Judge, images: Tensor, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares of images in which the judge sees what the rows say; view only where the caption names one and the object has a front."""
-    told = predict(judge, images)
-    right = {
-        k: [p == row[k] for p, row in zip(told[k], rows, strict=True)] for k in ("object", "colour", "view")
-    }
-    both = [a and b for a, b in zip(right["object"], right["colour"], strict=True)]
-    named = [
-        r
-        for r, row in zip(right["view"], rows, strict=True)
-        if row["has_front"] and row["view"] and row["view"] in row["text"]
-    ]
-    unseen = [r for r, row in zip(both, rows, strict=True) if row["held_out"]]
-    lists = {
-        "object": right["object"],
-        "colour": right["colour"],
-        "object_and_colour": both,
-        "view": named,
-        "held_out_combinations": unseen,
-    }
-    return {name: _share(values) for name, values in lists.items()}
+        if row.get(labels.joint_name, -row["frechet"]) > quality:
+            best, quality = samples, row.get(labels.joint_name, -row["frechet"])
+    return figures, best
 
 
 @torch.no_grad()
-def zero_shot(teacher: Teacher, data: CaptionedImages, images: Tensor) -> dict[str, float]:
-    """CLIP's zero-shot accuracy over all pairs of object and colour, of the view given the pair, and text retrieval among captions.
+def reconstruct(teacher: Teacher, images: Tensor, batch: int = 64) -> Tensor:
+    """Images (N, 3, H, W) in [0, 1] encoded to latents and decoded, on the CPU."""
+    parts = [teacher.decode(teacher.encode_images(part.to(teacher.device))) for part in images.split(batch)]
+    return torch.cat([part.cpu() for part in parts])
 
-    A pair's class is the mean over its captions without a view and with each (prompt ensembling, arXiv:2103.00020, section 3.1.4).
+
+@torch.no_grad()
+def zero_shot(
+    clip: ClipScorer, data: CaptionedImages, images: Tensor, labels: LabelOptions
+) -> dict[str, float]:
+    """CLIP's accuracy as a zero-shot classifier of the columns in `labels.caption`, and its text retrieval.
+
+    Retrieval: the fraction of images whose nearest caption, among all distinct ones, is their own.
     """
-    clip = load_clip(Path(teacher.place))
-    rows = data.rows
-    pairs = sorted({(row["colour"], row["object"]) for row in rows})
-    views = sorted({row["view"] for row in rows if row["view"]})
-    endings = ["", *(f", {view} view" for view in views)]
-    prompts = [phrase(*pair) + ending for pair in pairs for ending in endings]
-    features = torch.cat([image_features(clip, part) for part in images.split(250)])
-    table = caption_features(clip, teacher.tokenizer, prompts).unflatten(0, (len(pairs), len(endings)))
-    told = [pairs[i] for i in (features @ table.mean(1).T).argmax(1).tolist()]
-    place = [pairs.index((row["colour"], row["object"])) for row in rows]
-    turned = torch.einsum("nd,nvd->nv", features, table[place, 1:]).argmax(1).tolist()
+    features = clip.image_features(images)
     texts = sorted(set(data.texts))
-    nearest = (features @ caption_features(clip, teacher.tokenizer, texts).T).argmax(1).tolist()
+    nearest = (features @ clip.text_features(texts).T).argmax(1).tolist()
+    hits = [texts[n] == row["text"] for n, row in zip(nearest, data.rows, strict=True)]
     return {
-        "object": _share(pair[1] == row["object"] for pair, row in zip(told, rows, strict=True)),
-        "colour": _share(pair[0] == row["colour"] for pair, row in zip(told, rows, strict=True)),
-        "view_with_a_front": _share(
-            views[turn] == row["view"]
-            for turn, row in zip(turned, rows, strict=True)
-            if row["has_front"] and row["view"]
-        ),
-        "retrieval_top1": _share(texts[n] == row["text"] for n, row in zip(nearest, rows, strict=True)),
+        **class_accuracy(clip, features, data.rows, labels),
+        **fractions({"retrieval_top1": hits}),
         "retrieval_captions": float(len(texts)),
     }
 
 
-def _share(hits: Iterable[bool]) -> float:
-    values = list(hits)
-    return sum(values) / max(len(values), 1)
+def class_accuracy(
+    clip: ClipScorer, features: Tensor, rows: Sequence[Mapping[str, Any]], labels: LabelOptions
+) -> dict[str, float]:
+    """Zero-shot accuracy of image features (N, D) by column; empty where the data lacks the caption's columns.
+
+    A class is a combination of the caption's columns that occurs. Its feature is the mean over its captions
+    without and with each detail (prompt ensembling, arXiv:2103.00020, section 3.1.4); the detail is
+    classified given the true class.
+    """
+    columns = template_columns(labels.caption)
+    if not columns or any(not row.get(name) for row in rows for name in columns):
+        return {}
+    of_row = [tuple(row[name] for name in columns) for row in rows]
+    classes = sorted(set(of_row))
+    detail = next(iter(template_columns(labels.caption_detail)), "")
+    values = sorted({row[detail] for row in rows if row.get(detail)})
+    endings = ["", *(labels.caption_detail.format(**{detail: value}) for value in values)]
+    captions = [fill_caption(labels.caption, dict(zip(columns, each, strict=True))) for each in classes]
+    prompts = [caption + ending for caption in captions for ending in endings]
+    table = clip.text_features(prompts).unflatten(0, (len(classes), len(endings)))
+
+    predictions = [classes[i] for i in (features @ table.mean(1).T).argmax(1).tolist()]
+    hits: dict[str, list[bool | None]] = {
+        name: [p[i] == target[i] for p, target in zip(predictions, of_row, strict=True)]
+        for i, name in enumerate(columns)
+    }
+    if values:
+        targets = [classes.index(each) for each in of_row]
+        nearest = torch.einsum("nd,nvd->nv", features, table[targets, 1:]).argmax(1).tolist()
+        truth = [label_of(row, detail, labels.only_if) for row in rows]
+        hits[detail] = [
+            None if label is None else values[i] == label for i, label in zip(nearest, truth, strict=True)
+        ]
+    return fractions(hits)

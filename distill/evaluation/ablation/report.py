@@ -1,4 +1,4 @@
-"""An ablation's rows as files: JSON and CSV of every run, a Markdown table, and one HTML page with plots and pictures."""
+"""An ablation's rows as files: JSON and CSV, a Markdown table of means, an HTML page with plots."""
 
 import csv
 import math
@@ -9,7 +9,7 @@ from distill.evaluation import html as page
 from distill.evaluation.ablation.plan import Summary, columns, summarise
 from distill.runtime.files import atomic_path, write_json
 
-MISSING = (math.nan, math.nan)  # the mean and interval of a figure that a loss has not
+MISSING = (math.nan, math.nan)  # mean and interval of a figure that a loss lacks
 
 
 def save_report(
@@ -19,7 +19,7 @@ def save_report(
     pictures: Mapping[str, Path],
     facts: object,
 ) -> None:
-    """Write rows.json, rows.csv, table.md and index.html; `pictures` are PNGs by caption, shown as they are."""
+    """Write rows.json, rows.csv, table.md and index.html; `pictures` are PNG files by caption."""
     table = summarise(rows)
     write_json(folder / "rows.json", {"facts": facts, "rows": list(rows)})
     with (
@@ -34,22 +34,22 @@ def save_report(
     page.save_html(folder / "index.html", title, _body(table, pictures), facts)
 
 
-def shown(mean: float, width: float) -> str:
-    """`0.812 ± 0.031`, to four figures; without an interval where there is none, a dash where there is no figure."""
+def format_figure(mean: float, width: float) -> str:
+    """`0.812 ± 0.031`, to four digits; NaNs are omitted, a missing mean becomes a dash."""
     if math.isnan(mean):
         return "-"
     return f"{mean:.4g}" if math.isnan(width) or width == 0 else f"{mean:.4g} ± {width:.2g}"
 
 
 def markdown(table: Sequence[Summary]) -> str:
-    """A loss at a guidance a row: mean and 95 % interval of each figure."""
+    """One row per loss and guidance scale: mean and 95 % interval of each figure."""
     names = columns([row.figures for row in table])
     head = ["loss", "guidance", "runs", *(name.replace("_", " ") for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in table:
         scale = "own" if row.guidance is None else f"{row.guidance:g}"
-        told = [shown(*row.figures.get(name, MISSING)) for name in names]
-        lines.append("| " + " | ".join([row.loss, scale, str(row.runs), *told]) + " |")
+        cells = [format_figure(*row.figures.get(name, MISSING)) for name in names]
+        lines.append("| " + " | ".join([row.loss, scale, str(row.runs), *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -67,5 +67,5 @@ def _body(table: Sequence[Summary], pictures: Mapping[str, Path]) -> list[str]:
     return [
         page.table(cells),
         *plots,
-        *(page.picture(path.read_bytes(), name) for name, path in pictures.items()),
+        *(page.figure(path.read_bytes(), name) for name, path in pictures.items()),
     ]

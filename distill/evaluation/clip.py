@@ -1,0 +1,88 @@
+"""CLIP as a grader: unit features of images and captions, and the CLIP score between them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+
+from distill.evaluation.features import load_pretrained, pixel_preprocessing
+from distill.runtime.errors import UserError
+from distill.runtime.shipped import resolve
+from distill.teacher.clip import normalise, text_features, tokenize
+from distill.teacher.folder import CLIP, load_clip
+
+
+@final
+class ClipScorer:
+    """CLIP (Radford et al. 2021, arXiv:2103.00020) with its tokenizer and the preprocessing of its images."""
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        preprocess: Callable[[Tensor], Tensor] = normalise,
+    ) -> None:
+        """preprocess: images (B, 3, H, W) in [0, 1] to the pixel values that the vision tower expects."""
+        self.model, self.tokenizer, self.preprocess = (
+            model.eval().requires_grad_(False),
+            tokenizer,
+            preprocess,
+        )
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor, batch: int = 250) -> Tensor:
+        """Unit features (N, D) on the CPU of images (N, 3, H, W) in [0, 1]."""
+        parts = []
+        for part in images.split(batch):
+            pixels = self.preprocess(part.to(self.model.device))
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            parts.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def text_features(self, captions: Sequence[str], batch: int = 512) -> Tensor:
+        """Unit features (N, D) on the CPU of captions."""
+        ids = tokenize(self.tokenizer, captions).to(self.model.device)
+        return torch.cat([text_features(self.model, part).cpu() for part in ids.split(batch)])
+
+    def label_probabilities(self, images: Tensor, labels: Sequence[str]) -> Tensor:
+        """Zero-shot probabilities (N, K) of K labels: softmax of scaled cosines (section 3.1)."""
+        cosines = self.image_features(images) @ self.text_features(labels).T
+        return (self.model.logit_scale.exp().cpu() * cosines).softmax(1)
+
+
+def load_clip_scorer(
+    teacher: str, clip: str | None = None, device: torch.device | str = "cpu"
+) -> ClipScorer | None:
+    """The CLIP named by `clip`, else the one in the teacher's own folder; None where there is neither.
+
+    teacher: a shipped name or a folder; clip: the same, or a folder or hub id of a transformers CLIP model.
+    Raises `UserError` where `clip` is given and holds no CLIP.
+    """
+    folder = resolve("teacher", clip or teacher)
+    if (folder / CLIP / "config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        return ClipScorer(load_clip(folder).to(device), tokenizer)
+    if clip is None:
+        return None
+
+    model = load_pretrained(clip, "a teacher trained here or a CLIP model of transformers")
+    if not isinstance(model, CLIPModel):
+        raise UserError(f"{clip} holds a {type(model).__name__}: expected a CLIPModel of transformers")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=Path(clip).is_dir())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{clip} has no tokenizer ({str(error).splitlines()[0][:200]})") from None
+    return ClipScorer(
+        model.to(device), tokenizer, pixel_preprocessing(clip, model.config.vision_config.image_size)
+    )
+
+
+def clip_score(clip: ClipScorer, images: Tensor, captions: Sequence[str]) -> float:
+    """Mean cosine between images (N, 3, H, W) in [0, 1] and their N captions (arXiv:2104.08718, w = 1)."""
+    cosines = (clip.image_features(images) * clip.text_features(captions)).sum(1)
+    return float(cosines.mean())
