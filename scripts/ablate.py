@@ -1,73 +1,30 @@
-"""Losses against each other at equal compute: python scripts/ablate.py subject=images "losses=[sds, csd, vsd]" """
+"""Losses against each other at equal NFE, in one table.
 
-from pathlib import Path
-from typing import Any
+python scripts/ablate.py subject=images "losses=[sds, csd, vsd]"
+On a Gaussian mixture (seconds): python scripts/ablate.py subject=particles "ablation.prompts=[c0, c1]"
+Text to 3D: python scripts/ablate.py subject=scenes ablation.budget=600 "ablation.seeds=[0, 1]"
+"""
+
+from dataclasses import dataclass
 
 from entry import entry, load_group
 
-
-def main(config: dict[str, Any]) -> None:
-    from distill.evaluation.ablation.images import picture
-    from distill.evaluation.ablation.plan import AblationOptions, plan, run_cells
-    from distill.evaluation.ablation.report import save_report
-    from distill.objectives.options import ObjectiveOptions
-    from distill.runtime.config import build
-    from distill.runtime.machine import machine_facts
-
-    options = build(AblationOptions, config["ablation"], "ablation")
-    losses = {
-        name: build(ObjectiveOptions, load_group("objective", name), f"objective {name}")
-        for name in config["losses"]
-    }
-    folder = Path(config["output"])
-    cells = list(plan(options, losses, folder))
-    rows = run_cells(cells, bench(config))
-    pictures = {
-        f"{cell.loss}, {cell.prompt}, seed {cell.seed}": picture(cell)
-        for cell in cells
-        if picture(cell).is_file()
-    }
-    facts = {"subject": config["subject"], "budget_F": options.budget, **machine_facts()}
-    save_report(
-        folder, f"Losses on {config['subject']} at {options.budget} F a sample", rows, pictures, facts
-    )
-    print((folder / "table.md").read_text())
-    print(f"written: {folder}: rows.json, rows.csv, table.md, index.html")
+from distill.objectives.options import ObjectiveOptions
+from sds3d.evaluation.ablation_run import AblationRecipe, run_ablation
 
 
-def bench(config: dict[str, Any]) -> Any:
-    from distill.runtime.config import build
-    from distill.runtime.errors import UserError
+@dataclass(frozen=True, kw_only=True)
+class Config(AblationRecipe):
+    """Every loss, guidance scale, prompt and seed once."""
 
-    if config["subject"] == "particles":
-        from diffusers import DDPMScheduler
+    losses: tuple[str, ...] = ("sds", "csd", "nfsd", "ism", "sdi", "vsd")  # names in configs/objective/
 
-        from distill.core.noise import NoiseSchedule
-        from distill.evaluation.ablation.particles import ParticleOptions, run_particles
 
-        particles = build(ParticleOptions, config["particles"], "particles")
-        stock = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-        return lambda cell: run_particles(cell, particles, NoiseSchedule(stock.alphas_cumprod))
-    from distill.apps.optimise_image import OptimiseImageOptions
-    from distill.evaluation.ablation.images import Graders, run_images
-    from distill.evaluation.judge import load_judge
-    from distill.teacher.folder import load_clip
-    from distill.teacher.latent import Teacher
-    from sds3d.evaluation.ablation import run_scene
-    from sds3d.scene.nerf import SceneOptions
-    from sds3d.text_to_3d.trainer import TextTo3dOptions
-
-    teacher = Teacher.load(config["teacher"])
-    graders = Graders(load_clip(teacher.place), load_judge(config["judge"]))
-    image = build(OptimiseImageOptions, {**config["optimise_image"], "prompt": ""}, "optimise_image")
-    made = build(TextTo3dOptions, {**config["text_to_3d"], "prompt": ""}, "text_to_3d")
-    scene = build(SceneOptions, config["scene"], "scene")
-    if config["subject"] == "images":
-        return lambda cell: run_images(cell, teacher, graders, image)
-    if config["subject"] == "scenes":
-        return lambda cell: run_scene(cell, teacher, graders, scene, made)
-    raise UserError(f"subject is {config['subject']!r}: expected particles, images or scenes")
+def main(config: Config) -> None:
+    losses = {name: load_group("objective", name, ObjectiveOptions) for name in config.losses}
+    print(run_ablation(config, losses))
+    print(f"written: {config.output}: rows.json, rows.csv, table.md, index.html")
 
 
 if __name__ == "__main__":
-    entry("ablate", main)
+    entry("ablate", Config, main)

@@ -1,34 +1,36 @@
-"""Time a cycle of distillation against its floor: python scripts/bench_one_step.py method=dmd2 method.gan=null"""
+"""Time a cycle of distillation against its floor.
 
-from typing import Any
+python scripts/bench_one_step.py method=dmd2 method.gan=null
+"""
+
+from dataclasses import dataclass
 
 from entry import entry
 
+from distill.one_step.recipe import OneStepRecipe, start_one_step
+from distill.one_step.timing import profile_cycle, time_cycle
+from distill.runtime.machine import machine_info
 
-def main(config: dict[str, Any]) -> None:
-    from distill.evaluation.judge import load_judge
-    from distill.one_step.build import start
-    from distill.one_step.timing import profile_cycle, time_cycle
-    from distill.one_step.trainer import OneStepOptions
-    from distill.runtime.config import build
-    from distill.runtime.machine import machine_facts, pick_device
-    from distill.runtime.run import Run, RunOptions
-    from distill.teacher.latent import Teacher
 
-    run = Run(build(RunOptions, config["run"], "run"), config, "bench")
-    options = build(OneStepOptions, {**config["distill"], "method": config["method"]}, "distill")
-    teacher = Teacher.load(config["teacher"], pick_device(config["run"]["device"]))
-    task = start(run, teacher, load_judge(config["judge"]), config["data"], options)
-    timings, ratio = time_cycle(task, config["runs"])
+@dataclass(frozen=True, kw_only=True)
+class Config(OneStepRecipe):
+    """A distillation of which single cycles are timed."""
+
+    runs: int = 5  # repetitions of each part; the median is printed
+    profile: bool = False  # where a cycle's time goes, by torch's profiler
+
+
+def main(config: Config) -> None:
+    trainer = start_one_step(config)[0]
+    timings, ratio = time_cycle(trainer, config.runs)
     for timing in timings:
-        print(f"{timing.part:42} {timing.median:8.1f} ms  ({timing.low:.1f} to {timing.high:.1f})")
-    print(
-        f"a cycle states {task.nfe / run.options.steps:.4g} F a sample and takes {ratio:.3f} times as long as so many forward passes"
-    )
-    if config["profile"]:
-        print(profile_cycle(task))
-    print(machine_facts())
+        print(f"{timing.name:42} {timing.median:8.1f} ms  ({timing.low:.1f} to {timing.high:.1f})")
+    nfe = trainer.nfe / trainer.run.options.steps
+    print(f"a cycle is {nfe:.4g} NFE a sample and takes {ratio:.3f} times as long as as many forward passes")
+    if config.profile:
+        print(profile_cycle(trainer))
+    print(machine_info())
 
 
 if __name__ == "__main__":
-    entry("bench_one_step", main)
+    entry("bench_one_step", Config, main)

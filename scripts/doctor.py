@@ -1,17 +1,17 @@
-"""What is present and what will therefore be used: python scripts/doctor.py"""
+"""Check the installation and the shipped weights.
 
-import entry  # noqa: F401  (finds the packages, quiets the libraries)
+python scripts/doctor.py
+"""
+
+import entry  # noqa: F401  (puts the packages on the path, quiets the libraries)
 
 
 def main() -> int:
-    from distill.runtime.doctor import examine
+    from distill.runtime.doctor import check_installation
 
-    findings = examine()
-    for finding in findings:
-        print(
-            f"{'ok  ' if finding.good else 'none' if finding.optional else 'FAIL'}  {finding.name:22} {finding.text}"
-        )
-    return int(any(not finding.good and not finding.optional for finding in findings))
+    results = check_installation()
+    print(*results, sep="\n")
+    return int(any(result.failed for result in results))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,40 @@
-"""The one place that knows hydra: composes a config, hands plain values on, turns a user's mistake into one line."""
+"""The one module that knows hydra: composes configs, builds options, reports errors in one line."""
 
 import os
 import re
 import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 sys.path.insert(0, str(CONFIGS.parent))  # a clone runs without an install too
 
-# a run's own bar is the one to watch; both libraries read these at import
+# a run shows its own progress bar; both libraries read these at import
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from distill.runtime.config import build, defaults_of, fields_of  # noqa: E402
 from distill.runtime.errors import UserError  # noqa: E402
+from distill.runtime.help import help_lines  # noqa: E402
 from distill.runtime.names import slug  # noqa: E402
+
+Options = TypeVar("Options")
+HYDRA_NOISE = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path")
+HELP = "--help lists the options"
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups, each with the names of its configs."""
+    folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
 def quoted(argument: str) -> str:
-    """`prompt=a red teapot, please` as hydra's grammar wants it; quoted values, lists and sweeps of plain words stay."""
+    """`prompt=a red teapot, please` as hydra's grammar reads it; quoted values, lists and sweeps stay."""
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-") or not re.search(r"\s", value) or value[:1] in "\"'[{":
         return argument
@@ -29,93 +43,134 @@ def quoted(argument: str) -> str:
 
 
 def named(arguments: list[str], positional: str | None) -> list[str]:
-    """Arguments with those that have no name (`"a red teapot" "a blue torus"`) gathered as the list `positional`, where there is one."""
-    bare = [a for a in arguments if not a.startswith("-") and "=" not in a]
+    """Arguments; those without a name (`"a red teapot" "a blue torus"`) become the list `positional`."""
+    bare = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
     if positional is None or not bare or {"--cfg", "-c", "--package", "-p"} & set(arguments):
         return arguments
     texts = ", ".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in bare)
-    return [a for a in arguments if a not in bare] + [f"{positional}=[{texts}]"]
+    return [argument for argument in arguments if argument not in bare] + [f"{positional}=[{texts}]"]
 
 
-def load_group(group: str, name: str) -> dict[str, Any]:
-    """One config of a group with its own defaults, by name. Raises `UserError` where there is none."""
+def forced(argument: str) -> str:
+    """`key=value` as `++key=value`, which a key that no YAML holds needs; hydra's own and groups stay."""
+    key, equals, _ = argument.partition("=")
+    own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key.split("@")[0] in groups()
+    return argument if own or not equals else f"++{argument}"
+
+
+def load_group(group: str, name: str, options: type[Options]) -> Options:
+    """The options in one config of a group. Raises `UserError` where there is none of that name."""
     from hydra import compose
     from omegaconf import OmegaConf
 
-    path = CONFIGS / group / f"{name}.yaml"
-    if not path.is_file():
-        raise UserError(
-            f"{group} {name!r} is none of {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}"
-        )
-    return OmegaConf.to_container(compose(f"{group}/{name}")[group])  # type: ignore[return-value]
+    if name not in groups()[group]:
+        raise UserError(f"{group} is {name!r}: expected one of {', '.join(groups()[group])}")
+    values = OmegaConf.to_container(compose(f"{group}/{name}")[group])
+    return build(options, values, f"{group} {name}")  # type: ignore[arg-type]
 
 
-def _check(name: str, overrides: list[str]) -> None:
-    """Compose once to meet mistakes before hydra's own many-line report does."""
+def compose_config(name: str, overrides: list[str]) -> Any:
+    """The config that hydra will compose. Raises `UserError` where it would print a report of many lines."""
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose(name, overrides, return_hydra_config=True)
-            HydraConfig.instance().set_config(config)  # what ${hydra:...} in a directory's name reads
+            HydraConfig.instance().set_config(config)  # for ${hydra:...} in a directory's name
             with open_dict(config):
                 del config["hydra"]
-            missing = sorted(OmegaConf.missing_keys(config), key=len)
     except (HydraException, OmegaConfBaseException) as error:
-        absent = re.search(r"Missing mandatory value: (\S+)", str(error))
-        if absent:
-            raise UserError(
-                f"{absent[1]} is missing: give {absent[1]}=... (--help lists the options)"
-            ) from None
-        noise = (
-            "full_key",
-            "object_type",
-            "reference_type",
-            "See ",
-            "To append",
-            "Config search path",
-            "provider=",
-            "^",
-        )
-        lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
-        told = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
-        raise UserError(f"{'; '.join(told)} (--help lists the options)") from None
+        raise UserError(_message(error)) from None
+    return config
+
+
+def _message(error: Exception) -> str:
+    """Hydra's report as one sentence."""
+    missing = re.search(r"Missing mandatory value: (\S+)", str(error))
     if missing:
-        raise UserError(f"{missing[0]} is missing: give {missing[0]}=... (--help lists the options)")
+        return f"{missing[1]} is missing: give {missing[1]}=... ({HELP})"
+    lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
+    noise = (*HYDRA_NOISE, "provider=", "^")
+    kept = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
+    return f"{'; '.join(kept)} ({HELP})"
 
 
-def _leave(error: UserError) -> NoReturn:
+def _values(config: Any) -> Mapping[str, Any]:
+    """The composed config as plain values. Raises `UserError` for a missing value."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    missing = sorted(OmegaConf.missing_keys(config), key=len)
+    if missing:
+        raise UserError(f"{missing[0]} is missing: give {missing[0]}=... ({HELP})")
+    try:
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(_message(error)) from None
+
+
+def _option(cls: type, path: str, *, _root_: Any) -> Any:
+    """`${option:run.seed}`: the value in the config, else the default of the options class."""
+    from omegaconf import OmegaConf
+
+    value = OmegaConf.select(_root_, path)
+    options: Any = None
+    for key in [] if value is not None else path.split("."):
+        fields = fields_of(cls)
+        value = defaults_of(fields, options).get(key)
+        cls, options = typing.get_type_hints(cls)[key], value
+    return value
+
+
+def _print_help(cls: type, name: str, overrides: list[str]) -> None:
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(compose_config(name, overrides))
+    print(f"{sys.modules[cls.__module__].__doc__}\n")
+    print("usage: python", sys.argv[0], "[key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n")
+    chosen = {group: names for group, names in groups().items() if group in fields_of(cls)}
+    for group, names in chosen.items():
+        print(f"{group}: {', '.join(names)}")
+    print(*help_lines(cls, values), sep="\n")  # type: ignore[arg-type]
+    print("\nRuns resume when the same command is given again.")
+
+
+def _exit(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2) from None
 
 
-def entry(name: str, main: Callable[[dict[str, Any]], None], positional: str | None = None) -> None:
-    """Run `main` with the config `name` of configs/, as overridden on the command line (hydra's grammar, --multirun too).
+def entry(
+    name: str, cls: type[Options], main: Callable[[Options], None], positional: str | None = None
+) -> None:
+    """Run `main` with the options `cls` built from configs/`name`.yaml, if there is one, and the arguments.
 
-    Arguments without a name are the list `positional`, where one is given.
+    Arguments follow hydra's grammar (--multirun too); those without a name are the list `positional`.
     """
     import hydra
     from omegaconf import DictConfig, OmegaConf
 
+    config_name = name if (CONFIGS / f"{name}.yaml").is_file() else "base"
     OmegaConf.register_new_resolver("slug", slug, replace=True)
-    sys.argv[1:] = [quoted(argument) for argument in named(sys.argv[1:], positional)]
+    OmegaConf.register_new_resolver("option", partial(_option, cls), replace=True)
+    sys.argv[1:] = [forced(quoted(argument)) for argument in named(sys.argv[1:], positional)]
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
 
     def run(config: DictConfig) -> None:
         try:
-            main(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+            main(build(cls, _values(config)))
         except UserError as error:  # within hydra, which would print a traceback
-            _leave(error)
+            _exit(error)
 
     try:
-        overrides = [
-            argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")
-        ]
-        if not {"--multirun", "-m", "--help", "-h"} & set(sys.argv):
-            _check(name, overrides)
-        hydra.main(config_path=str(CONFIGS), config_name=name, version_base="1.3")(run)()
+        if {"--help", "-h"} & set(sys.argv):
+            return _print_help(cls, config_name, overrides)
+        if not {"--multirun", "-m"} & set(sys.argv):
+            compose_config(config_name, overrides)
+        hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(run)()
     except UserError as error:
-        _leave(error)
+        _exit(error)

@@ -1,53 +1,67 @@
-"""Grade an adapter on held-out conditions: python scripts/evaluate_control.py adapter=silhouette student=shapes64"""
+"""Grade an adapter on held-out conditions.
 
+python scripts/evaluate_control.py adapter=silhouette student=shapes64
+"""
+
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from entry import entry
 
+from distill.control.adapter import load_adapter
+from distill.control.conditions import as_input
+from distill.control.train import strip
+from distill.data.folders import load_split
+from distill.evaluation.control import ControlEvaluationOptions, evaluate_control
+from distill.evaluation.generator import format_row
+from distill.evaluation.graders import load_graders
+from distill.evaluation.labels import LabelOptions
+from distill.evaluation.probe import load_probe
+from distill.one_step.folder import load_student
+from distill.runtime.files import write_json
+from distill.runtime.images import image_grid, save_png
+from distill.runtime.machine import machine_info, pick_device
+from distill.runtime.names import slug
+from distill.teacher.latent import load_teacher
+from sds3d.world.conditions import conditioning_images
 
-def main(config: dict[str, Any]) -> None:
-    from distill.control.adapter import load_adapter
-    from distill.control.conditions import as_input
-    from distill.control.train import strip
-    from distill.data.folders import load_split
-    from distill.evaluation.control import ControlEvaluationOptions, evaluate_control
-    from distill.evaluation.judge import load_judge
-    from distill.evaluation.probe import load_probe
-    from distill.one_step.folder import load_student
-    from distill.runtime.config import build
-    from distill.runtime.files import write_json
-    from distill.runtime.images import image_grid, save_png
-    from distill.runtime.machine import machine_facts, pick_device
-    from distill.runtime.names import slug
-    from distill.teacher.latent import Teacher
-    from sds3d.world.conditions import split_pictures
 
-    options = build(ControlEvaluationOptions, config["evaluation"], "evaluation")
-    teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
-    adapter, condition = load_adapter(config["adapter"], teacher.device)
-    student = None if config["student"] is None else load_student(config["student"], teacher.device)[0]
-    data = load_split(config["data"], "test", teacher.resolution, options.samples)
-    pictures = split_pictures(config["data"], "test", condition, data)
-    readers = load_probe(config["probe"]), load_judge(config["judge"])
-    rows, images = evaluate_control(teacher, student, adapter, condition, data, pictures, readers, options)
-    for row in rows:
-        print(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else str(value)
-                for name, value in row.items()
-            )
-        )
-    path = Path(config["output"]) / f"{slug(str(config['adapter']))}.json"
-    write_json(
-        path, {"condition": condition, "rows": rows, "samples": options.samples, "machine": machine_facts()}
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """An adapter, the conditions of a test split, and the same samples without the adapter."""
+
+    teacher: str = "shapes64"
+    adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
+    student: str | None = None  # shapes64, or a folder of distill_one_step.py: graded with the adapter too
+    data: str = "outputs/shapes64"
+    probe: str = "probe64"
+    judge: str | None = "judge64"  # null: no accuracy
+    output: str = "outputs/evaluate_control"
+    device: str = "auto"
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    evaluation: ControlEvaluationOptions = field(default_factory=ControlEvaluationOptions)
+
+
+def main(config: Config) -> None:
+    options = config.evaluation
+    teacher = load_teacher(config.teacher, pick_device(config.device))
+    adapter, condition = load_adapter(config.adapter, teacher.device)
+    student = None if config.student is None else load_student(config.student, teacher.device)[0]
+    data = load_split(config.data, "test", teacher.resolution, options.samples)
+    pictures = conditioning_images(config.data, "test", condition, data)
+    probe, graders = load_probe(config.probe), load_graders(config.teacher, config.judge)
+    rows, images = evaluate_control(
+        teacher, student, adapter, condition, data, pictures, probe, graders, options, config.labels
     )
-    save_png(
-        path.with_suffix(".png"),
-        image_grid(strip(as_input(pictures), *images)[: 12 * (1 + len(images))], 2 * (1 + len(images))),
-    )
+    print(*map(format_row, rows), sep="\n")
+    path = Path(config.output) / f"{slug(config.adapter)}.json"
+    facts = {"condition": condition, "samples": options.samples, "machine": machine_info()}
+    write_json(path, {**facts, "rows": rows})
+    columns = 1 + len(images)
+    grid = image_grid(strip(as_input(pictures), *images)[: 12 * columns], 2 * columns)
+    save_png(path.with_suffix(".png"), grid)
     print(f"written: {path}, {path.with_suffix('.png')}")
 
 
 if __name__ == "__main__":
-    entry("evaluate_control", main)
+    entry("evaluate_control", Config, main)

@@ -1,63 +1,58 @@
-"""Students and their teacher on a test split: python scripts/evaluate_generator.py "students=[outputs/one_step/dmd2-seed0/student]" """
+"""Students and their teacher on a test split.
 
-from pathlib import Path
-from typing import Any
+python scripts/evaluate_generator.py "students=[outputs/one_step/dmd2-seed0/student]"
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from distill.data.folders import load_split
+from distill.evaluation.generate import student_sampler, teacher_sampler
+from distill.evaluation.generator import GeneratorEvaluationOptions, cached_rows, format_row, reference
+from distill.evaluation.graders import load_graders
+from distill.evaluation.labels import LabelOptions
+from distill.one_step.folder import load_student
+from distill.runtime.config import as_mapping
+from distill.runtime.machine import pick_device
+from distill.teacher.latent import load_teacher
 
-def main(config: dict[str, Any]) -> None:
-    from distill.data.folders import load_split
-    from distill.evaluation.features import extractor
-    from distill.evaluation.generator import (
-        GeneratorEvaluationOptions,
-        evaluate,
-        kept,
-        reference,
-        student_generator,
-        teacher_generator,
-    )
-    from distill.evaluation.judge import load_judge
-    from distill.one_step.folder import load_student
-    from distill.runtime.config import build
-    from distill.runtime.files import write_json
-    from distill.runtime.images import image_grid, save_png
-    from distill.runtime.machine import machine_facts, pick_device
-    from distill.runtime.names import slug
-    from distill.teacher.latent import Teacher
+QUERY = ("data", "judge", "clip", "features", "limit", "labels", "evaluation")  # what a row depends on
 
-    options = build(GeneratorEvaluationOptions, config["evaluation"], "evaluation")
-    teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
-    generators = [
-        student_generator(place, load_student(place, teacher.device)[0]) for place in config["students"]
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Generators, a test split, and what grades samples; a row per generator, kept as JSON."""
+
+    teacher: str = "shapes64"
+    students: tuple[str, ...] = ()  # shapes64, or folders of distill_one_step.py
+    steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
+    guidance: tuple[float, ...] = (2.0,)
+    judge: str | None = "judge64"  # null: no accuracy
+    clip: str | None = None  # a CLIP model of transformers; null: the teacher's own, where it has one
+    features: str | None = None  # a TorchScript Inception, an image model of transformers; null: the judge's
+    data: str = "outputs/shapes64"  # a captioned folder, whose test split is used
+    output: str = "outputs/evaluate_generator"
+    limit: int | None = None  # test images used; null: all
+    device: str = "auto"
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    evaluation: GeneratorEvaluationOptions = field(default_factory=GeneratorEvaluationOptions)
+
+
+def main(config: Config) -> None:
+    teacher = load_teacher(config.teacher, pick_device(config.device))
+    samplers = [student_sampler(name, load_student(name, teacher.device)[0]) for name in config.students]
+    samplers += [
+        teacher_sampler(teacher, steps, scale) for steps in config.steps for scale in config.guidance
     ]
-    generators += [
-        teacher_generator(teacher, steps, scale) for steps in config["steps"] for scale in config["guidance"]
-    ]
-    data = load_split(config["data"], "test", teacher.resolution, config["limit"])
-    real = reference(data, extractor(config["features"]), load_judge(config["judge"]))
-    folder = Path(config["output"])
-    for generator in generators:
-        path = folder / f"{slug(generator.name)}.json"
-        asked = {
-            "weights": generator.weights,
-            **{name: config[name] for name in ("data", "judge", "features", "limit", "evaluation")},
-        }
-        row = kept(path, asked)
-        if row is None:
-            figures, shown = evaluate(generator, teacher, real, options)
-            save_png(path.with_suffix(".png"), image_grid(shown, 8))
-            row = {**figures, "asked": asked, "machine": machine_facts()}
-            write_json(path, row)
-        told = {name: value for name, value in row.items() if name not in ("asked", "machine")}
-        print(
-            "  ".join(
-                f"{name} {value:.4g}" if isinstance(value, float) else str(value)
-                for name, value in told.items()
-            )
-        )
-    print(f"written: {folder}/*.json, *.png")
+    data = load_split(config.data, "test", teacher.resolution, config.limit)
+    graders = load_graders(config.teacher, config.judge, config.clip, config.features)
+    query = {name: as_mapping(config)[name] for name in QUERY}
+    real = reference(data, graders, config.labels)
+    for row in cached_rows(samplers, teacher, real, config.evaluation, query, config.output):
+        print(format_row({name: value for name, value in row.items() if name not in ("weights", *QUERY)}))
+    print(f"written: {config.output}/*.json, *.png")
 
 
 if __name__ == "__main__":
-    entry("evaluate_generator", main)
+    entry("evaluate_generator", Config, main)

@@ -1,32 +1,51 @@
-"""Grade a teacher on a test split: python scripts/evaluate_teacher.py teacher=shapes64 data=outputs/shapes64"""
+"""Grade a teacher on a test split.
+
+python scripts/evaluate_teacher.py teacher=shapes64 data=outputs/shapes64
+Any captioned folder: python scripts/evaluate_teacher.py data=photos labels=none judge=null
+"""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from entry import entry
 
+from distill.data.folders import load_split
+from distill.evaluation.graders import load_graders
+from distill.evaluation.labels import LabelOptions
+from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher
+from distill.runtime.files import write_json
+from distill.runtime.images import image_grid, save_png
+from distill.runtime.machine import machine_info
+from distill.teacher.latent import load_teacher
 
-def main(config: dict[str, Any]) -> None:
-    from distill.data.folders import load_split
-    from distill.evaluation.judge import load_judge
-    from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher
-    from distill.runtime.config import build
-    from distill.runtime.files import write_json
-    from distill.runtime.images import image_grid, save_png
-    from distill.runtime.machine import machine_facts
-    from distill.teacher.latent import Teacher
 
-    options = build(EvaluationOptions, config["evaluation"], "evaluation")
-    teacher = Teacher.load(config["teacher"])
-    data = load_split(config["data"], "test", teacher.resolution, config["limit"])
-    figures, samples = evaluate_teacher(teacher, load_judge(config["judge"]), data, options)
-    folder = Path(config["output"])
-    write_json(folder / "evaluation.json", {**figures, "machine": machine_facts()})
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A teacher, a test split, and what grades samples."""
+
+    teacher: str = "shapes64"
+    judge: str | None = "judge64"  # null: no accuracy
+    clip: str | None = None  # a CLIP model of transformers; null: the teacher's own, where it has one
+    features: str | None = None  # of the Frechet distance; null: the judge's, else CLIP's
+    data: str = "outputs/shapes64"  # a captioned folder, whose test split is used
+    output: str = "outputs/evaluation"
+    limit: int | None = None  # test images used; null: all
+    labels: LabelOptions = field(default_factory=LabelOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+
+def main(config: Config) -> None:
+    teacher = load_teacher(config.teacher)
+    graders = load_graders(config.teacher, config.judge, config.clip, config.features)
+    data = load_split(config.data, "test", teacher.resolution, config.limit)
+    metrics, samples = evaluate_teacher(teacher, graders, data, config.evaluation, config.labels)
+    folder = Path(config.output)
+    write_json(folder / "evaluation.json", {**metrics, "machine": machine_info()})
     save_png(folder / "samples.png", image_grid(samples[:96], 12))
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(metrics, indent=2))
     print(f"written: {folder}/evaluation.json, {folder}/samples.png")
 
 
 if __name__ == "__main__":
-    entry("evaluate_teacher", main)
+    entry("evaluate_teacher", Config, main)

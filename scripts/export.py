@@ -1,21 +1,32 @@
-"""Export a run's scene again: python scripts/export.py run_directory=outputs/text_to_3d/a-red-teapot-seed0 export.mesh.resolution=192"""
+"""Export a run's scene again.
+
+python scripts/export.py run_directory=outputs/text_to_3d/a-red-teapot-seed0 export.fps=12
+"""
 
 import json
-from typing import Any
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from sds3d.export.export import ExportOptions, export_scene, scene_of_run
 
-def main(config: dict[str, Any]) -> None:
-    from distill.runtime.config import build
-    from sds3d.export.export import ExportOptions, export_scene, scene_of_run
 
-    options = build(ExportOptions, config["export"], "export")
-    scene = scene_of_run(config["run_directory"], config["device"])
-    folder = config["output"] or config["run_directory"]
-    print(json.dumps(export_scene(scene, folder, options), indent=2))
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A scene and what is written of it."""
+
+    run_directory: str  # of a text_to_3d run, finished or not
+    output: str | None = None  # null: the run's directory
+    device: str = "auto"
+    export: ExportOptions = field(default_factory=ExportOptions)
+
+
+def main(config: Config) -> None:
+    scene = scene_of_run(config.run_directory, config.device)
+    folder = config.output or config.run_directory
+    print(json.dumps(export_scene(scene, folder, config.export), indent=2))
     print(f"written: {folder}")
 
 
 if __name__ == "__main__":
-    entry("export", main)
+    entry("export", Config, main)

@@ -1,40 +1,50 @@
-"""What is in each image of a folder, by the teacher's CLIP: python scripts/label_images.py folder=photos "a red teapot" "a blue duck" """
+"""Zero-shot labels of a folder's images by CLIP.
 
+python scripts/label_images.py folder=photos "a red teapot" "a blue duck"
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from entry import entry
 
+from distill.data.images import image_files, load_image
+from distill.evaluation.clip import load_clip_scorer
+from distill.runtime.errors import UserError
+from distill.runtime.files import write_json
+from distill.runtime.machine import pick_device
+from distill.teacher.latent import load_teacher
 
-def main(config: dict[str, Any]) -> None:
-    import torch
 
-    from distill.data.images import composite_over, image_files, open_image
-    from distill.runtime.files import write_json
-    from distill.runtime.machine import pick_device
-    from distill.teacher.clip import label_shares
-    from distill.teacher.folder import load_clip
-    from distill.teacher.latent import Teacher
-    from distill.teacher.vocabulary import check_prompt
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A folder of images and the labels to choose from."""
 
-    teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
-    for label in config["labels"]:
-        check_prompt(label, teacher.words)
-    files = image_files(Path(config["folder"]))
-    images = torch.cat([composite_over(open_image(path, teacher.resolution)) for path in files])
-    shares = label_shares(
-        load_clip(teacher.place).to(teacher.device), teacher.tokenizer, images, config["labels"]
-    )
-    best = shares.max(1)
-    for path, share, index in zip(files, best.values.tolist(), best.indices.tolist(), strict=True):
-        print(f"{path.name:32} {config['labels'][index]:32} {share:.3f}")
-    told = {
-        path.name: dict(zip(config["labels"], row.tolist(), strict=True))
-        for path, row in zip(files, shares, strict=True)
-    }
-    write_json(config["output"], told)
-    print(f"written: {config['output']}")
+    teacher: str = "shapes64"
+    clip: str | None = None  # a CLIP model of transformers; null: the teacher's own
+    folder: str
+    labels: tuple[str, ...]  # or arguments without a name
+    output: str = "outputs/labels.json"
+    device: str = "auto"
+
+
+def main(config: Config) -> None:
+    teacher = load_teacher(config.teacher, pick_device(config.device))
+    for label in config.labels:
+        teacher.check_prompt(label)
+    clip = load_clip_scorer(config.teacher, config.clip, teacher.device)
+    if clip is None:
+        raise UserError(f"{config.teacher} holds no CLIP: give clip= a CLIP model of transformers")
+    files = image_files(Path(config.folder))
+    images = torch.cat([load_image(path, teacher.resolution) for path in files])
+    probabilities = clip.label_probabilities(images, config.labels)
+    for path, row in zip(files, probabilities, strict=True):
+        print(f"{path.name:32} {config.labels[int(row.argmax())]:32} {float(row.max()):.3f}")
+    rows = (dict(zip(config.labels, row.tolist(), strict=True)) for row in probabilities)
+    write_json(config.output, {path.name: row for path, row in zip(files, rows, strict=True)})
+    print(f"written: {config.output}")
 
 
 if __name__ == "__main__":
-    entry("label_images", main, positional="labels")
+    entry("label_images", Config, main, positional="labels")

@@ -1,25 +1,35 @@
-"""Pairs of noise and what the teacher makes of it, for DMD's regression: python scripts/make_pairs.py"""
+"""Pairs of noise and the teacher's DDIM image of it, for DMD's regression.
 
-from typing import Any
+python scripts/make_pairs.py
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from distill.data.folders import read_rows
+from distill.one_step.regression import PairOptions, make_pairs
+from distill.runtime.machine import pick_device
+from distill.teacher.latent import load_teacher
 
-def main(config: dict[str, Any]) -> None:
-    from pathlib import Path
 
-    from distill.data.folders import read_rows
-    from distill.one_step.regression import PairOptions, make_pairs
-    from distill.runtime.config import build
-    from distill.runtime.machine import pick_device
-    from distill.teacher.latent import Teacher
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Shards of pairs, caption by caption; shards that exist are kept."""
 
-    teacher = Teacher.load(config["teacher"], pick_device(config["device"]))
-    captions = [row["text"] for row in read_rows(Path(config["data"]) / "train")]
-    options = build(PairOptions, config["pairs"], "pairs")
-    folder = make_pairs(teacher, captions[: options.count], config["output"], options)
-    print(f"written: {folder}: {options.count} pairs")
+    teacher: str = "shapes64"
+    data: str = "outputs/shapes64"  # whose training captions are used
+    output: str = "outputs/pairs"
+    device: str = "auto"
+    pairs: PairOptions = field(default_factory=PairOptions)
+
+
+def main(config: Config) -> None:
+    teacher = load_teacher(config.teacher, pick_device(config.device))
+    captions = [row["text"] for row in read_rows(f"{config.data}/train")]
+    folder = make_pairs(teacher, captions[: config.pairs.count], config.output, config.pairs)
+    print(f"written: {folder}: {config.pairs.count} pairs")
 
 
 if __name__ == "__main__":
-    entry("make_pairs", main)
+    entry("make_pairs", Config, main)

@@ -1,17 +1,29 @@
-"""Write the world of known meshes as a captioned image folder: python scripts/make_shapes.py output=outputs/shapes64"""
+"""Write the world of known meshes as a captioned image folder.
 
-from typing import Any
+python scripts/make_shapes.py output=outputs/shapes64
+51,000 images take 4 to 8 minutes on two cores.
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from sds3d.world.world import WorldOptions, make_world
 
-def main(config: dict[str, Any]) -> None:
-    from distill.runtime.config import build
-    from sds3d.world.world import WorldOptions, make_world
 
-    make_world(config["output"], build(WorldOptions, config["world"], "world"), config["workers"])
-    print(f"written: {config['output']}")
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Renders of known meshes with captions."""
+
+    output: str = "outputs/shapes64"
+    workers: int = 2  # processes
+    world: WorldOptions = field(default_factory=WorldOptions)
+
+
+def main(config: Config) -> None:
+    make_world(config.output, config.world, config.workers)
+    print(f"written: {config.output}")
 
 
 if __name__ == "__main__":
-    entry("make_shapes", main)
+    entry("make_shapes", Config, main)

@@ -1,39 +1,42 @@
-"""Images driven by any loss, with a film of the way: python scripts/optimise_image.py objective=csd prompt="a red teapot" """
+"""Images driven by any loss, with a video of it.
 
-from typing import Any
+python scripts/optimise_image.py objective=csd prompt="a red teapot"
+An edit: python scripts/optimise_image.py objective=dds prompt="a blue cube"
+optimise_image.source=cube.png optimise_image.source_prompt="a red cube"
+optimise_image.start=source
+"""
+
+from dataclasses import dataclass
 
 from entry import entry
 
+from distill.apps.optimise_image import OptimiseImageOptions, run_optimise_image
+from distill.objectives.options import ObjectiveOptions
+from distill.runtime.config import as_mapping
+from distill.runtime.machine import pick_device
+from distill.runtime.run import Run, RunOptions
+from distill.teacher.latent import load_teacher
 
-def main(config: dict[str, Any]) -> None:
-    import torch
 
-    from distill.apps.optimise_image import OptimiseImage, OptimiseImageOptions, diversity, saturation
-    from distill.objectives.options import ObjectiveOptions
-    from distill.runtime.config import build
-    from distill.runtime.images import image_grid, save_png
-    from distill.runtime.machine import pick_device
-    from distill.runtime.run import Run, RunOptions
-    from distill.runtime.video import save_video
-    from distill.teacher.latent import Teacher
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A prompt, a loss, and what it drives."""
 
-    options = build(OptimiseImageOptions, config["optimise_image"], "optimise_image")
-    objective = build(ObjectiveOptions, config["objective"], "objective")
-    run_options = build(RunOptions, config["run"], "run")
-    teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
-    run = Run(run_options, config, options.prompt)
-    task = OptimiseImage(run, teacher, objective, options)
-    images = task.train()
-    save_png(run.directory / "images.png", image_grid(images, min(len(images), 8)))
-    if task.frames:  # none where a finished run is asked for again
-        save_video(torch.stack(task.frames), run.directory / "way.mp4", 12)
-    figures = {
-        "saturation": float(saturation(images).mean()),
-        "diversity": diversity(images),
-        "forwards_a_step": objective.cost(),
-    }
-    print(f"written: {run.finish(figures).parent}: images.png, way.mp4, result.json")
+    prompt: str  # repeated as optimise_image.prompt
+    teacher: str = (
+        "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+    )
+    run: RunOptions
+    objective: ObjectiveOptions
+    optimise_image: OptimiseImageOptions
+
+
+def main(config: Config) -> None:
+    teacher = load_teacher(config.teacher, pick_device(config.run.device))
+    run = Run(config.run, as_mapping(config), config.optimise_image.prompt)
+    result = run_optimise_image(run, teacher, config.objective, config.optimise_image)
+    print(f"written: {result.parent}: images.png, optimisation.mp4, result.json")
 
 
 if __name__ == "__main__":
-    entry("optimise_image", main)
+    entry("optimise_image", Config, main)

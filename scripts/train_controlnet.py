@@ -1,44 +1,60 @@
-"""Train an adapter on the frozen teacher: python scripts/train_controlnet.py condition=silhouette"""
+"""Train an adapter (ControlNet) on the frozen teacher.
 
-from typing import Any
+python scripts/train_controlnet.py condition=silhouette
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
-SPLITS = ("train", "validation")  # an adapter learns from one, and is watched on the other
+from distill.control.adapter import save_adapter
+from distill.control.train import AdapterOptions, AdapterTraining, HeldOut
+from distill.data.folders import load_split
+from distill.data.latents import load_latents
+from distill.evaluation.control import finish
+from distill.evaluation.probe import load_probe
+from distill.runtime.config import as_mapping
+from distill.runtime.machine import pick_device
+from distill.runtime.run import Run, RunOptions
+from distill.teacher.latent import load_teacher
+from sds3d.world.conditions import conditioning_images
 
 
-def main(config: dict[str, Any]) -> None:
-    from distill.control.adapter import save_adapter
-    from distill.control.train import AdapterOptions, AdapterTraining, HeldOut
-    from distill.data.folders import load_split
-    from distill.data.latents import load_latents
-    from distill.evaluation.control_report import finish
-    from distill.evaluation.probe import load_probe
-    from distill.runtime.config import build
-    from distill.runtime.machine import pick_device
-    from distill.runtime.run import Run, RunOptions
-    from distill.teacher.latent import Teacher
-    from sds3d.world.conditions import split_pictures
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A condition, the images that show it, and how the adapter is trained."""
 
-    condition, folder = config["condition"], config["data"]
-    options = build(AdapterOptions, config["adapter"], "adapter")
-    run_options = build(RunOptions, config["run"], "run")
-    teacher = Teacher.load(config["teacher"], pick_device(run_options.device))
-    probe = load_probe(config["probe"])
-    splits = [load_split(folder, name, teacher.resolution) for name in SPLITS]
-    pictures, held_pictures = (
-        split_pictures(folder, *given) for given in zip(SPLITS, (condition,) * 2, splits, strict=True)
+    # silhouette; depth and normals need world.geometry=true; edges and scribble suit any images; folder reads
+    # a conditioning_image column
+    condition: str = "silhouette"
+    teacher: str = "shapes64"
+    data: str = "outputs/shapes64"
+    probe: str = "probe64"  # predicts silhouette and depth from samples (train_probe.py)
+    run: RunOptions
+    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+
+
+def main(config: Config) -> None:
+    condition = config.condition
+    teacher = load_teacher(config.teacher, pick_device(config.run.device))
+    probe = load_probe(config.probe)
+    train, validation = (
+        load_split(config.data, split, teacher.resolution) for split in ("train", "validation")
     )
-    run = Run(run_options, config, f"{condition} adapter")
-    training = AdapterTraining(run, teacher, load_latents(teacher, folder), pictures, condition, options)
-    adapter = training.train(HeldOut(splits[1].texts, held_pictures, splits[1].composite(slice(None))), probe)
-    figures = finish(run)
-    save_adapter(run.directory / "adapter", adapter, condition, figures)
-    print(
-        f"written: {run.directory}/adapter, fidelity.png; "
-        + ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    pictures = conditioning_images(config.data, "train", condition, train)
+    held_out = HeldOut(
+        validation.texts,
+        conditioning_images(config.data, "validation", condition, validation),
+        validation.composite(slice(None)),
     )
+    run = Run(config.run, as_mapping(config), f"{condition} adapter")
+    latents = load_latents(teacher, config.data)
+    training = AdapterTraining(run, teacher, latents, pictures, condition, config.adapter)
+    adapter = training.train(held_out, probe)
+    metrics = finish(run)
+    save_adapter(run.directory / "adapter", adapter, condition, metrics)
+    print(f"written: {run.directory}/adapter, fidelity.png", *(f"{k} {v:.3f}" for k, v in metrics.items()))
 
 
 if __name__ == "__main__":
-    entry("train_controlnet", main)
+    entry("train_controlnet", Config, main)

@@ -1,20 +1,27 @@
-"""Train a teacher from a captioned image folder: python scripts/train_teacher.py teacher.data=outputs/shapes64"""
+"""Train a teacher from a captioned image folder.
 
-from typing import Any
+python scripts/train_teacher.py teacher.data=outputs/shapes64
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from distill.runtime.run import RunOptions
+from distill.teacher.train import TeacherOptions, train_teacher
 
-def main(config: dict[str, Any]) -> None:
-    from distill.runtime.config import build
-    from distill.runtime.run import RunOptions
-    from distill.teacher.train import TeacherOptions, train_teacher
 
-    folder = train_teacher(
-        build(RunOptions, config["run"], "run"), build(TeacherOptions, config["teacher"], "teacher")
-    )
-    print(f"written: {folder}")
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """CLIP, VAE and U-Net, one after the other; run.steps has no effect: teacher.steps are each part's."""
+
+    run: RunOptions
+    teacher: TeacherOptions = field(default_factory=TeacherOptions)
+
+
+def main(config: Config) -> None:
+    print(f"written: {train_teacher(config.run, config.teacher)}")
 
 
 if __name__ == "__main__":
-    entry("train_teacher", main)
+    entry("train_teacher", Config, main)

@@ -1,19 +1,30 @@
-"""A run in the browser, while it trains and after: python scripts/view.py run_directory=outputs/text_to_3d/a-red-teapot-seed0"""
+"""A run in the browser, while it trains and after.
 
-from typing import Any
+python scripts/view.py run_directory=outputs/text_to_3d/a-red-teapot-seed0
+Needs viser: pip install -e ".[viewer]"
+"""
+
+from dataclasses import dataclass, field
 
 from entry import entry
 
+from sds3d.viewer import Viewer, ViewerOptions
 
-def main(config: dict[str, Any]) -> None:
-    from distill.runtime.config import build
-    from sds3d.viewer import Viewer, ViewerOptions
 
-    options = build(ViewerOptions, config["viewer"], "viewer")
-    viewer = Viewer(config["run_directory"], options, config["device"])
-    print(f"open http://{options.host}:{viewer.server.get_port()} (Ctrl-C to stop)", flush=True)
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The scene that a run saved last (run.checkpoint_every)."""
+
+    run_directory: str  # of a text_to_3d run, finished or not
+    device: str = "auto"
+    viewer: ViewerOptions = field(default_factory=ViewerOptions)
+
+
+def main(config: Config) -> None:
+    viewer = Viewer(config.run_directory, config.viewer, config.device)
+    print(f"open http://{config.viewer.host}:{viewer.server.get_port()} (Ctrl-C to stop)", flush=True)
     viewer.serve()
 
 
 if __name__ == "__main__":
-    entry("view", main)
+    entry("view", Config, main)

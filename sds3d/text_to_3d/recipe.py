@@ -1,4 +1,4 @@
-"""A text-to-3D run from its options to its files: what the command line, the benchmark and Python scripts call."""
+"""A text-to-3D run from its options to its files, for the command line, the benchmark and Python scripts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +8,7 @@ from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.latent import load_teacher
-from sds3d.export.export import ExportOptions, finish
+from sds3d.export.export import ExportOptions, export_run
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
@@ -20,7 +20,9 @@ class TextTo3dRecipe:
     """Everything a text-to-3D run depends on."""
 
     prompt: str  # repeated as text_to_3d.prompt
-    teacher: str = "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+    teacher: str = (
+        "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+    )
     run: RunOptions
     text_to_3d: TextTo3dOptions
     scene: SceneOptions = field(default_factory=NerfOptions)
@@ -30,7 +32,7 @@ class TextTo3dRecipe:
 
 
 def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
-    """Load the teacher, claim the run's directory and build the trainer; raises `UserError` for what cannot run."""
+    """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
     teacher = load_teacher(recipe.teacher, pick_device(recipe.run.device))
     check_inputs(teacher, recipe.text_to_3d)  # this and the mesh first: they leave no directory behind
     control = None if recipe.control is None else MeshControl(teacher, recipe.control)
@@ -42,4 +44,4 @@ def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:
     """Optimise a scene, export it, and return the path of result.json in the run's directory."""
     trainer = start_text_to_3d(recipe)
     trainer.train()
-    return finish(trainer, recipe.export)
+    return export_run(trainer, recipe.export)
