@@ -1,17 +1,19 @@
-"""The adversarial part: a head on the critic's bottleneck that tells noisy real latents from noisy generated ones.
+"""The adversarial loss: a discriminator on the critic's bottleneck, between noisy real and noisy generated
+latents.
 
-DMD2, arXiv:2405.14867, section 4.3; its logit is also the density ratio that f-distill weighs by (arXiv:2502.15681).
+DMD2, arXiv:2405.14867, section 4.3; its logit is also f-distill's density ratio (arXiv:2502.15681).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core.conditioning import Conditioning
 from distill.objectives.critic import Critic
 from distill.runtime.errors import UserError
 
@@ -19,7 +21,8 @@ Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "squared_hellinger", "jeffreys", "softened_reverse_kl"
 ]
 
-# h(r) = r^2 f''(r) of D_f(p | q), r = p / q real over generated: what the matching gradient is multiplied by (arXiv:2502.15681, table 1)
+# h(r) = r^2 f''(r) of D_f(p | q), r = p / q real over generated: the factor on the matching gradient
+# (arXiv:2502.15681, table 1)
 WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
     "reverse_kl": torch.ones_like,
     "forward_kl": lambda r: r,
@@ -32,62 +35,33 @@ WEIGHTS: dict[Divergence, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class GanOptions:
-    """Weights on the loss of the generator (on the scale that is summed over a latent) and of the critic (on the mean scale).
-
-    The generator is told at the lowest `high` of the noise levels: near pure noise real and generated look alike.
+    """Weights of the generator's loss (on the scale that is summed over a latent) and of the
+    discriminator's.
     """
 
-    generator: float = 1.0
-    critic: float = 0.01
-    high: float = 1.0
+    generator_weight: float = 20.0
+    discriminator_weight: float = 0.1
+    # The generator's loss is taken at the lowest fraction of the noise levels: near pure noise real and
+    # generated latents cannot be told apart.
+    t_max: float = 0.5
     width: int = 128
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not 0 < self.high <= 1:
-            raise UserError(f"gan.high is {self.high}: a share of the noise levels in (0, 1] is expected")
-        if min(self.generator, self.critic) < 0 or self.learning_rate <= 0 or self.width < 8:
+        if not 0 < self.t_max <= 1:
             raise UserError(
-                "the adversarial weights must not be negative, its learning rate positive and its width at least 8"
+                f"gan.t_max is {self.t_max}: a fraction of the noise levels in (0, 1] is expected"
+            )
+        weights = min(self.generator_weight, self.discriminator_weight)
+        if weights < 0 or self.learning_rate <= 0 or self.width < 8:
+            raise UserError(
+                "a GAN needs weights of 0 or more, a positive learning_rate and a width of at least 8"
             )
 
 
-class _Reached(Exception):
-    """The bottleneck has been computed; what lies above is not needed."""
-
-
-def bottleneck(unet: Any, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-    """Activations (B, C, h, w) in the middle of a U-Net; its upper half is not evaluated."""
-    seen: list[Tensor] = []
-
-    def stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        seen.append(output)
-        raise _Reached
-
-    handle = unet.mid_block.register_forward_hook(stop)
-    try:
-        unet(x_t.to(unet.dtype), t, encoder_hidden_states=states.to(unet.dtype))
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return seen[0].float()
-
-
 @contextmanager
-def capture_mid_block(unet: Any) -> Iterator[list[Tensor]]:
-    """Notes the bottleneck of every call within: what a denoising loss computes anyway."""
-    seen: list[Tensor] = []
-    handle = unet.mid_block.register_forward_hook(lambda module, inputs, output: seen.append(output.float()))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Their parameters take no gradient within; what flows through them does."""
+def no_param_grad(*modules: nn.Module) -> Iterator[None]:
+    """Inside the block the parameters take no gradient; gradients to the inputs still pass through."""
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
@@ -100,7 +74,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
 @final
 class Discriminator(nn.Module):
-    """Logits (B,) from a bottleneck (B, C, h, w): above 0 says real."""
+    """Logits (B,) from bottleneck features (B, C, h, w); above 0 means real."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -114,46 +88,53 @@ class Discriminator(nn.Module):
 
 
 class Adversary:
-    """The head on a critic's bottleneck, its optimizer and its weights."""
+    """A discriminator on a critic's bottleneck, with its optimizer and its weights."""
 
-    def __init__(self, critic: Critic, shape: torch.Size, states: Tensor, options: GanOptions) -> None:
-        """shape (C, h, w) of a latent; states (1, L, D) of any prompt."""
+    def __init__(self, critic: Critic, shape: torch.Size, uncond: Conditioning, options: GanOptions) -> None:
+        """shape (C, h, w) of a latent; uncond: one row, for its shape."""
         self.critic, self.options = critic, options
-        device = states.device
+        device = uncond.embedding.device
         with torch.no_grad():
-            middle = bottleneck(
-                critic.unet,
-                torch.zeros(1, *shape, device=device),
-                torch.zeros(1, dtype=torch.long, device=device),
-                states,
-            )
-        self.head = Discriminator(middle.shape[1], options.width).to(device)
+            t = torch.zeros(1, dtype=torch.long, device=device)
+            features = critic.denoiser.mid_block_features(torch.zeros(1, *shape, device=device), t, uncond)
+        self.head = Discriminator(features.shape[1], options.width).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
-    def noisy(self, latents: Tensor, generator: torch.Generator, high: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Latents with noise of any of the lowest `high` of the levels, and its times."""
-        levels = max(round(high * self.critic.schedule.num_train_timesteps), 1)
+    def add_noise(
+        self, latents: Tensor, generator: torch.Generator, t_max: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Latents noised to random times below t_max T, and the times (B,)."""
+        levels = max(round(t_max * self.critic.schedule.num_train_timesteps), 1)
         t = torch.randint(levels, (len(latents),), generator=generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         return self.critic.schedule.add_noise(latents, noise, t), t
 
-    def logits(self, x_t: Tensor, t: Tensor, states: Tensor) -> Tensor:
-        """Of noisy latents (B, C, h, w), with gradient, the critic's adapter on."""
-        return self.head(bottleneck(self.critic.unet, x_t, t, states))
+    def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Of noisy latents (B, C, h, w), with gradient; call it with the critic's adapter enabled."""
+        return self.head(self.critic.denoiser.mid_block_features(x_t, t, conditioning))
 
-    def generator_loss(self, generated: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
-        """softplus(-logit) of what was generated, weighted; only the student is moved by it."""
-        with self.critic.on(), frozen(self.critic.unet, self.head):
-            seen = self.noisy(generated, generator, self.options.high)
-            return self.options.generator * F.softplus(-self.logits(*seen, states)).mean()
+    def generator_loss(
+        self, generated: Tensor, conditioning: Conditioning, generator: torch.Generator
+    ) -> Tensor:
+        """Weighted softplus(-logit) of generated latents, with gradient to them only."""
+        denoiser = self.critic.denoiser
+        with denoiser.adapter_enabled(), no_param_grad(denoiser.network, self.head):
+            x_t, t = self.add_noise(generated, generator, self.options.t_max)
+            return self.options.generator_weight * F.softplus(-self.logits(x_t, t, conditioning)).mean()
 
-    def critic_loss(self, middle: Tensor, real: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
-        """softplus(logit) of what was generated, by the bottleneck of its denoising, plus softplus(-logit) of what is real; weighted."""
-        told_real = self.logits(*self.noisy(real, generator), states)
-        return self.options.critic * (F.softplus(self.head(middle)).mean() + F.softplus(-told_real).mean())
+    def discriminator_loss(
+        self, features: Tensor, real: Tensor, conditioning: Conditioning, generator: torch.Generator
+    ) -> Tensor:
+        """Weighted softplus(logit) of generated plus softplus(-logit) of real latents.
+
+        features: the bottleneck of the generated latents, from the critic's denoising loss.
+        """
+        real_logits = self.logits(*self.add_noise(real, generator), conditioning)
+        loss = F.softplus(self.head(features)).mean() + F.softplus(-real_logits).mean()
+        return self.options.discriminator_weight * loss
 
 
 def divergence_weight(name: Divergence, logits: Tensor, bounds: tuple[float, float] = (0.1, 20.0)) -> Tensor:
-    """h(r) (B, 1, 1, 1) at r = exp(logit), clipped to `bounds`, no gradient."""
+    """h(r) (B, 1, 1, 1) at r = exp(logit), clipped to `bounds`, without gradient."""
     ratio = logits.detach().float().exp().clamp(*bounds)
     return WEIGHTS[name](ratio)[:, None, None, None]

@@ -1,4 +1,6 @@
-"""What a distillation looks at on its way: Frechet distance, spread and saturation of samples; what counts as having diverged."""
+"""What a distillation monitors: Fréchet distance, diversity and saturation of samples, and when a run has
+diverged.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,89 +13,83 @@ from torch import Tensor
 from distill.evaluation.metrics import Moments, frechet_distance, moments
 from distill.runtime.errors import UserError
 
-Features = Callable[[Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class MonitorOptions:
-    """A look every `every` cycles at `captions` x `each` samples.
+    """What is sampled how often, and the bounds beyond which a run has diverged and is rolled back."""
 
-    Diverged: a figure is not finite, the distance is above `worse` times the best so far, or the spread of one caption's samples below
-    `collapse` of the best so far. Saturation above `saturation` times that of real images is said, not mended.
-    """
-
-    every: int = 100
+    every: int = 100  # cycles between two evaluations
     captions: int = 256
-    each: int = 2
-    worse: float = 4.0
-    collapse: float = 0.2
-    saturation: float = 1.5
-    rollbacks: int = 3  # after so many the run stops
+    samples_per_caption: int = 2
+    max_fid_ratio: float = 4.0  # of the Fréchet distance to the best so far
+    min_diversity_ratio: float = 0.2  # of the diversity of a caption's samples to the best so far
+    max_saturation: float = 1.5  # over that of real images; beyond it a warning is printed
+    max_rollbacks: int = 3  # after so many the run stops
 
     def __post_init__(self) -> None:
-        if (
-            min(self.every, self.captions) < 1
-            or self.each < 2
-            or self.worse <= 1
-            or not 0 <= self.collapse < 1
-        ):
+        counts = min(self.every, self.captions) >= 1 and self.samples_per_caption >= 2
+        if not counts or self.max_fid_ratio <= 1 or not 0 <= self.min_diversity_ratio < 1:
             raise UserError(
-                "a monitor needs a period, captions and two samples of each; worse above 1, collapse within [0, 1)"
+                "a monitor needs every and captions of at least 1, samples_per_caption of at least 2, "
+                "max_fid_ratio above 1 and min_diversity_ratio in [0, 1)"
             )
 
 
 @dataclass
 class Monitor:
-    """Compares samples with real latents in some features."""
+    """Compares samples with real latents in the features of a network."""
 
     real: Moments
-    decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to what is looked at, once a look
-    features: Features  # of what is looked at: (N, D)
-    saturation: Callable[[Tensor], float]  # of what is looked at, over that of real ones
+    decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to images, once an evaluation
+    features: Callable[[Tensor], Tensor]  # of images: (N, D)
+    saturation: Callable[[Tensor], float]  # of images, over that of real ones
     options: MonitorOptions
-    best: dict[str, float]
-    alarms: list[str] = field(default_factory=list)  # what was said, for the report
+    best: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # all that were printed, for the report
 
-    def look(self, latents: Tensor) -> dict[str, float]:
-        """Figures of samples (captions * each, C, h, w), those of one caption beside one another."""
+    def evaluate(self, latents: Tensor) -> dict[str, float]:
+        """Metrics of samples (captions * samples_per_caption, C, h, w), those of one caption consecutive."""
         if not bool(latents.isfinite().all()):
-            return {"frechet": math.nan, "spread": math.nan, "saturation": math.nan}
-        seen = self.decode(latents)
-        told = self.features(seen)
-        groups = told.reshape(-1, self.options.each, told.shape[1])
-        spread = float((groups - groups.mean(1, keepdim=True)).square().sum(2).mean().sqrt())
+            return {"frechet": math.nan, "diversity": math.nan, "saturation": math.nan}
+        images = self.decode(latents)
+        features = self.features(images)
+        groups = features.reshape(-1, self.options.samples_per_caption, features.shape[1])
+        deviation = (groups - groups.mean(1, keepdim=True)).square().sum(2).mean().sqrt()
         return {
-            "frechet": frechet_distance(moments(told), self.real),
-            "spread": spread,
-            "saturation": self.saturation(seen),
+            "frechet": frechet_distance(moments(features), self.real),
+            "diversity": float(deviation),
+            "saturation": self.saturation(images),
         }
 
-    def judge(self, figures: dict[str, float]) -> str | None:
-        """Why the run has diverged; None, and the best figures are kept, where it has not."""
-        if not all(math.isfinite(value) for value in figures.values()):
+    def check_divergence(self, metrics: dict[str, float]) -> str | None:
+        """Why the run has diverged; None where it has not, and the best metrics are updated."""
+        frechet, diversity = metrics["frechet"], metrics["diversity"]
+        best_frechet, best_diversity = self.best.get("frechet", math.inf), self.best.get("diversity", 0.0)
+        if not all(math.isfinite(value) for value in metrics.values()):
             return "samples are not finite"
-        if figures["frechet"] > self.options.worse * self.best.get("frechet", math.inf):
-            return f"the Frechet distance rose from {self.best['frechet']:.3g} to {figures['frechet']:.3g}"
-        if figures["spread"] < self.options.collapse * self.best.get("spread", 0.0):
-            return f"the spread of one caption's samples fell from {self.best['spread']:.3g} to {figures['spread']:.3g}"
-        if figures["saturation"] > self.options.saturation:
-            self.alarms.append(
-                f"samples are {figures['saturation']:.2f} times as saturated as real ones: lower the teacher's guidance"
+        if frechet > self.options.max_fid_ratio * best_frechet:
+            return f"the Fréchet distance rose from {best_frechet:.3g} to {frechet:.3g}"
+        if diversity < self.options.min_diversity_ratio * best_diversity:
+            return f"the diversity of one caption's samples fell from {best_diversity:.3g} to {diversity:.3g}"
+
+        if metrics["saturation"] > self.options.max_saturation:
+            ratio = f"{metrics['saturation']:.2f}"
+            self.warnings.append(
+                f"samples are {ratio} times as saturated as real ones: lower the teacher's guidance"
             )
-        self.best["frechet"] = min(figures["frechet"], self.best.get("frechet", math.inf))
-        self.best["spread"] = max(figures["spread"], self.best.get("spread", 0.0))
+        self.best = {"frechet": min(frechet, best_frechet), "diversity": max(diversity, best_diversity)}
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """The best figures and alarms so far."""
-        return {"best": dict(self.best), "alarms": list(self.alarms)}
+        """The best metrics and all warnings so far."""
+        return {"best": dict(self.best), "warnings": list(self.warnings)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them over."""
-        self.best, self.alarms = dict(state["best"]), list(state["alarms"])
+        """Take over such a state."""
+        self.best, self.warnings = dict(state["best"]), list(state["warnings"])
 
 
 @torch.no_grad()
 def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every number is finite, by one number a tensor."""
+    """Whether every element is finite, by one sum a tensor."""
     return bool(torch.stack([value.float().sum() for value in tensors]).isfinite().all())

@@ -1,7 +1,9 @@
-"""Travels in a student's folder: the stock pipeline with a student's defaults, all of its steps and no guidance.
+"""Travels in a student's folder: the stock pipeline with a student's defaults, all of its steps and no
+guidance.
 
-Loaded by `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`; needs diffusers only. Without
-either argument diffusers loads its own class: then ask for the student's steps and guidance_scale=1.
+Loaded by `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`;
+needs diffusers only. Without either argument diffusers loads its own class: then ask for the student's steps
+and guidance_scale=1.
 """
 
 import torch
@@ -12,7 +14,9 @@ Argument = torch.Tensor | torch.Generator | list[str] | str | int | float | None
 
 
 class StudentPipeline(StableDiffusionPipeline):
-    """`pipeline(prompt)` gives a student's image; any other argument of the stock pipeline can be given by name."""
+    """`pipeline(prompt)` gives a student's image; any other argument of the stock pipeline can be given by
+    name.
+    """
 
     def __call__(
         self,

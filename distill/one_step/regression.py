@@ -1,4 +1,6 @@
-"""Regression on pairs of noise and what the teacher's ODE makes of it (DMD, arXiv:2311.18828, section 3.3): the maker, the loss."""
+"""Regression on noise-image pairs of the teacher's ODE (DMD, arXiv:2311.18828, section 3.3): generation
+and loss.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.core.sampling import sample_ode
-from distill.core.score import Guided
+from distill.core.conditioning import Conditioning
+from distill.core.teacher import Teacher
+from distill.evaluation.generate import sampling_batches, teacher_sampler
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
-from distill.teacher.latent import Teacher
 
 FORMAT = "distill-pairs-1"
 Features = Callable[[Tensor], Sequence[Tensor]]
@@ -24,7 +26,7 @@ Features = Callable[[Tensor], Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class PairOptions:
-    """`count` pairs of captions in turn, by DDIM in `steps` steps at a guidance scale, in files of `shard` pairs."""
+    """Pairs of captions in turn, by DDIM in `steps` steps at a CFG scale, in files of `shard` pairs."""
 
     count: int = 5000
     steps: int = 25
@@ -39,65 +41,62 @@ class PairOptions:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies."""
+    """The file of a shard."""
     return folder / f"pairs_{number:05d}.safetensors"
 
 
 def make_pairs(teacher: Teacher, captions: Sequence[str], folder: Path | str, options: PairOptions) -> Path:
-    """Write shards that are not there yet; the noise of a pair depends on the seed and its place only. Returns the folder.
+    """Write the shards that do not exist yet; returns the folder. A pair's noise depends on the seed and its
+    position.
 
-    Noise is rounded to fp16 before it is used, so that what is stored is what was sampled from. Raises `UserError` where the
-    folder holds pairs of other options.
+    Noise is rounded to fp16 before use, so that what is stored is what was sampled from. Raises `UserError`
+    where the folder holds pairs of other options.
     """
     folder = Path(folder)
-    facts = {"format": FORMAT, "teacher": teacher.place, "options": vars(options), "captions": list(captions)}
+    facts = {
+        "format": FORMAT,
+        "teacher": teacher.name_or_path,
+        "options": vars(options),
+        "captions": list(captions),
+    }
     if (folder / "pairs.json").is_file() and read_json(folder / "pairs.json") != facts:
         raise UserError(
             f"{folder} holds pairs of another teacher, captions or options: choose another folder"
         )
     write_json(folder / "pairs.json", facts)
-    model = Guided(teacher, teacher.encode_text([""]), options.guidance)
-    starts = range(0, options.count, options.shard)
-    for number, start in enumerate(tqdm(starts, desc="pairs", unit="shard")):
-        path = shard_path(folder, number)
-        if not path.is_file():
-            size = min(options.shard, options.count - start)
-            generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
-            noise = torch.randn(size, *teacher.latent_shape, generator=generator).half()
-            index = torch.arange(start, start + size) % len(captions)
-            latents = [
-                _sampled(model, teacher, captions, index[part], noise[part], options)
-                for part in torch.arange(size).split(options.batch)
-            ]
-            with atomic_path(path) as temporary:
-                save_file({"noise": noise, "latents": torch.cat(latents).half(), "caption": index}, temporary)
+
+    sampler = teacher_sampler(teacher, options.steps, options.guidance)
+    for number, start in enumerate(tqdm(range(0, options.count, options.shard), desc="pairs", unit="shard")):
+        if shard_path(folder, number).is_file():
+            continue
+        size = min(options.shard, options.count - start)
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + number)
+        noise = torch.randn(size, *teacher.latent_shape, generator=generator).half()
+        index = torch.arange(start, start + size) % len(captions)
+        texts = [captions[i] for i in index]
+        with torch.no_grad():
+            batches = sampling_batches(teacher, texts, noise, options.batch, generator)
+            latents = torch.cat([sampler.sample(batch).cpu() for batch in batches])
+        with atomic_path(shard_path(folder, number)) as temporary:
+            save_file({"noise": noise, "latents": latents.half(), "caption": index}, temporary)
     return folder
-
-
-def _sampled(
-    model: Guided,
-    teacher: Teacher,
-    captions: Sequence[str],
-    index: Tensor,
-    noise: Tensor,
-    options: PairOptions,
-) -> Tensor:
-    states = teacher.encode_text([captions[i] for i in index])
-    return sample_ode(model, teacher.scheduler, states, noise.float().to(teacher.device), options.steps).cpu()
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Noise (N, C, h, w), latents alike, and each pair's text states by index: states (K, L, D), caption (N,)."""
+    """Noise and latents (N, C, h, w), the conditioning of K captions, and each pair's caption (N,)."""
 
     noise: Tensor
     latents: Tensor
-    states: Tensor
+    conditioning: Conditioning
     caption: Tensor
 
 
-def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Tensor]) -> Pairs:
-    """All finished pairs of a folder, captions through a teacher's `encode_text`. Raises `UserError` where there are none."""
+def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Conditioning]) -> Pairs:
+    """All finished pairs of a folder, their captions through a teacher's `encode_text`.
+
+    Raises `UserError` where there are none, and for a damaged shard.
+    """
     folder = Path(folder)
     facts = read_json(folder / "pairs.json")
     paths = sorted(folder.glob("pairs_*.safetensors"))
@@ -110,29 +109,27 @@ def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Tensor]) ->
             f"a shard of {folder} is damaged ({error}): delete it and make the pairs again"
         ) from None
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in ("noise", "latents", "caption")}
-    states = torch.cat([encode(part) for part in _chunks(facts["captions"], 256)])
-    return Pairs(joined["noise"].float(), joined["latents"].float(), states, joined["caption"])
-
-
-def _chunks(values: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
+    captions = facts["captions"]
+    batches = [captions[first : first + 256] for first in range(0, len(captions), 256)]
+    conditioning = Conditioning.cat([encode(batch) for batch in batches])
+    return Pairs(joined["noise"].float(), joined["latents"].float(), conditioning, joined["caption"])
 
 
 @dataclass(frozen=True)
 class RegressionOptions:
-    """`weight` on the distance of what the student makes of a pair's noise: of latents or pixels (half the summed squares), or of features.
+    """The weight on the distance between the student's output for a pair's noise and the pair's latents.
 
-    features: of the in-repo judge, in the manner of LPIPS (arXiv:1801.03924).
+    latents, pixels: half the summed squares. features: of the in-repo judge, as LPIPS (arXiv:1801.03924).
     """
 
-    pairs: str
+    pairs: str  # a folder of make_pairs.py
     weight: float = 1.0
     distance: Literal["latents", "pixels", "features"] = "latents"
-    share: float = 1.0  # pairs a step over the batch
+    batch_fraction: float = 1.0  # pairs a step over the batch
 
     def __post_init__(self) -> None:
-        if self.weight <= 0 or not 0 < self.share <= 1:
-            raise UserError("a regression's weight must be positive and its share of the batch within (0, 1]")
+        if self.weight <= 0 or not 0 < self.batch_fraction <= 1:
+            raise UserError("a regression needs a positive weight and a batch_fraction in (0, 1]")
 
 
 @final
@@ -146,29 +143,39 @@ class Regression:
         decode: Callable[[Tensor], Tensor],
         features: Features | None,
     ) -> None:
+        """Raises `UserError` where the distance needs features and there are none."""
+        if options.distance == "features" and features is None:
+            raise UserError("regression.distance=features needs a judge: give judge=, or distance=latents")
         self.pairs, self.options, self.decode, self.features = pairs, options, decode, features
 
     def __call__(self, student: Student, batch: int, generator: torch.Generator) -> Tensor:
-        """Weight times the mean distance of `share * batch` pairs, with gradient."""
-        count = max(round(self.options.share * batch), 1)
-        chosen = torch.randint(len(self.pairs.noise), (count,), generator=generator)
+        """Weight times the mean distance of `batch_fraction * batch` pairs, with gradient."""
+        count = max(round(self.options.batch_fraction * batch), 1)
+        index = torch.randint(len(self.pairs.noise), (count,), generator=generator)
         device = next(student.parameters()).device
-        noise, target = self.pairs.noise[chosen].to(device), self.pairs.latents[chosen].to(device)
-        made = student(noise, self.pairs.states[self.pairs.caption[chosen]].to(device), generator)
+        noise, target = self.pairs.noise[index].to(device), self.pairs.latents[index].to(device)
+        conditioning = self.pairs.conditioning.select(self.pairs.caption[index]).to(device)
+        output = student(noise, conditioning, generator)
+
         if self.options.distance == "latents":
-            return self.options.weight * (made - target).square().sum() / 2 / count
+            return self.options.weight * (output - target).square().sum() / 2 / count
         with torch.no_grad():
-            wanted = self.decode(target)
+            target = self.decode(target)
+        images = self.decode(output)
         if self.options.distance == "pixels":
-            return self.options.weight * (self.decode(made) - wanted).square().sum() / 2 / count
+            return self.options.weight * (images - target).square().sum() / 2 / count
         assert self.features is not None
-        return self.options.weight * feature_distance(self.features, self.decode(made), wanted).mean()
+        return self.options.weight * feature_distance(self.features, images, target).mean()
 
 
-def feature_distance(features: Features, made: Tensor, wanted: Tensor) -> Tensor:
-    """Distances (B,) of images (B, 3, H, W): over layers, mean squared differences of unit channel vectors (LPIPS, eq. 1, w = 1)."""
-    both = zip(features(made), features(wanted), strict=True)
-    return torch.stack([(_unit(a) - _unit(b.detach())).square().sum(1).mean((1, 2)) for a, b in both]).sum(0)
+def feature_distance(features: Features, images: Tensor, target: Tensor) -> Tensor:
+    """Distances (B,) of images (B, 3, H, W): over layers, mean squared differences of unit channel vectors.
+
+    LPIPS, eq. 1, with all weights 1.
+    """
+    layers = zip(features(images), features(target), strict=True)
+    distances = [(_unit(a) - _unit(b.detach())).square().sum(1).mean((1, 2)) for a, b in layers]
+    return torch.stack(distances).sum(0)
 
 
 def _unit(layer: Tensor) -> Tensor:

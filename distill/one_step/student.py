@@ -1,136 +1,135 @@
-"""The student: a denoiser that answers clean latents from pure noise, in one call or a few."""
+"""The student: a denoiser that generates clean latents from pure noise in one or a few function
+evaluations.
+"""
 
-import copy
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction
+from distill.core.teacher import Denoiser, Teacher
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Distillable, UNetDenoiser
 
 
 @dataclass(frozen=True)
 class StudentOptions:
-    """How a student is asked.
+    """The timesteps a student is evaluated at, and how its output is read."""
 
-    `level` is sigma / alpha of the time that it takes pure noise for (SiD, arXiv:2404.04057, starts at 2.5; null: the schedule's
-    last, as DMD); with `steps` above 1 the rest of its times lie at equal distances below. `parameterisation` sample reads
-    the network's answer as x0, otherwise as the teacher's kind.
-    """
-
-    level: float | None = 2.5
-    steps: int = 1
-    parameterisation: Literal["teacher", "sample"] = "teacher"
+    # sigma / alpha of the time whose input is taken to be pure noise (SiD, arXiv:2404.04057, starts at 2.5);
+    # null: the schedule's last, as DMD
+    sigma_max: float | None = 2.5
+    steps: int = 1  # the further timesteps lie at equal distances below the first
+    parameterisation: Literal["teacher", "sample"] = "teacher"  # sample: the output is x0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or (self.level is not None and self.level <= 0):
+        if self.steps < 1 or (self.sigma_max is not None and self.sigma_max <= 0):
             raise UserError(
-                f"a student of {self.steps} steps from the level {self.level}: at least 1 step and a level above 0 are needed"
+                f"a student of {self.steps} steps from sigma_max {self.sigma_max}: "
+                "at least 1 step and a sigma_max above 0 are needed"
             )
 
 
-def student_times(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
-    """Its times, falling. Raises `UserError` where there are fewer levels than steps."""
-    last = (
-        schedule.num_train_timesteps - 1
-        if options.level is None
-        else int(schedule.sigma_to_t(torch.tensor([options.level])))
-    )
+def student_timesteps(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
+    """The timesteps, falling. Raises `UserError` where there are fewer levels than steps."""
+    last = schedule.num_train_timesteps - 1
+    if options.sigma_max is not None:
+        last = int(schedule.sigma_to_t(torch.tensor([options.sigma_max])))
     if last + 1 < options.steps:
         raise UserError(
-            f"a student of {options.steps} steps cannot start at t = {last}: give a higher level or fewer steps"
+            f"a student of {options.steps} steps cannot start at t = {last}: give a higher sigma_max or fewer steps"
         )
-    return spaced_times(last + 1, options.steps)
+    return spaced_timesteps(last + 1, options.steps)
 
 
-def spaced_times(levels: int, steps: int) -> tuple[int, ...]:
+def spaced_timesteps(levels: int, steps: int) -> tuple[int, ...]:
     """`steps` times at equal distances below `levels`, falling, as diffusers' LCMScheduler spaces them."""
-    apart = levels // steps
-    return tuple(apart * k - 1 for k in range(steps, 0, -1))
+    distance = levels // steps
+    return tuple(distance * k - 1 for k in range(steps, 0, -1))
 
 
-def rounding_error(schedule: NoiseSchedule, t: int, kind: PredictionType, dtype: torch.dtype) -> float:
-    """Root-mean-square error of x0 at t where the network's answer, of unit size, is rounded to `dtype`.
+def rounding_error(
+    schedule: NoiseSchedule, t: int, prediction_type: PredictionType, dtype: torch.dtype
+) -> float:
+    """Root-mean-square error of x0 at t where a network output of unit variance is rounded to `dtype`.
 
     x0 = (x - sigma eps) / alpha multiplies it by sigma / alpha, x0 = alpha x - sigma v by sigma.
     """
-    answer = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    rounded = float((answer.to(dtype).float() - answer).square().mean().sqrt())
-    place = torch.tensor([t])
-    alpha, sigma = float(schedule.alpha(place)), float(schedule.sigma(place))
-    return (
-        rounded
-        * {"epsilon": sigma / alpha if alpha else float("inf"), "v_prediction": sigma, "sample": 1.0}[kind]
-    )
+    output = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    error = float((output.to(dtype).float() - output).square().mean().sqrt())
+    index = torch.tensor([t])
+    alpha, sigma = float(schedule.alpha(index)), float(schedule.sigma(index))
+    factors = {"epsilon": sigma / alpha if alpha else float("inf"), "v_prediction": sigma, "sample": 1.0}
+    return error * factors[prediction_type]
 
 
-def chosen_time(schedule: NoiseSchedule, options: StudentOptions, kind: PredictionType) -> str:
-    """A sentence on the conditioning time and what half precision would do to x0 there."""
-    t = student_times(schedule, options)[0]
-    place = torch.tensor([t])
-    level = float(schedule.sigma(place) / schedule.alpha(place))
+def describe_timestep(
+    schedule: NoiseSchedule, options: StudentOptions, prediction_type: PredictionType
+) -> str:
+    """A sentence on the first timestep and on the error that half precision makes in x0 there."""
+    t = student_timesteps(schedule, options)[0]
+    index = torch.tensor([t])
+    ratio = float(schedule.sigma(index) / schedule.alpha(index))
     errors = [
-        f"{rounding_error(schedule, t, kind, dtype):.4f} in {name}"
+        f"{rounding_error(schedule, t, prediction_type, dtype):.4f} in {name}"
         for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.half))
     ]
-    return f"pure noise is taken for t = {t} (sigma / alpha {level:.3g}); rounding the network's answer errs x0 by {' and '.join(errors)}"
+    return (
+        f"the student's input is pure noise at t = {t} (sigma / alpha {ratio:.3g}); "
+        f"rounding its output causes an RMS error of x0 of {' and '.join(errors)}"
+    )
 
 
 @final
 class Student(nn.Module):
-    """A denoiser with the times it is asked at. Starts as the teacher, exactly."""
+    """A denoiser with the timesteps it is evaluated at. Initialised equal to the teacher."""
 
-    def __init__(
-        self, unet: nn.Module, schedule: NoiseSchedule, kind: PredictionType, times: tuple[int, ...]
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, timesteps: tuple[int, ...]) -> None:
         super().__init__()
-        self.unet, self.schedule, self.kind, self.times = unet, schedule, kind, times
+        self.denoiser, self.timesteps = denoiser, timesteps
 
     @staticmethod
-    def of(teacher: Distillable, options: StudentOptions) -> "Student":
-        """A trainable copy of a teacher's network."""
-        unet = copy.deepcopy(teacher.unet).float().requires_grad_(True)
-        times, kind = student_times(teacher.schedule, options), teacher.score.prediction_type
-        if options.parameterisation == "sample" and kind != "sample":
-            if kind != "v_prediction":
-                raise UserError(
-                    "parameterisation=sample starts from a teacher that answers v or x0: this one answers eps"
-                )
-            _answer_sample(unet, float(teacher.schedule.sigma(torch.tensor(times[:1]))))
-            kind = "sample"
-        return Student(unet, teacher.schedule, kind, times)
+    def from_teacher(teacher: Teacher, options: StudentOptions) -> "Student":
+        """A trainable copy of a teacher's denoiser. Raises `UserError` for options it cannot have."""
+        denoiser, timesteps = teacher.trainable_copy(), student_timesteps(teacher.schedule, options)
+        if options.parameterisation == "sample":
+            denoiser = denoiser.as_x0_predictor(timesteps[0])
+        return Student(denoiser, timesteps)
 
-    def predict(self, x_t: Tensor, t: Tensor, states: Tensor) -> Prediction:
-        """Differentiable prediction at integer times (B,); conversions in float32, whatever the network runs in."""
-        return UNetDenoiser(self.unet, self.schedule, self.kind).predict(x_t, t, states)
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The teacher's noise schedule."""
+        return self.denoiser.schedule
 
-    def clean(self, x_t: Tensor, index: int, states: Tensor) -> Tensor:
-        """x0 (B, C, h, w) of its input at its `index`-th time."""
-        t = torch.full((len(x_t),), self.times[index], device=x_t.device)
-        return self.predict(x_t, t, states).x0
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        """Differentiable prediction at integer times (B,); conversions are computed in float32."""
+        return self.denoiser.predict(x_t, t, conditioning)
 
-    def forward(self, noise: Tensor, states: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents (B, C, h, w) from standard normal noise under text states (B, L, D); steps after the first draw fresh noise."""
-        last = len(self.times) - 1
-        return self.clean(self.simulate(noise, states, last, generator), last, states)
+    def predict_x0(self, x_t: Tensor, index: int, conditioning: Conditioning) -> Tensor:
+        """x0 (B, C, h, w) of its input at its `index`-th timestep."""
+        t = torch.full((len(x_t),), self.timesteps[index], device=x_t.device)
+        return self.predict(x_t, t, conditioning).x0
+
+    def forward(self, noise: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
+        """Latents (B, C, h, w) from standard normal noise; steps after the first add fresh noise."""
+        last = len(self.timesteps) - 1
+        x_t = self.backward_simulation(noise, conditioning, last, generator)
+        return self.predict_x0(x_t, last, conditioning)
 
     @torch.no_grad()
-    def simulate(self, noise: Tensor, states: Tensor, index: int, generator: torch.Generator) -> Tensor:
-        """What it meets at its `index`-th time when it samples: its own answers, made noisy again (DMD2, arXiv:2405.14867, section 4.5)."""
+    def backward_simulation(
+        self, noise: Tensor, conditioning: Conditioning, index: int, generator: torch.Generator
+    ) -> Tensor:
+        """Its input at the `index`-th timestep when it samples: its own x0, noised again.
+
+        DMD2, arXiv:2405.14867, section 4.5.
+        """
         x_t = noise
         for step in range(index):
             fresh = torch.randn(noise.shape, generator=generator).to(noise)
-            t = torch.full((len(noise),), self.times[step + 1], device=noise.device)
-            x_t = self.schedule.add_noise(self.clean(x_t, step, states), fresh, t)
+            t = torch.full((len(noise),), self.timesteps[step + 1], device=noise.device)
+            x_t = self.schedule.add_noise(self.predict_x0(x_t, step, conditioning), fresh, t)
         return x_t
-
-
-@torch.no_grad()
-def _answer_sample(unet: Any, sigma: float) -> None:
-    """Make a network that answers v answer -sigma v: x0 at the last level, where alpha is 0, and near it elsewhere."""
-    for value in unet.conv_out.parameters():
-        value.mul_(-sigma)

@@ -1,0 +1,203 @@
+"""What a method of one-step distillation is: a loss of the student, and updates of the critic that tracks
+it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distill.core.conditioning import Conditioning
+from distill.core.teacher import Teacher
+from distill.objectives.critic import Critic
+from distill.objectives.options import CriticOptions
+from distill.one_step.adversarial import Adversary, GanOptions
+from distill.one_step.regression import Pairs
+from distill.one_step.student import Student
+from distill.runtime.checkpoint import Stateful
+
+# Of a U-Net's work, up to its bottleneck (measured on shapes64's, forward and backward alike).
+ENCODER_FLOP_FRACTION = 0.4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Captions' conditioning (B rows), the empty prompt's (1 row), real latents of the captions (B, C, h,
+    w), noise.
+    """
+
+    conditioning: Conditioning
+    uncond: Conditioning
+    real: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A student's loss on a batch, the latents it generated (None where it generates none), and metrics to
+    log.
+    """
+
+    loss: Tensor
+    generated: Tensor | None
+    metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A part of a cycle's batch with its outcome, and the generator of its further draws."""
+
+    outcome: Outcome
+    batch: Batch
+    generator: torch.Generator
+
+
+class Method(ABC):
+    """One way to train a student."""
+
+    @abstractmethod
+    def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
+        """The student's loss at a fraction of the run."""
+
+    def update_critic(
+        self, micro_batches: Sequence[MicroBatch], updates: int | None = None
+    ) -> dict[str, float]:
+        """Train the critic on what was just generated: as often as its options say, or `updates` times."""
+        return {}
+
+    def state(self) -> dict[str, Stateful]:
+        """What a checkpoint must hold, by name."""
+        return {}
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Those of the critic and its discriminator."""
+        return []
+
+    @property
+    def critic(self) -> Critic | None:
+        """The critic, where there is one."""
+        return None
+
+    @abstractmethod
+    def cost(self, progress: float) -> float:
+        """U-Net work of a cycle a sample in F, one forward pass; a backward pass counts 2, through inputs
+        alone 1.
+        """
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method is built from. `example` gives shapes only.
+
+    features: image layers of a perceptual distance, where there is a network for it. pairs: noise-image pairs
+    in place of those on disk.
+    """
+
+    teacher: Teacher
+    student: Student
+    example: Batch
+    features: Callable[[Tensor], Sequence[Tensor]] | None = None
+    pairs: Pairs | None = None
+
+
+@dataclass(frozen=True)
+class MethodOptions(ABC):
+    """The options of a method, which build it."""
+
+    @abstractmethod
+    def build(self, context: MethodContext) -> Method:
+        """The method itself."""
+
+    @property
+    def critic_updates(self) -> int:
+        """Updates of the critic a cycle; 0 without a critic."""
+        return 0
+
+    def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "MethodOptions":
+        """The same method without guidance, whose target is then the teacher's own distribution.
+
+        For studies on closed-form teachers, with a critic's learning rate and GAN weights of their own.
+        """
+        return self
+
+
+def generate(student: Student, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Latents with gradient at one of the student's timesteps; its inputs there come from backward
+    simulation.
+    """
+    steps = len(student.timesteps)
+    index = int(torch.randint(steps, (1,), generator=generator)) if steps > 1 else 0
+    x_t = student.backward_simulation(batch.noise, batch.conditioning, index, generator)
+    return student.predict_x0(x_t, index, batch.conditioning)
+
+
+def simulation_cost(student: Student) -> float:
+    """Mean F of a generation with gradient: forward, backward, and the steps before it."""
+    return 3 + (len(student.timesteps) - 1) / 2
+
+
+class CriticMethod(Method):
+    """A method whose critic tracks the student, with or without an adversary."""
+
+    def __init__(self, context: MethodContext, critic: CriticOptions, gan: GanOptions | None) -> None:
+        self.teacher = context.teacher
+        self._critic = Critic(context.teacher, critic)
+        self.adversary: Adversary | None = None
+        if gan is not None:
+            self.adversary = Adversary(
+                self._critic, context.example.real.shape[1:], context.example.uncond, gan
+            )
+
+    def update_critic(
+        self, micro_batches: Sequence[MicroBatch], updates: int | None = None
+    ) -> dict[str, float]:
+        """Each update at fresh times and noise on the same generated latents; the mean losses."""
+        optimizers = self.optimizers
+        losses: list[tuple[float, float]] = []
+        for _ in range(self._critic.options.updates if updates is None else updates):
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            losses += [self._backward(part, len(micro_batches)) for part in micro_batches]
+            for optimizer in optimizers:
+                optimizer.step()
+        critic, head = (sum(values) / max(len(values), 1) for values in zip(*losses, strict=True))
+        return {"critic": critic} if self.adversary is None else {"critic": critic, "discriminator": head}
+
+    def _backward(self, part: MicroBatch, count: int) -> tuple[float, float]:
+        """Gradients of the denoising and the discriminator loss of one of `count` parts, and the losses."""
+        assert part.outcome.generated is not None
+        batch, denoiser = part.batch, self._critic.denoiser
+        with denoiser.adapter_enabled(), denoiser.capture_mid_block() as features:
+            loss = self._critic.loss(part.outcome.generated, batch.conditioning, part.generator)
+            gan_loss = 0 * loss
+            if self.adversary is not None:
+                gan_loss = self.adversary.discriminator_loss(
+                    features[0], batch.real, batch.conditioning, part.generator
+                )
+            ((loss + gan_loss) / count).backward()
+        return float(loss.detach()), float(gan_loss.detach())
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of the critic and of the discriminator."""
+        return [self._critic.optimizer] + ([] if self.adversary is None else [self.adversary.optimizer])
+
+    @property
+    def critic(self) -> Critic:
+        """As of every method."""
+        return self._critic
+
+    def state(self) -> dict[str, Stateful]:
+        """Critic, discriminator and its optimizer."""
+        state: dict[str, Stateful] = {"critic": self._critic}
+        if self.adversary is not None:
+            state |= {"head": self.adversary.head, "head_optimizer": self.adversary.optimizer}
+        return state
+
+    def critic_cost(self) -> float:
+        """F of the critic's updates; an adversary's evaluates the encoder on real latents."""
+        update = 3.0 if self.adversary is None else 3.0 + 3 * ENCODER_FLOP_FRACTION
+        return self._critic.options.updates * update

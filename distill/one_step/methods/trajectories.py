@@ -1,0 +1,29 @@
+"""What methods on the teacher's own trajectories have in common: time grids and DDIM steps."""
+
+import torch
+from torch import Tensor
+
+from distill.core.score import Prediction, ScoreModel
+
+
+def grid_times(last: int, count: int) -> Tensor:
+    """Times (count + 1,) at equal distances from -1, which stands for clean, to `last`."""
+    return torch.linspace(-1, last, count + 1).round().long()
+
+
+def ddim_step(model: ScoreModel, prediction: Prediction, target_t: Tensor) -> Tensor:
+    """One DDIM step to times (B,); -1 is clean."""
+    x_s = model.schedule.add_noise(prediction.x0, prediction.eps, target_t.clamp_min(0))
+    return torch.where((target_t < 0)[:, None, None, None], prediction.x0, x_s)
+
+
+def ddim_target(model: ScoreModel, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """The x0 for which one DDIM step from x_t at t gives x_s at times s (-1: clean).
+
+    Salimans & Ho 2022, arXiv:2202.00512, eq. 26.
+    """
+    schedule, clean = model.schedule, (s < 0)[:, None, None, None]
+    alpha = torch.where(clean, 1.0, schedule.alpha(s.clamp_min(0)))
+    sigma = torch.where(clean, 0.0, schedule.sigma(s.clamp_min(0)))
+    ratio = sigma / schedule.sigma(t)
+    return (x_s - ratio * x_t) / (alpha - ratio * schedule.alpha(t))
