@@ -1,9 +1,11 @@
-"""The benchmark nobody else can have: text-to-3D of prompts whose true meshes are known, graded as shape, as pictures, as files."""
+"""Text-to-3D of prompts whose true meshes are known, graded by shape, by images and by mesh quality."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,26 +13,24 @@ import trimesh
 from torch import Tensor
 from tqdm import tqdm
 
-from distill.apps.optimise_image import saturation
-from distill.evaluation.ablation.images import Graders, wanted
 from distill.evaluation.ablation.plan import Figures, interval
-from distill.evaluation.judge import predict
+from distill.evaluation.clip import ClipScorer
+from distill.evaluation.graders import Graders, target_labels
+from distill.evaluation.judge import Judge, predict
+from distill.evaluation.metrics import saturation
+from distill.evaluation.rows import cached_row
 from distill.runtime.errors import UserError
-from distill.runtime.files import read_json, write_json
+from distill.runtime.files import read_json
 from distill.runtime.names import slug
-from distill.teacher.clip import caption_features, image_features
-from distill.teacher.latent import Teacher
-from distill.teacher.vocabulary import phrase
 from sds3d.evaluation.grading import Alignment, align, grade, surface
-from sds3d.export.export import GREY
 from sds3d.export.files import load_mesh, load_textured
-from sds3d.export.mesh import is_manifold, mean_iou
-from sds3d.export.turntable import chunks, render_mesh, render_views
-from sds3d.scene.cameras import Cameras, ring
-from sds3d.scene.nerf import Scene
+from sds3d.export.mesh import is_manifold, mean_iou, silhouettes
+from sds3d.export.turntable import GREY, render_mesh, render_views
+from sds3d.scene.cameras import ring
+from sds3d.scene.protocol import Scene3D, load_scene
 from sds3d.text_to_3d.prompts import VIEWS, view_of
 from sds3d.world.raycast import RayCaster, render
-from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape
+from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape, noun_phrase
 from sds3d.world.world import held_out
 
 TINY = ("a red teapot", "a blue torus", "a green duck", "a yellow chair", "a purple car")
@@ -39,20 +39,21 @@ PAIRS = (
     "a green cone next to a yellow cylinder",
     "a purple cube in front of an orange torus",
 )
-ELEVATION, RING = 20.0, 24
+ELEVATION, RING = 20.0, 24  # degrees and number of the graded views
+WITHOUT_MESH = dict.fromkeys(("f_score_5", "f_score_2", "volume_iou", "watertight", "manifold"), 0.0)
 
 
 def full_suite() -> tuple[str, ...]:
-    """The tiny suite, every other object in a colour going round (some combinations never trained on), and pairs."""
+    """The tiny suite, every other object (a third of them in a held-out colour), and the pairs."""
     colours = list(COLOURS)
-    told = {prompt.rsplit(" ", 1)[1] for prompt in TINY}
-    rest = [name for name in OBJECTS if name not in told]
-    picked = [
+    tiny = {prompt.rsplit(" ", 1)[1] for prompt in TINY}
+    rest = [name for name in OBJECTS if name not in tiny]
+    first = [
         next(c for c in colours if held_out(name, c) == (i % 3 == 0) and c != colours[i % 2])
         for i, name in enumerate(rest)
     ]
-    turned = [colours[i % len(colours)] if i % 3 else colour for i, colour in enumerate(picked)]
-    return (*TINY, *(phrase(colour, name) for name, colour in zip(rest, turned, strict=True)), *PAIRS)
+    cycled = [colours[i % len(colours)] if i % 3 else colour for i, colour in enumerate(first)]
+    return (*TINY, *(noun_phrase(colour, name) for name, colour in zip(rest, cycled, strict=True)), *PAIRS)
 
 
 def _match(prompt: str) -> re.Match[str] | None:
@@ -60,193 +61,200 @@ def _match(prompt: str) -> re.Match[str] | None:
     return re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip())
 
 
-def knows_truth(prompt: str) -> bool:
-    """Whether the prompt is of the world: an object in a colour, or a pair of them."""
+def has_truth(prompt: str) -> bool:
+    """Whether the prompt is about the world: an object in a colour, or a pair of them."""
     return _match(prompt) is not None
 
 
 def truth_of(prompt: str) -> tuple[Shape, np.ndarray]:
-    """The true shape of a prompt of the world and its face colours (F, 3). Raises `UserError` for any other prompt."""
-    found = _match(prompt)
-    if found is None:
+    """The true shape of a prompt about the world, and its face colours (F, 3).
+
+    Raises `UserError` for any other prompt.
+    """
+    match = _match(prompt)
+    if match is None:
         raise UserError(
-            f"{prompt!r} is no prompt of the world: expected 'a red teapot' or 'a blue cube on top of a green cylinder'"
+            f"{prompt!r} is no prompt of the world: "
+            "expected 'a red teapot' or 'a blue cube on top of a green cylinder'"
         )
-    colour, name, relation, other_colour, other = found.groups()
+    colour, name, relation, second_colour, second_name = match.groups()
     first = make_shape(name)
     if relation is None:
         return first, first.albedo(np.array(COLOURS[colour]))
-    pair = make_pair(
-        first, relation, make_shape(other), (np.array(COLOURS[colour]), np.array(COLOURS[other_colour]))
-    )
+    colours = np.array(COLOURS[colour]), np.array(COLOURS[second_colour])
+    pair = make_pair(first, relation, make_shape(second_name), colours)
     return pair, pair.accents
 
 
 @dataclass(frozen=True)
 class ViewPredictions:
-    """What the judge told of a ring of views: names by attribute, and where each camera stood."""
+    """The judge's labels of a ring of views, by attribute, and the azimuth of each view in degrees."""
 
-    told: dict[str, list[str]]
-    azimuth: list[float]
+    labels: Mapping[str, Sequence[str]]
+    azimuth: Sequence[float]
 
-
-def janus(views: ViewPredictions) -> float:
-    """Share of the views from behind that the judge takes for the front: a face where none should be."""
-    behind = [
-        told
-        for told, azimuth in zip(views.told["view"], views.azimuth, strict=True)
-        if view_of(azimuth, ELEVATION) == "back"
-    ]
-    return sum(told == "front" for told in behind) / max(len(behind), 1)
+    def views(self) -> list[tuple[str, str]]:
+        """True and predicted view word of each view."""
+        return [
+            (view_of(azimuth, ELEVATION), predicted)
+            for azimuth, predicted in zip(self.azimuth, self.labels["view"], strict=True)
+        ]
 
 
-def confusion(views: ViewPredictions) -> dict[str, dict[str, int]]:
-    """Counts of told views by true view."""
+def janus_rate(predictions: ViewPredictions) -> float:
+    """The fraction of back views that the judge classifies as front views."""
+    back = [predicted for true, predicted in predictions.views() if true == "back"]
+    return sum(predicted == "front" for predicted in back) / max(len(back), 1)
+
+
+def confusion(predictions: ViewPredictions) -> dict[str, dict[str, int]]:
+    """Counts of predicted views by true view."""
     table = {true: dict.fromkeys(VIEWS, 0) for true in VIEWS}
-    for told, azimuth in zip(views.told["view"], views.azimuth, strict=True):
-        table[view_of(azimuth, ELEVATION)][told] += 1
+    for true, predicted in predictions.views():
+        table[true][predicted] += 1
     return table
 
 
-@torch.no_grad()
-def r_precision(images: Tensor, prompt: str, teacher: Teacher, graders: Graders) -> float:
-    """Share of images (N, 3, H, W) whose nearest caption among all of the world's single objects, and the prompt, is the prompt."""
-    captions = [phrase(colour, name) for name in OBJECTS for colour in COLOURS]
+def r_precision(images: Tensor, prompt: str, clip: ClipScorer) -> float:
+    """The fraction of images (N, 3, H, W) whose nearest caption by CLIP is the prompt.
+
+    The captions are those of the world's single objects, and the prompt (Park et al. 2021, CLIP R-Precision).
+    """
+    captions = [noun_phrase(colour, name) for name in OBJECTS for colour in COLOURS]
     captions += [] if prompt in captions else [prompt]
-    nearest = (
-        image_features(graders.clip, images) @ caption_features(graders.clip, teacher.tokenizer, captions).T
-    ).argmax(1)
+    nearest = (clip.image_features(images) @ clip.text_features(captions).T).argmax(1)
     return float((nearest == captions.index(prompt)).double().mean())
 
 
-def silhouettes(mesh: trimesh.Trimesh, cameras: Cameras) -> Tensor:
-    """Which pixels of each view (B, H, W) a mesh covers."""
-    face, _, _ = RayCaster(mesh).cast(*cameras.rays())
-    return torch.from_numpy(face >= 0).reshape(len(cameras), cameras.resolution, cameras.resolution)
-
-
 def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: np.ndarray, points: int = 6000) -> Figures:
-    """A mesh in scene axes with vertex colours against the truth: surface, solid, silhouettes; and its own making."""
+    """A mesh with vertex colours, in scene axes, against the truth; and its topology."""
     colours = np.asarray(mesh.visual.vertex_colors, np.float64)[:, :3][mesh.faces].mean(1) / 255
-    made, true = surface(mesh, colours, points), surface(shape.mesh, albedo, points)
-    aligned = align(made.points, true.points)
+    result, truth = surface(mesh, colours, points), surface(shape.mesh, albedo, points)
+    alignment = align(result.points, truth.points)
     cameras = ring(RING, ELEVATION)
-    seen = [silhouettes(each, cameras) for each in (_placed(mesh, aligned), shape.mesh)]
-    quality = {
+    masks = [silhouettes(each, cameras) for each in (_aligned(mesh, alignment), shape.mesh)]
+    return {
+        **asdict(grade(result, truth, alignment)),
+        "silhouette_iou": mean_iou(*masks),
         "watertight": float(mesh.is_watertight),
         "manifold": float(is_manifold(mesh)),
         "components": float(mesh.body_count),
         "triangles": float(len(mesh.faces)),
     }
-    return {**asdict(grade(made, true, aligned)), "silhouette_iou": mean_iou(*seen), **quality}
 
 
-def _placed(mesh: trimesh.Trimesh, way: Alignment) -> trimesh.Trimesh:
-    return trimesh.Trimesh(way.apply(np.asarray(mesh.vertices)), mesh.faces, process=False)
+def _aligned(mesh: trimesh.Trimesh, alignment: Alignment) -> trimesh.Trimesh:
+    return trimesh.Trimesh(alignment.apply(np.asarray(mesh.vertices)), mesh.faces, process=False)
 
 
 @torch.no_grad()
-def grade_pictures(
-    images: Tensor, prompt: str, teacher: Teacher, graders: Graders, has_front: bool
-) -> tuple[Figures, ViewPredictions]:
-    """A ring of views (RING, 3, H, W) by the judge and by CLIP; Janus only where the object has a front."""
-    views = ViewPredictions(predict(graders.judge, images), ring(RING).azimuth.tolist())
-    asked = (
-        wanted(prompt, graders.judge) if not any(f" {relation} " in prompt for relation in RELATIONS) else {}
-    )
-    right = {
-        f"judge_{name}": float(np.mean([t == word for t in views.told[name]]))
-        for name, word in asked.items()
+def grade_views(
+    images: Tensor, prompt: str, graders: Graders, has_front: bool
+) -> tuple[Figures, ViewPredictions | None]:
+    """Figures of a ring of views (RING, 3, H, W), and the judge's predictions.
+
+    Without a judge or CLIP their figures are missing; the Janus rate is defined for objects with a front.
+    """
+    figures: Figures = {}
+    predictions = None
+    if graders.judge is not None:
+        predictions = ViewPredictions(predict(graders.judge, images), ring(RING).azimuth.tolist())
+        figures |= _accuracy(predictions, prompt, graders.judge)
+        figures |= {"janus_rate": janus_rate(predictions)} if has_front else {}
+    if graders.clip is not None:
+        figures["r_precision"] = r_precision(images, prompt, graders.clip)
+    return {**figures, "saturation": float(saturation(images).mean())}, predictions
+
+
+def _accuracy(predictions: ViewPredictions, prompt: str, judge: Judge) -> Figures:
+    """The fraction of views in which the judge predicts what the prompt names; none for a pair of objects."""
+    if any(f" {relation} " in prompt for relation in RELATIONS):
+        return {}
+    return {
+        f"judge_{name}": float(np.mean([label == target for label in predictions.labels[name]]))
+        for name, target in target_labels(prompt, judge).items()
         if name != "view"
     }
-    front = {"janus": janus(views)} if has_front else {}
-    figures = {**right, **front, "r_precision": r_precision(images, prompt, teacher, graders)}
-    return {**figures, "saturation": float(saturation(images).mean())}, views
 
 
 def grade_scene(
-    scene: Scene, mesh: trimesh.Trimesh | None, prompt: str, teacher: Teacher, graders: Graders
-) -> tuple[Figures, ViewPredictions]:
-    """A scene's views, and its mesh, against the truth of a prompt of the world; without a mesh it scores 0 where a mesh would."""
+    scene: Scene3D, mesh: trimesh.Trimesh | None, prompt: str, resolution: int, graders: Graders
+) -> tuple[Figures, ViewPredictions | None]:
+    """A scene's views, and its mesh, against the truth of a prompt about the world; no mesh scores 0."""
     shape, albedo = truth_of(prompt)
-    images = render_views(scene, ring(RING, ELEVATION, teacher.resolution), GREY).rgb
-    figures, views = grade_pictures(images, prompt, teacher, graders, shape.has_front)
-    missed = dict.fromkeys(("f_score_5", "f_score_2", "volume_iou", "watertight", "manifold"), 0.0)
-    return {**figures, **(missed if mesh is None else grade_mesh(mesh, shape, albedo))}, views
+    images = render_views(scene, ring(RING, ELEVATION, resolution), GREY).rgb
+    figures, predictions = grade_views(images, prompt, graders, shape.has_front)
+    return {**figures, **(WITHOUT_MESH if mesh is None else grade_mesh(mesh, shape, albedo))}, predictions
 
 
-def grade_run(directory: Path, prompt: str, teacher: Teacher, graders: Graders) -> dict[str, object]:
-    """Every figure of a finished text_to_3d run, pictures, mesh and cost; those of the mesh's own pictures begin with `mesh_`."""
+def grade_run(directory: Path, prompt: str, resolution: int, graders: Graders) -> dict[str, Any]:
+    """All figures of a finished text-to-3D run; those of renders of its mesh begin with `mesh_`."""
     result = read_json(directory / "result.json")
     mesh = None if result["mesh"] is None else load_mesh(directory / "mesh.glb")
-    figures, views = grade_scene(Scene.load(directory / "scene"), mesh, prompt, teacher, graders)
+    scene = load_scene(directory / "scene")
+    figures, predictions = grade_scene(scene, mesh, prompt, resolution, graders)
     if mesh is not None:
-        images = render_mesh(
-            load_textured(directory / "mesh.glb"), ring(RING, ELEVATION, teacher.resolution), GREY
-        ).rgb
-        told, _ = grade_pictures(images, prompt, teacher, graders, "janus" in figures)
-        figures |= {f"mesh_{name}": value for name, value in told.items()}
+        cameras = ring(RING, ELEVATION, resolution)
+        images = render_mesh(load_textured(directory / "mesh.glb"), cameras, GREY).rgb
+        of_mesh, _ = grade_views(images, prompt, graders, "janus_rate" in figures)
+        figures |= {f"mesh_{name}": value for name, value in of_mesh.items()}
         figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
     run = result["run"]
-    figures |= {
-        "seconds": run["seconds"],
-        "peak_memory_mib": run["peak_memory_mib"],
-        "forwards": float(result["forwards"]),
-    }
-    return {"prompt": prompt, **figures, "confusion": confusion(views)}
+    figures |= {"seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"]}
+    figures["nfe"] = float(result["nfe"])
+    return figures if predictions is None else {**figures, "confusion": confusion(predictions)}
 
 
-def averages(rows: Sequence[dict[str, object]]) -> dict[str, tuple[float, float]]:
+def averages(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     """Mean and half-width of the 95 % interval of each figure over the prompts that have it."""
-    names = list(
-        dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
-    )
-    return {name: interval([float(str(row[name])) for row in rows if name in row]) for name in names}
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
+    return {name: interval([row[name] for row in rows if name in row]) for name in names}
 
 
 def paired(
-    one: Sequence[dict[str, object]], other: Sequence[dict[str, object]]
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[float, float]]:
-    """Of the prompts that both have: mean of other minus one with its 95 % interval, figure by figure.
+    """Mean of second minus first, with its 95 % interval, of each figure over the prompts in both.
 
-    Raises `UserError` where they share no prompt.
+    Raises `UserError` where they have no prompt in common.
     """
-    before = {str(row["prompt"]): row for row in one}
-    shared = [(before[str(row["prompt"])], row) for row in other if str(row["prompt"]) in before]
-    if not shared:
+    by_prompt = {row["prompt"]: row for row in first}
+    pairs = [(by_prompt[row["prompt"]], row) for row in second if row["prompt"] in by_prompt]
+    if not pairs:
         raise UserError("the two benchmarks share no prompt: compare runs of one suite")
-    names = list(averages([row for _, row in shared]))
-    both = {
-        name: [(float(str(a[name])), float(str(b[name]))) for a, b in shared if name in a and name in b]
-        for name in names
+    differences = {
+        name: [after[name] - before[name] for before, after in pairs if name in before and name in after]
+        for name in averages([row for _, row in pairs])
     }
-    return {name: interval([b - a for a, b in values]) for name, values in both.items() if values}
+    return {name: interval(values) for name, values in differences.items() if values}
 
 
 def run_suite(
     prompts: Sequence[str],
     folder: Path,
-    make: Callable[[str, Path], None],
-    grading: Callable[[Path, str], dict[str, object]],
-) -> list[dict[str, object]]:
-    """Make and grade every prompt that has no row yet, each in a directory of its own; a row a prompt, in their order."""
+    query: Mapping[str, Any],
+    compute: Callable[[str, Path], Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """A row per prompt, in their order: `compute` runs and grades one in a directory of its own.
+
+    A row is computed where there is none yet for the same `query`, the options that all rows depend on.
+    """
     rows = []
     for prompt in tqdm(prompts, desc="benchmark", unit="prompt"):
         directory = folder / slug(prompt)
-        if not (directory / "row.json").is_file():
-            make(prompt, directory)
-            write_json(directory / "row.json", grading(directory, prompt))
-        rows.append(read_json(directory / "row.json"))
+        row_query = {"prompt": prompt, **query}
+        rows.append(cached_row(directory / "row.json", row_query, partial(compute, prompt, directory)))
     return rows
 
 
 def truth_strip(prompt: str, count: int = 8, resolution: int = 128) -> Tensor:
-    """The truth as the teacher's world shows it, (count, 3, H, W), to be laid beside a result's views."""
+    """Views of the truth as in the teacher's data, (count, 3, H, W), to lay beside a result's."""
     shape, albedo = truth_of(prompt)
     caster, cameras = RayCaster(shape.mesh), ring(count, ELEVATION, resolution)
-    views = [
-        torch.from_numpy(render(caster, albedo, camera).rgba).permute(2, 0, 1)
-        for camera in chunks(cameras, 1)
-    ]
-    rgba = torch.stack(views).float()
+    rgba = torch.stack(
+        [
+            torch.from_numpy(render(caster, albedo, camera).rgba).permute(2, 0, 1)
+            for camera in cameras.split(1)
+        ]
+    ).float()
     return rgba[:, :3] * rgba[:, 3:] + GREY[0] * (1 - rgba[:, 3:])

@@ -14,7 +14,7 @@ from distill.runtime.errors import UserError
 from distill.teacher.latent import LatentDiffusionTeacher
 from sds3d.export.files import TO_FILE, read_scene
 from sds3d.scene.cameras import Cameras
-from sds3d.world.conditions import CONDITIONS, mesh_pictures
+from sds3d.world.conditions import CONDITIONS, mesh_conditioning_images
 from sds3d.world.shapes import RADIUS
 
 MOST_FACES = 1_000_000
@@ -82,6 +82,6 @@ class MeshControl:
 
     def set_cameras(self, cameras: Cameras) -> None:
         """Condition the teacher on the mesh from cameras (B), in the order of its next batches."""
-        pictures = as_input(mesh_pictures(self.mesh, self.condition, cameras))
+        pictures = as_input(mesh_conditioning_images(self.mesh, self.condition, cameras))
         assert isinstance(self.teacher.score.unet, ControlledUnet)
         self.teacher.score.unet.controls = [replace(self.control, pictures=pictures.to(self.teacher.device))]

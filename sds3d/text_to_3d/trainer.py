@@ -87,7 +87,7 @@ class TextTo3d:
             first = end if stage.updates_from is None else min(round(stage.updates_from * steps), end)
             result[name] = range(first, end)
             end = first
-        return result
+        return {name: result[name] for name in self.options.stages}
 
     @property
     def nfe(self) -> int:
