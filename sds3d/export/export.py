@@ -69,13 +69,13 @@ def scene_of_run(directory: Path | str, device: str = "auto") -> Scene3D:
 def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
     """Export a finished run's scene to its directory and write result.json, whose path is returned.
 
-    `forwards` there is the NFE of the teacher in samples.
+    `nfe` there is the NFE of the teacher in samples.
     """
     run, scene, teacher, prompt = trainer.run, trainer.scene, trainer.teacher, trainer.options.prompt
     started = time.monotonic()
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.name_or_path}
-    figures |= {"forwards": trainer.nfe, "seconds_export": round(time.monotonic() - started, 1)}
+    figures |= {"nfe": trainer.nfe, "seconds_export": round(time.monotonic() - started, 1)}
     score = scene_clip_score(scene, teacher, prompt)
     figures |= {} if score is None else {"clip_score": score}
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})
@@ -94,8 +94,8 @@ def scene_clip_score(scene: Scene3D, teacher: Teacher, prompt: str) -> float | N
 def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
     """Write scene/, mesh.glb, .obj and .ply, turntable.*, contact_sheet.png and renders.png.
 
-    renders.png shows the scene, and below it the textured mesh. Returns the figures of the mesh. For a scene without a
-    surface there is no mesh, and `mesh_error` gives the reason.
+    renders.png shows the scene, and below it the textured mesh. Returns the figures of the mesh. For a scene
+    without a surface there is no mesh, and `mesh_error` gives the reason.
     """
     folder = Path(folder)
     scene.save(folder / "scene")

@@ -1,8 +1,7 @@
 """Multi-resolution grid encoding of positions (Mueller et al. 2022, "Instant Neural Graphics Primitives").
 
-Two makes of the same thing: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch alone).
-They share the meaning of the options and the layout of the table, so a table saved by one loads into the
-other.
+Two implementations: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch). They share the
+options and the layout of the table, so a table saved by one loads into the other.
 """
 
 import importlib.util
@@ -10,6 +9,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ PRIMES = (1, 2654435761 - 2**32, 805459861)
 
 @dataclass(frozen=True)
 class HashEncodingOptions:
-    """Sizes of the grid, in tinycudann's terms. Raises `UserError` for a grid that cannot be.
+    """Sizes of the grid, in tinycudann's terms. Raises `UserError` for a size out of range.
 
     Level l has resolution `ceil(base_resolution * per_level_scale**l - 1) + 1` nodes a side. Where all its
     nodes fit into `2**log2_hashmap_size` entries it is stored densely, else they share the entries by a hash.
@@ -36,11 +36,10 @@ class HashEncodingOptions:
     per_level_scale: float = 1.6  # six levels end at 84 nodes a side: about the pixel of a 64 x 64 view
 
     def __post_init__(self) -> None:
-        if (
-            min(self.n_levels, self.n_features_per_level) < 1
-            or self.base_resolution < 2
-            or self.per_level_scale < 1
-        ):
+        minimum = min(
+            self.n_levels, self.n_features_per_level, self.base_resolution - 1, self.per_level_scale
+        )
+        if minimum < 1:
             raise UserError(
                 f"encoding of {self.n_levels} levels, {self.n_features_per_level} features, base "
                 f"{self.base_resolution}, scale {self.per_level_scale}: "
@@ -69,7 +68,7 @@ class HashEncodingOptions:
 
 @lru_cache
 def _sparse_product_works() -> bool:
-    """Whether torch has MKL, for fast CSR products on the CPU; swallows its one notice that CSR is beta."""
+    """Whether torch has MKL, for fast CSR products on the CPU; suppresses the warning that CSR is in beta."""
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():
@@ -82,7 +81,7 @@ def _gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Weighted sums (N, F) of 8 rows of `table` (T, F) each; index, weight (N, 8)."""
     if table.is_cuda or not _sparse_product_works():
         return (table[index.long()] * weight[..., None]).sum(1)
-    # A sparse matrix with eight entries a row: MKL does this 25 times faster than indexing.
+    # A sparse matrix with eight entries a row: MKL's product is 25 times faster than indexing.
     starts = torch.arange(0, index.numel() + 1, 8, dtype=torch.int32)
     size = (len(index), len(table))
     rows = torch.sparse_csr_tensor(starts, index.flatten(), weight.flatten(), size, check_invariants=False)
@@ -93,7 +92,7 @@ class _Interpolate(torch.autograd.Function):
     """Sums of table entries for all levels; differentiable once, with respect to the table alone."""
 
     @staticmethod
-    def forward(ctx, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:
+    def forward(ctx: Any, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:
         ctx.sizes = sizes
         ctx.save_for_backward(*corners)
         levels = zip(table.split(sizes), corners[0::2], corners[1::2])
@@ -101,7 +100,7 @@ class _Interpolate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         corners = ctx.saved_tensors
         features = grad.shape[1] // len(ctx.sizes)
         parts = []
@@ -117,11 +116,10 @@ class _Interpolate(torch.autograd.Function):
 
 
 class HashEncoding(nn.Module):
-    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level, torch
-    alone.
+    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level; in torch.
 
-    As in tinycudann a level's nodes stand half a cell off the border (`x * scale + 0.5`); unlike it, the
-    outermost half cell repeats its border value instead of wrapping round. Positions get no gradient: normals
+    As in tinycudann a level's nodes are half a cell from the border (`x * scale + 0.5`); unlike there, the
+    outermost half cell repeats its border value instead of wrapping around. Positions get no gradient: normals
     are finite differences of density.
     """
 
@@ -137,22 +135,22 @@ class HashEncoding(nn.Module):
         options, corners = self.options, []
         for scale, nodes, size in zip(options.scales(), options.resolutions(), options.sizes()):
             corners += level_corners(axes, scale, nodes, size)
-        # Under autocast the sparse product would be asked for in half, which no CPU kernel knows.
+        # Under autocast the sparse product would be in half precision, which has no CPU kernel.
         with torch.autocast(self.table.device.type, enabled=False):
             return _Interpolate.apply(self.table, options.sizes(), *corners)
 
 
 def level_corners(axes: Tensor, scale: float, nodes: int, size: int) -> tuple[Tensor, Tensor]:
     """Table entries (N, 8) int32 and trilinear weights (N, 8) around positions `axes` (3, N) in one level."""
-    place = (axes * scale).add_(0.5).clamp_(0, nodes - 1)
-    low = place.floor().clamp_(max=nodes - 2)
-    high_weight = place.sub_(low)
+    coordinates = (axes * scale).add_(0.5).clamp_(0, nodes - 1)
+    low = coordinates.floor().clamp_(max=nodes - 2)
+    high_weight = coordinates.sub_(low)
     low_weight = 1 - high_weight
     entries = (_dense if nodes**3 <= size else _hashed)(low.int(), nodes, size)
     weights = torch.empty(8, axes.shape[1], dtype=axes.dtype, device=axes.device)
-    choice = (low_weight, high_weight)
+    by_side = (low_weight, high_weight)
     for pair in range(4):
-        side = choice[pair >> 1][2] * choice[pair & 1][1]
+        side = by_side[pair >> 1][2] * by_side[pair & 1][1]
         torch.mul(side, low_weight[0], out=weights[2 * pair])
         torch.mul(side, high_weight[0], out=weights[2 * pair + 1])
     return entries, weights.t().contiguous()
@@ -192,7 +190,7 @@ class TinyCudaEncoding(nn.Module):
         }
         grid = tinycudann.Encoding(n_input_dims=3, encoding_config=config, dtype=torch.float32)
         table = grid.params.detach().float().view(-1, options.n_features_per_level)
-        del grid.params  # held here instead, in the shape the torch twin gives it
+        del grid.params  # here in the shape of `HashEncoding.table`
         self.options = options
         self.table = nn.Parameter(table)
         self._grid = (grid,)  # in a tuple, so that it is not registered as a child
@@ -206,7 +204,7 @@ class TinyCudaEncoding(nn.Module):
 def make_encoding(
     options: HashEncodingOptions, device: torch.device | str
 ) -> HashEncoding | TinyCudaEncoding:
-    """tinycudann's encoding on a CUDA device where it is installed, else the torch twin; on `device`."""
+    """tinycudann's encoding on a CUDA device where it is installed, else that in torch; on `device`."""
     if torch.device(device).type == "cuda" and importlib.util.find_spec("tinycudann") is not None:
         return TinyCudaEncoding(options).to(device)
     return HashEncoding(options).to(device)

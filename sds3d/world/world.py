@@ -1,97 +1,82 @@
-"""The world as a captioned image folder: what is in a picture, its words, its camera; drawn, rendered, written, resumed.
+"""The world as a captioned image folder: objects, captions and cameras are sampled, rendered and written.
 
-Record i of a split is a pure function of (seed, split, i), so an interrupted writing goes on where it stopped and a
+Row i of a split is a pure function of (seed, split, i): an interrupted run resumes where it stopped, and a
 larger data set begins with the smaller one.
 """
 
 import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from distill.runtime.config import as_mapping
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
 from sds3d.text_to_3d.prompts import margin, view_of
-from sds3d.world.shapes import COLOURS, COMPOSED, OBJECTS, RELATIONS, Shape, make_pair, make_shape, noun_phrase
+from sds3d.world.shapes import (
+    COLOURS,
+    COMPOSED,
+    OBJECTS,
+    RELATIONS,
+    Shape,
+    make_pair,
+    make_shape,
+    noun_phrase,
+)
+
+if TYPE_CHECKING:
+    from sds3d.world.raycast import RayCaster
 
 SPLITS = ("train", "validation", "test")
-PHRASES = (
-    "{thing}",
-    "{thing}",
-    "{thing}",
-    "a picture of {thing}",
-    "a render of {thing}",
-    "the {bare}",
-    "{bare}",
-)
-VIEW_PHRASES = (
-    "{text}, {view} view",
-    "{text}, {view} view",
-    "{text}, {view} view",
-    "{view} view of {text}",
-    "{text} from the {view}",
-)
-SIMPLE = (
-    "cube",
-    "sphere",
-    "cylinder",
-    "cone",
-    "pyramid",
-    "torus",
-    "capsule",
-    "mug",
-)  # what pairs are made of
+PHRASES = (*("{thing}",) * 3, "a picture of {thing}", "a render of {thing}", "the {bare}", "{bare}")
+VIEW_PHRASES = (*("{text}, {view} view",) * 3, "{view} view of {text}", "{text} from the {view}")
+SIMPLE = ("cube", "sphere", "cylinder", "cone", "pyramid", "torus", "capsule", "mug")  # objects of pairs
 COLOUR_JITTER = 0.03
 
 
 @dataclass(frozen=True)
 class WorldOptions:
-    """What is written: image counts a split, share of pairs, share of captions without the view, held-out margin."""
+    """The content of the data set. Raises `UserError` for a value out of range."""
 
-    train: int = 20000
+    train: int = 48000  # images of each split
     validation: int = 1000
     test: int = 2000
     seed: int = 0
-    pairs: float = 0.15
-    drop_view: float = 0.25
-    view_margin: float = (
-        7.5  # degrees: nearer to a boundary between views, the caption and the label name none
-    )
-    hold_out: bool = (
-        True  # false shows every combination in every split: a judge that grades them all must have seen them
-    )
-    random_light: bool = (
-        False  # lights turned at random about z: augmentation for a judge, never for a teacher
-    )
-    supersample: int = 2
-    geometry: bool = False  # depth and normals too
+    pairs: float = 0.15  # fraction of images with two objects
+    drop_view: float = 0.25  # fraction of captions without the view word
+    view_margin: float = 7.5  # degrees; nearer to a boundary between views, caption and label name no view
+    hold_out: bool = True  # false: every split has all objects in all colours, as a judge's data must
+    random_light: bool = False  # lights rotated about z, as augmentation of a judge's data, not a teacher's
+    supersample: int = 2  # rays per pixel along each axis
+    geometry: bool = False  # also write depth and normals (geometry/*.safetensors)
     resolution: int = 64  # pixels a side
     camera: CameraOptions = field(default_factory=CameraOptions)
 
     def __post_init__(self) -> None:
         for name in ("pairs", "drop_view"):
             if not 0 <= (value := vars(self)[name]) <= 1:
-                raise UserError(f"{name} is {value}: a share between 0 and 1 is expected")
-        if min(self.train, self.validation, self.test) < 0 or self.supersample < 1:
-            raise UserError("image counts must not be negative and supersample must be at least 1")
+                raise UserError(f"{name} is {value}: a fraction between 0 and 1 is expected")
+        if min(self.train, self.validation, self.test) < 0 or self.supersample < 1 or self.resolution < 8:
+            raise UserError(
+                "image counts must not be negative, supersample at least 1 and resolution at least 8"
+            )
 
 
 def held_out(name: str, colour: str) -> bool:
-    """Whether the training split never shows this object in this colour: one colour an object."""
+    """Whether the training split excludes this object in this colour: one colour per object."""
     return list(COLOURS).index(colour) == (3 * OBJECTS.index(name) + 1) % len(COLOURS)
 
 
-def _choose_colour(name: str, want_held_out: bool | None, rng: np.random.Generator) -> str:
-    return str(
-        rng.choice([c for c in COLOURS if want_held_out is None or held_out(name, c) == want_held_out])
-    )
+def _choose_colour(name: str, novel: bool | None, rng: np.random.Generator) -> str:
+    return str(rng.choice([c for c in COLOURS if novel is None or held_out(name, c) == novel]))
 
 
 def _caption(thing: str, view: str | None, options: WorldOptions, rng: np.random.Generator) -> str:
@@ -100,13 +85,13 @@ def _caption(thing: str, view: str | None, options: WorldOptions, rng: np.random
     return text if view is None or dropped else str(rng.choice(VIEW_PHRASES)).format(text=text, view=view)
 
 
-def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
-    """Row `index` of a split, camera included: half of validation and test are combinations that training never shows."""
+def sample_row(options: WorldOptions, split: str, index: int) -> tuple[dict[str, Any], Cameras]:
+    """Row `index` of a split and its camera; half of validation and test are held-out combinations."""
     rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
     pair = bool(rng.random() < options.pairs)
-    fresh = split != "train" and not pair and bool(rng.random() < 0.5)
+    novel = split != "train" and not pair and bool(rng.random() < 0.5)
     names = [str(n) for n in (rng.choice(SIMPLE, 2) if pair else rng.choice(OBJECTS, 1))]
-    colours = [_choose_colour(name, fresh if options.hold_out else None, rng) for name in names]
+    colours = [_choose_colour(name, novel if options.hold_out else None, rng) for name in names]
     relation = str(rng.choice(RELATIONS)) if pair else None
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     camera = sample_cameras(options.camera, 1, options.resolution, generator)
@@ -114,12 +99,12 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
     view = view_of(azimuth, elevation) if margin(azimuth, elevation) >= options.view_margin else None
     things = [noun_phrase(colour, name) for colour, name in zip(colours, names, strict=True)]
     has_front = not pair and (names[0] not in COMPOSED or COMPOSED[names[0]][1])
-    return {
+    row = {
         "file_name": f"{index:06d}.png",
         "text": _caption(f" {relation} ".join(things), view, options, rng),
         "object": names[0],
         "colour": colours[0],
-        "relation": relation or "",  # empty, not null: `datasets` cannot tell the type of a column of nulls
+        "relation": relation or "",  # not null: `datasets` cannot infer the type of a column of nulls
         "second_object": names[1] if pair else "",
         "second_colour": colours[1] if pair else "",
         "view": view or "",
@@ -128,72 +113,61 @@ def draw(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
         "azimuth": round(azimuth, 3),
         "elevation": round(elevation, 3),
         "seed": int(rng.integers(2**31)),
-        "_camera": camera,
     }
+    return row, camera
 
 
 def _shape_of(row: dict[str, Any], rng: np.random.Generator) -> tuple[Shape, np.ndarray]:
-    """The shape of a row and its face colours, jittered a little."""
+    """The shape of a row and its face colours (F, 3), slightly jittered."""
 
-    def paint(colour: str) -> np.ndarray:
+    def jittered(colour: str) -> np.ndarray:
         return np.clip(np.array(COLOURS[colour]) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3), 0, 1)
 
     first = make_shape(row["object"])
-    colour = paint(row["colour"])
+    colour = jittered(row["colour"])
     if not row["relation"]:
         return first, first.albedo(colour)
-    pair = make_pair(
-        first, row["relation"], make_shape(row["second_object"]), (colour, paint(row["second_colour"]))
-    )
+    colours = (colour, jittered(row["second_colour"]))
+    pair = make_pair(first, row["relation"], make_shape(row["second_object"]), colours)
     return pair, pair.accents
 
 
-_CASTERS: dict[str, Any] = {}  # one acceleration structure a single object, kept by each worker
-
-
-def _caster(shape: Shape, keep: bool) -> Any:
+@lru_cache(maxsize=64)
+def _single_caster(name: str) -> "RayCaster":
+    """The acceleration structure of a single object, built once in each worker."""
     from sds3d.world.raycast import RayCaster
 
-    if not keep:
-        return RayCaster(shape.mesh)
-    if shape.name not in _CASTERS:
-        _CASTERS[shape.name] = RayCaster(shape.mesh)
-    return _CASTERS[shape.name]
+    return RayCaster(make_shape(name).mesh)
 
 
 def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str, Any]]:
-    """Rows first..last of a split, rendered where the image is not there yet."""
-    from sds3d.world.raycast import render
+    """Rows first..last of a split, rendered where the image does not exist."""
+    from sds3d.world.raycast import RayCaster, render
 
     options, split, first, last, folder = job
     rows, geometry = [], []
-    missing_geometry = options.geometry and not _geometry_holds(
-        _geometry_path(folder, split, first), last - first
-    )
+    geometry_path = Path(folder) / "geometry" / f"{split}-{first:06d}.safetensors"
+    missing_geometry = options.geometry and not _is_complete(geometry_path, last - first)
     for index in range(first, last):
-        row = draw(options, split, index)
-        camera: Cameras = row.pop("_camera")
+        row, camera = sample_row(options, split, index)
         path = Path(folder) / split / row["file_name"]
         if missing_geometry or not path.exists():
             rng = np.random.default_rng(row["seed"])
             shape, albedo = _shape_of(row, rng)
-            turn = rng.uniform(0, 2 * np.pi) if options.random_light else 0.0
-            view = render(_caster(shape, not row["relation"]), albedo, camera, options.supersample, turn)
+            rotation = rng.uniform(0, 2 * np.pi) if options.random_light else 0.0
+            caster = RayCaster(shape.mesh) if row["relation"] else _single_caster(shape.name)
+            view = render(caster, albedo, camera, options.supersample, rotation)
             with atomic_path(path) as temporary:
                 Image.fromarray((view.rgba * 255 + 0.5).astype(np.uint8), "RGBA").save(temporary)
             geometry.append((view.depth, view.normal))
         rows.append(row)
     if missing_geometry:
-        _write_geometry(_geometry_path(folder, split, first), geometry)
+        _write_geometry(geometry_path, geometry)
     return rows
 
 
-def _geometry_path(folder: str, split: str, first: int) -> Path:
-    return Path(folder) / "geometry" / f"{split}-{first:06d}.safetensors"
-
-
-def _geometry_holds(path: Path, count: int) -> bool:
-    """Whether a block is written whole; the last one of a smaller world is not."""
+def _is_complete(path: Path, count: int) -> bool:
+    """Whether a block of geometry exists with all images; the last one of a smaller world has fewer."""
     from safetensors import safe_open
 
     if not path.exists():
@@ -213,22 +187,23 @@ def _write_geometry(path: Path, geometry: list[tuple[np.ndarray, np.ndarray]]) -
 
 
 def _claim(folder: Path, options: WorldOptions) -> None:
-    """Take the folder for these options, or for a continuation with other counts, or with geometry where it had none."""
+    """Reserve the folder for these options; image counts may change, and geometry may be added."""
     path = folder / "world.json"
-    now = json.loads(json.dumps(asdict(options)))
+    values = as_mapping(options)
     if path.exists():
         before = read_json(path)
-        added = not before.get("geometry")
-        changed = [
-            k for k in now if k not in SPLITS and before.get(k) != now[k] and not (k == "geometry" and added)
-        ]
+        if "resolution" in before.get("camera", {}):  # where worlds of earlier versions have it
+            before["resolution"] = before["camera"].pop("resolution")
+        variable = SPLITS if before.get("geometry") else (*SPLITS, "geometry")
+        changed = [key for key in values if key not in variable and before.get(key) != values[key]]
         if changed:
             raise UserError(
-                f"{folder} holds a world with another {changed[0]} ({before.get(changed[0])}): choose another folder"
+                f"{folder} holds a world with another {changed[0]} ({before.get(changed[0])}): "
+                "choose another folder"
             )
     elif folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no world: choose another folder")
-    write_json(path, now)
+    write_json(path, values)
 
 
 def _jobs(
@@ -243,7 +218,7 @@ def _jobs(
 def make_world(folder: Path | str, options: WorldOptions, workers: int = 2, block: int = 200) -> None:
     """Write the world to `folder`/{train,validation,test}, each with PNGs (RGBA) and a metadata.jsonl.
 
-    Resumes an interrupted writing; raises `UserError` when the folder holds something else or no worker is given.
+    An interrupted call resumes. Raises `UserError` for a folder with other content, and for no workers.
     """
     import multiprocessing
 
@@ -251,7 +226,7 @@ def make_world(folder: Path | str, options: WorldOptions, workers: int = 2, bloc
 
     folder = Path(folder)
     if workers < 1:
-        raise UserError(f"workers is {workers}: at least 1 process must write the world")
+        raise UserError(f"workers is {workers}: at least 1 process is needed")
     _claim(folder, options)
     rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
     jobs = list(_jobs(options, folder, block))
