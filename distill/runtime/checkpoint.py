@@ -1,4 +1,4 @@
-"""A run's state as one safetensors file: tensors by their path, everything else as JSON in its metadata."""
+"""A run's state as one safetensors file: tensors by their path, other values as JSON in its metadata."""
 
 import hashlib
 import json
@@ -30,11 +30,11 @@ class Stateful(Protocol):
         """The state as nested dicts, lists, tensors and numbers."""
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Take over such a state."""
+        """Restore such a state."""
 
 
 class TensorState:
-    """Loose tensors, such as parameters without a module, as one part of a checkpoint; loaded in place."""
+    """Tensors without a module, such as parameters, as one part of a checkpoint; loaded in place."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
@@ -52,7 +52,7 @@ class TensorState:
 
 @dataclass
 class ValueState:
-    """Base class of dataclasses whose fields (numbers, strings, lists, dicts) are one part of a checkpoint."""
+    """Base of dataclasses whose fields (numbers, strings, lists, dicts) are one part of a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """The fields by name."""
@@ -77,7 +77,7 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
     Nodes may be mappings with str or int keys, lists, tuples, dense tensors, numeric numpy arrays and
     scalars, int, float, bool, None and str. Mappings come back as plain dicts, tensors on the CPU, all
-    dtypes and floats exactly.
+    dtypes, memory formats (contiguous or channels last) and floats exactly.
     Raises `UserError` for any other type.
     """
     tensors: dict[str, Tensor] = {}
@@ -87,21 +87,23 @@ def save_state(path: Path | str, state: Mapping[str, Any]) -> None:
 
 
 def load_state(path: Path | str) -> dict[str, Any]:
-    """The state that `save_state` wrote. Raises `UserError` for a missing, damaged or foreign file."""
+    """A state written by `save_state`. Raises `UserError` for a missing, damaged or foreign file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             # cloned: the tensors of a safetensors file are views of a memory map
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no readable checkpoint ({error}); expected one a run saved") from None
+        raise UserError(
+            f"{path} is no readable checkpoint ({error}); expected one that a run saved"
+        ) from None
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is safetensors, but no checkpoint; expected one that a run saved")
     return _decode(json.loads(metadata["state"]), tensors)
 
 
 def _encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON of a node: lists and scalars themselves, all else {kind: body}; tensors go to `tensors`."""
+    """The JSON of a node: lists and scalars as they are, others as {kind: body}; tensors go to `tensors`."""
     kind = type(value)
     if value is None or kind in (bool, int, str):
         return value
@@ -125,7 +127,9 @@ def _key(key: Any, path: str) -> str | int:
 def _encode_array(value: Any, path: str, tensors: dict[str, Tensor]) -> dict[str, str]:
     try:
         if isinstance(value, Tensor):
-            kind, tensor = "tensor", value.detach()
+            # A fused optimizer pairs moments with parameters by memory order, so the format matters.
+            tensor = value.detach()
+            kind = "tensor" if tensor.is_contiguous() or not _is_channels_last(tensor) else "channels_last"
         elif isinstance(value, (np.ndarray, np.generic)):
             kind = "array" if isinstance(value, np.ndarray) else "scalar"
             tensor = torch.from_numpy(np.array(value, order="C"))
@@ -145,6 +149,10 @@ def _encode_array(value: Any, path: str, tensors: dict[str, Tensor]) -> dict[str
     return {kind: name}
 
 
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {value.layout} {value.dtype} tensor"
@@ -153,13 +161,13 @@ def _described(value: Any) -> str:
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous, no two in one storage (which safetensors refuses)."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     result = {}
     for name, tensor in tensors.items():
         tensor = tensor.cpu().contiguous().resolve_conj().resolve_neg()
         storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
+        result[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     return result
 
 
@@ -177,12 +185,14 @@ def _decode(node: Any, tensors: Mapping[str, Tensor]) -> Any:
         return float(body)
     if kind == "tensor":
         return tensors[body]
+    if kind == "channels_last":
+        return tensors[body].contiguous(memory_format=torch.channels_last)
     array = tensors[body].numpy()
     return array if kind == "array" else array[()]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` finished steps lies."""
+    """The path of the checkpoint after `step` finished steps."""
     return folder / f"step_{step:08d}.safetensors"
 
 
@@ -193,9 +203,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; None where there is none at all.
+    """The newest readable checkpoint; None where there is no checkpoint.
 
-    Damaged newer ones are reported on stderr and removed, or they would later push valid ones out.
+    Damaged newer ones are reported on stderr and removed: `prune` would count them among the newest.
     Raises `UserError` when there are checkpoints but none can be read.
     """
     damaged: list[Path] = []
@@ -203,11 +213,11 @@ def load_newest(folder: Path) -> Checkpoint | None:
         try:
             newest = Checkpoint(path, load_state(path))
         except UserError as error:
-            print(f"warning: {error}; trying the checkpoint before it", file=sys.stderr)
+            print(f"warning: {error}; trying the previous checkpoint", file=sys.stderr)
             damaged.append(path)
             continue
-        for broken in damaged:
-            broken.unlink()
+        for damaged_path in damaged:
+            damaged_path.unlink()
         return newest
     if damaged:
         raise UserError(f"none of the checkpoints in {folder} can be read; start over with overwrite=true")
@@ -215,7 +225,7 @@ def load_newest(folder: Path) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints, and what a killed save has left behind."""
+    """Remove all but the `keep` newest checkpoints, and the temporary files of killed saves."""
     for path in [*checkpoints(folder)[:-keep], *folder.glob(".step_*.safetensors")]:
         path.unlink(missing_ok=True)
 
@@ -228,7 +238,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the global generators of python, numpy (legacy) and torch, CUDA's where it is in use."""
+    """The states of the global generators of python, numpy (legacy) and torch, with CUDA's where in use."""
     return {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -238,7 +248,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` gave; CUDA's only on a machine with as many devices."""
+    """Restore a state of `random_state`; CUDA's only on a machine with as many devices."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -247,7 +257,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """A name of the values of modules' weights, by which what was made with them is told from what was made with others."""
+    """A hash of the modules' weights, 16 hexadecimal digits: the key of caches that depend on them."""
     digest = hashlib.sha256()
     for value in (value for module in modules for value in module.state_dict().values()):
         digest.update(value.float().cpu().contiguous().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""What is installed here, and what will therefore be used."""
+"""Checks of the installation: versions, GPU parts, ffmpeg and the shipped weights."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -10,89 +10,93 @@ from distill.runtime.errors import UserError
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's report; a missing optional part is no failure."""
+class CheckResult:
+    """One line of the report; a missing optional component is no failure."""
 
     name: str
-    good: bool
-    text: str
+    passed: bool
+    detail: str
     optional: bool = False
 
+    @property
+    def failed(self) -> bool:
+        """Whether a required component is missing."""
+        return not self.passed and not self.optional
 
-def examine() -> list[Finding]:
-    """All findings, cheap ones first."""
+    def __str__(self) -> str:
+        status = "ok" if self.passed else "FAIL" if self.failed else "none"
+        return f"{status:4}  {self.name:22} {self.detail}"
+
+
+def check_installation() -> list[CheckResult]:
+    """All results, fast checks first."""
     cuda = torch.cuda.is_available()
-    where = (
-        torch.cuda.get_device_name()
-        if cuda
-        else f"no GPU: everything runs on the CPU ({torch.get_num_threads()} threads)"
-    )
-    findings = [Finding("torch", True, torch.__version__), Finding("CUDA", cuda, where, optional=True)]
-    findings += [_package(name) for name in ("diffusers", "transformers", "trimesh", "embreex", "nerfacc")]
-    findings.append(_nerfacc_kernels(cuda))
+    cpu = f"no GPU: everything runs on the CPU ({torch.get_num_threads()} threads)"
+    device = torch.cuda.get_device_name() if cuda else cpu
     has_tcnn = importlib.util.find_spec("tinycudann") is not None
-    used = "its hash encoding is used on CUDA" if has_tcnn else "not installed: the pure-torch twin is used"
-    findings.append(Finding("tinycudann", has_tcnn and cuda, used, optional=True))
-    findings.append(_ffmpeg())
-    findings += [_teacher(), _judge()]
-    return findings
+    encoding = (
+        "its hash encoding is used on CUDA" if has_tcnn else "not installed: pure torch is used instead"
+    )
+    return [
+        CheckResult("torch", True, torch.__version__),
+        CheckResult("CUDA", cuda, device, optional=True),
+        *(_package(name) for name in ("diffusers", "transformers", "trimesh", "embreex", "nerfacc")),
+        _nerfacc_kernels(cuda),
+        CheckResult("tinycudann", has_tcnn and cuda, encoding, optional=True),
+        _ffmpeg(),
+        _teacher(),
+        _judge(),
+    ]
 
 
-def _package(name: str) -> Finding:
+def _package(name: str) -> CheckResult:
     try:
-        return Finding(name, True, metadata.version(name))
+        return CheckResult(name, True, metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding(name, False, "not installed: run pip install -e .")
+        return CheckResult(name, False, "not installed: run pip install -e .")
 
 
-def _nerfacc_kernels(cuda: bool) -> Finding:
+def _nerfacc_kernels(cuda: bool) -> CheckResult:
+    name = "nerfacc CUDA kernels"
     if not cuda:
-        return Finding(
-            "nerfacc's CUDA part",
-            False,
-            "no GPU: its batched functions run on the CPU, with our own sampler",
-            True,
-        )
+        detail = "no GPU: nerfacc's batched functions run on the CPU, with the torch ray sampler"
+        return CheckResult(name, False, detail, optional=True)
     try:
         from nerfacc.cuda import _backend
 
-        return Finding(
-            "nerfacc's CUDA part",
-            _backend._C is not None,
-            "built" if _backend._C else "built on first use (minutes)",
-            True,
-        )
+        built = _backend._C is not None
+        return CheckResult(name, built, "built" if built else "built on first use (minutes)", optional=True)
     except (ImportError, OSError, AttributeError) as error:
-        return Finding("nerfacc's CUDA part", False, f"unavailable ({error}): our own sampler is used", True)
+        detail = f"unavailable ({error}): the torch ray sampler is used"
+        return CheckResult(name, False, detail, optional=True)
 
 
-def _ffmpeg() -> Finding:
+def _ffmpeg() -> CheckResult:
     try:
         import imageio_ffmpeg
 
-        return Finding("ffmpeg", True, imageio_ffmpeg.get_ffmpeg_exe())
+        return CheckResult("ffmpeg", True, imageio_ffmpeg.get_ffmpeg_exe())
     except (ImportError, RuntimeError) as error:
-        return Finding("ffmpeg", False, f"no MP4 can be written ({error}): run pip install imageio-ffmpeg")
+        return CheckResult("ffmpeg", False, f"MP4 needs it ({error}): run pip install imageio-ffmpeg")
 
 
-def _teacher() -> Finding:
-    from distill.teacher.latent import Teacher
+def _teacher() -> CheckResult:
+    from distill.teacher.latent import load_teacher
 
     try:
-        teacher = Teacher.load("shapes64")
-        return Finding(
-            "teacher shapes64",
-            True,
-            f"loads: {teacher.resolution} px, knows {len(teacher.words or ())} words, {teacher.place}",
-        )
+        teacher = load_teacher("shapes64")
     except UserError as error:
-        return Finding("teacher shapes64", False, str(error))
+        return CheckResult("teacher shapes64", False, str(error))
+    vocabulary = f"a vocabulary of {len(teacher.vocabulary or ())} words"
+    return CheckResult("teacher shapes64", True, f"loads: {teacher.resolution} px, {vocabulary}")
 
 
-def _judge() -> Finding:
+def _judge() -> CheckResult:
     from distill.evaluation.judge import load_judge
 
     try:
-        return Finding("judge judge64", True, f"loads: tells {', '.join(load_judge('judge64').labels)}")
+        return CheckResult(
+            "judge judge64", True, f"loads: predicts {', '.join(load_judge('judge64').labels)}"
+        )
     except UserError as error:
-        return Finding("judge judge64", False, str(error))
+        return CheckResult("judge judge64", False, str(error))

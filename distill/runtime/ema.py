@@ -12,8 +12,9 @@ from distill.runtime.errors import UserError
 class EMA:
     """Averages w <- d w + (1 - d) p at each update, d = min(decay, (1 + n) / (10 + n)) at the n-th, from 0.
 
-    The ramp of d (as in `diffusers.training_utils.EMAModel`) forgets the random start. Averages are float32
-    or wider, so that small steps are not lost to half precision; buffers are copied, not averaged.
+    The ramp of d (as in `diffusers.training_utils.EMAModel`) reduces the weight of the random initialisation.
+    Averages are float32 or wider, so that half precision does not round small steps away; buffers are copied,
+    not averaged.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
@@ -31,10 +32,10 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the module's parameters as they are now."""
+        """Average in the module's current parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages = list(self._average.values())
-        parameters = self._module.parameters()  # asked anew: a parameter may have been moved or replaced
+        parameters = self._module.parameters()  # read at each update: a parameter may have been replaced
         current = [value.to(average.dtype) for average, value in zip(averages, parameters, strict=True)]
         torch._foreach_lerp_(averages, current, 1.0 - decay)
         _copy(self._copied, dict(self._module.named_buffers()), "buffers")
@@ -50,22 +51,24 @@ class EMA:
         return {"updates": self.updates, "average": dict(self._average), "buffers": dict(self._copied)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state. Raises `UserError` when its names or shapes differ from the module's."""
+        """Restore a state. Raises `UserError` when its names or shapes differ from the module's."""
         _copy(self._average, state["average"], "parameters")
         _copy(self._copied, state["buffers"], "buffers")
         self.updates = int(state["updates"])
 
 
 @torch.no_grad()
-def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], what: str) -> None:
-    _check(sorted(targets.keys() ^ sources.keys()), what, "on one side only")
+def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], kind: str) -> None:
+    _check(sorted(targets.keys() ^ sources.keys()), kind, "on one side only")
     misshapen = [name for name, value in targets.items() if value.shape != sources[name].shape]
-    _check(misshapen, what, "of another shape")
+    _check(misshapen, kind, "of another shape")
     for name, target in targets.items():
         target.copy_(sources[name])
 
 
-def _check(names: Iterable[str], what: str, fault: str) -> None:
+def _check(names: Iterable[str], kind: str, fault: str) -> None:
     listed = ", ".join(list(names)[:3])
     if listed:
-        raise UserError(f"the EMA's {what} do not fit: {listed} {fault}; expected the module it was made of")
+        raise UserError(
+            f"the EMA's {kind} do not fit: {listed} {fault}; expected a module of the same structure"
+        )

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic files and folders: written completely or not at all."""
 
 import json
 import os
@@ -24,6 +24,23 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_folder(folder: Path | str, marker: str, content: str) -> Iterator[Path]:
+    """A temporary folder, renamed to `folder` on success; replaces an older one that holds the file `marker`.
+
+    Raises `UserError` when the folder holds something other than `content`.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(f"{folder} holds something other than {content}: choose another folder")
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
 def write_json(path: Path | str, value: object) -> None:
     """`value` as indented JSON, written atomically."""
     with atomic_path(path) as temporary:
@@ -31,27 +48,10 @@ def write_json(path: Path | str, value: object) -> None:
 
 
 def read_json(path: Path | str) -> Any:
-    """The JSON in a file. Raises `UserError` for a missing or broken file."""
+    """The content of a JSON file. Raises `UserError` where it is missing or malformed."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON ({error})") from None
-
-
-@contextmanager
-def replaced_folder(folder: Path | str, mark: str, what: str) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when all is written; an older one, told by the file `mark`, is replaced.
-
-    Raises `UserError` when the folder holds something other than `what`.
-    """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / mark).is_file():
-        raise UserError(f"{folder} holds something other than {what}: choose another folder")
-    temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)

@@ -19,10 +19,10 @@ PACKAGES = ("torch", "numpy", "diffusers", "transformers", "safetensors", "accel
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name, `auto` being CUDA where there is one. Raises `UserError` where it is absent."""
+    """The device of a name; `auto` is CUDA where available. Raises `UserError` for an unavailable one."""
     if name == "auto":
-        here = int(os.environ.get("LOCAL_RANK", "0"))  # of several processes each has its own
-        return torch.device("cuda", here) if torch.cuda.is_available() else torch.device("cpu")
+        index = int(os.environ.get("LOCAL_RANK", "0"))  # each of several processes uses its own device
+        return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -34,14 +34,14 @@ def pick_device(name: str) -> torch.device:
 
 def peak_memory() -> dict[str, float]:
     """Peak memory of this process in MiB, and of the GPU where one is in use."""
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # Linux counts KiB
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     peak = {"peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)}
     if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
 
 
-def machine_facts() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """Hardware, date, versions and commit, as JSON values."""
     return {
         "hardware": _hardware(),
@@ -53,10 +53,10 @@ def machine_facts() -> dict[str, Any]:
 
 def _hardware() -> str:
     processor = platform.processor() or platform.machine()
-    listing = Path("/proc/cpuinfo")
-    if listing.exists():
-        named = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(errors="replace"), re.MULTILINE)
-        processor = named.group(1) if named else processor
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        processor = match.group(1) if match else processor
     parts = [f"{os.cpu_count()} x {processor}", f"{torch.get_num_threads()} torch threads"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name())
@@ -74,7 +74,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the code's checkout, marked when it has changes; None outside of git."""
+    """The commit of this checkout, with `-dirty` where it has changes; None outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

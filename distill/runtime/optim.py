@@ -41,7 +41,7 @@ def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float
 
 
 def optimizer_step(optimizer: Optimizer, loss: Tensor, max_norm: float | None = None) -> None:
-    """One update by the gradient of `loss`; `max_norm` clips its norm over all parameters of the optimizer."""
+    """One update by the gradient of `loss`, clipped to the norm `max_norm` over all parameters."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if max_norm is not None:

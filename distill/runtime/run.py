@@ -1,4 +1,4 @@
-"""`Run` carries every training: directory, seed, checkpoints, resume, signals, figures, previews."""
+"""`Run`, around every training: directory, seed, checkpoints, resume, signals, metrics, previews."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,26 +30,28 @@ from distill.runtime.checkpoint import (
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
-from distill.runtime.machine import machine_facts, peak_memory, pick_device
-from distill.runtime.run_directory import claim, truncate_metrics
-from distill.runtime.signals import SignalFlag, noted_signals
+from distill.runtime.machine import machine_info, peak_memory, pick_device
+from distill.runtime.run_directory import acquire, portable, truncate_metrics
+from distill.runtime.signals import SignalFlag, deferred_signals
 from distill.runtime.tracking import Trackers
+
+MAX_LABEL = 80  # characters of a label, which may be a prompt, in progress bars, messages and trackers
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run is carried; nothing here but `seed` and `steps` alters what is computed."""
+    """Where and how long a run goes on; only `seed` and `steps` change its results."""
 
     directory: str
-    steps: int
+    steps: int = 1  # of the optimisation
     seed: int = 0
-    resume: bool = True  # go on from the newest checkpoint in the directory
-    overwrite: bool = False  # start over, removing what an earlier run has left in the directory
+    resume: bool = True  # continue from the newest checkpoint in the directory
+    overwrite: bool = False  # start over and remove the files of an earlier run in the directory
     checkpoint_every: int = 500
-    keep: int = 2  # checkpoints kept
+    keep: int = 2  # how many of the newest checkpoints stay on the disk
     preview_every: int = 500
     log_every: int = 20
-    trackers: tuple[str, ...] = ("tensorboard",)  # any that accelerate knows; empty for none
+    trackers: tuple[str, ...] = ("tensorboard",)  # any that accelerate supports; empty for none
     device: str = "auto"  # auto: cuda when there is one
 
     def __post_init__(self) -> None:
@@ -63,80 +65,82 @@ class RunOptions:
 class Run:
     """A training that can be killed at any time and resumed to bit-identical results on one machine.
 
-    Order of use: make the run (which seeds), build modules and optimizers, `track` them, then
-    `for step in run.steps()`, then `finish`. A resume loads states
-    into the tracked objects, in the order of tracking.
+    Order of use: create the run (which seeds), build modules and optimizers, `track` them, then
+    `for step in run.steps()`, then `finish`. A resume loads states into the tracked objects, in the order of
+    tracking.
     """
 
     def __init__(self, options: RunOptions, config: Mapping[str, Any], label: str) -> None:
-        """Take the directory, snapshot `config` (plain, JSON-able) as config.json and seed everything.
+        """Lock the directory, write `config` (plain JSON values) to config.json and seed all generators.
 
-        Raises `UserError` when the directory holds a run that may not be continued, or is in use.
+        Raises `UserError` when the directory cannot be written, holds a run that may not be continued or is
+        in use.
         """
         self.options = options
-        self.label = label
+        self.label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
         self.directory = Path(options.directory)
         self.device = pick_device(options.device)
         self.step = 0
         self.generator = torch.Generator().manual_seed(options.seed)
         self._parts: dict[str, Stateful] = {}
-        self._figures: dict[str, list[Any]] = {}  # name -> [sum, count] since the last logged step
+        self._metrics: dict[str, list[Any]] = {}  # name -> [sum, count] since the last logged step
         self._in_step = False
-        self._begun = False
+        self._looping = False
         self._seconds_before = 0.0
         self._started = time.monotonic()
         self._peak_before: dict[str, float] = {}
-        self._rewound: list[dict[str, Any]] = []
+        self._rollbacks: list[dict[str, Any]] = []
         self.main = processes.rank() == 0  # of several processes one writes, all read
         self._trackers = Trackers(options.trackers if self.main else (), self.directory / "trackers")
-        self._release = (
-            claim(self.directory, config, options.resume, options.overwrite) if self.main else lambda: None
-        )
-        processes.wait()
+        self._release: Callable[[], None] = lambda: None
+        if self.main:
+            self._release = acquire(self.directory, config, options.resume, options.overwrite)
+        processes.barrier()
         weakref.finalize(self, self._release)
         seed_everything(options.seed)
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds spent in all sessions, without what a kill has lost."""
+        """Wall-clock seconds of all sessions, without the steps that a kill has lost."""
         return self._seconds_before + time.monotonic() - self._started
 
     @property
     def rollbacks(self) -> int:
-        """How often the run was rewound, in all sessions."""
-        return len(self._rewound)
+        """How often the run was rolled back, in all sessions."""
+        return len(self._rollbacks)
 
     @property
     def _finished(self) -> int:
-        """Finished steps and the one in progress: what is saved or shown within it belongs to its end."""
+        """Finished steps and the one in progress: a checkpoint or preview within it belongs to its end."""
         return self.step + int(self._in_step)
 
     def track(self, **parts: Stateful) -> None:
-        """Name what checkpoints hold. Raises `UserError` for a name used twice or after the first step."""
+        """Add parts to the checkpoints. Raises `UserError` for a name used twice or after the first step."""
         for name, part in parts.items():
-            if name in self._parts or self._begun:
+            if name in self._parts or self._looping:
                 raise UserError(f"cannot track '{name}'; expected a new name, before the first step")
             self._parts[name] = part
 
     def steps(self, keep_start: bool = False) -> Iterator[int]:
-        """The indices of the steps still to do; loads the newest checkpoint first, saves along the way, with `keep_start` the start too.
+        """The indices of the remaining steps; loads the newest checkpoint first and saves in intervals.
 
-        SIGTERM and SIGINT end the process after the current step and a checkpoint: SystemExit(143 or 130).
+        `keep_start` saves a checkpoint before the first step too. SIGTERM and SIGINT end the process after
+        the current step and a checkpoint: SystemExit(143 or 130).
         """
-        self._begin()
+        self._restore()
         if keep_start and self.step == 0:
             self.save()
         try:
             if self.step < self.options.steps:
                 self._trackers.start(self.label, self.step)
-                with noted_signals(self.label) as noted, self._progress() as bar:
-                    yield from self._loop(bar, noted)
+                with deferred_signals(self.label) as flag, self._progress() as bar:
+                    yield from self._loop(bar, flag)
         finally:
             self._in_step = False
             self._trackers.close()
             self._release()
 
-    def _loop(self, bar: tqdm, noted: SignalFlag) -> Iterator[int]:
+    def _loop(self, bar: tqdm, flag: SignalFlag) -> Iterator[int]:
         while self.step < self.options.steps:
             self._in_step = True
             yield self.step
@@ -144,26 +148,26 @@ class Run:
             self.step += 1
             if self.due(self.options.log_every):
                 self._flush(bar)
-            bar.update(self.step - bar.n)  # back, where it was rewound
-            number = processes.largest(noted.number)  # of several processes all end, whichever was told to
+            bar.update(self.step - bar.n)  # negative after a rollback
+            number = processes.all_reduce_max(flag.number)  # a signal to one of several processes ends all
             if number or self.due(self.options.checkpoint_every):
                 self.save()
             if number:
                 bar.close()
                 self._stop(number)
 
-    def log(self, **figures: float | Tensor) -> None:
-        """Note scalars of a step; every `log_every` steps their means go to bar, trackers and metrics.jsonl.
+    def log(self, **metrics: float | Tensor) -> None:
+        """Add scalars of a step; every `log_every` steps their means go to bar, trackers and metrics.jsonl.
 
-        Tensors are summed on their device, so nothing waits for the GPU in between.
+        Tensors are summed on their device, without a synchronisation of the GPU.
         """
-        for name, value in figures.items():
-            total = self._figures.setdefault(name, [0.0, 0])
+        for name, value in metrics.items():
+            total = self._metrics.setdefault(name, [0.0, 0])
             total[0] = total[0] + (value.detach().float().reshape(()) if isinstance(value, Tensor) else value)
             total[1] += 1
 
     def due(self, every: int) -> bool:
-        """Whether an action done every `every` steps, and at the last, is due at the end of this step."""
+        """Whether an action of every `every` steps, and of the last one, is due at the end of this step."""
         return self._finished % every == 0 or self._finished >= self.options.steps
 
     def preview(self, name: str, images: Tensor) -> Path:
@@ -174,56 +178,62 @@ class Run:
         return path
 
     def save(self) -> Path:
-        """Write a checkpoint and return its path; within a step, call it when the step's updates are done."""
+        """Write a checkpoint and return its path; within a step, call it after the step's updates."""
         folder = self.directory / "checkpoints"
         path = checkpoint_path(folder, self._finished)
         if self.main:
             save_state(path, self._state())
             prune(folder, self.options.keep)
-        processes.wait()
+        processes.barrier()
         return path
 
-    def rewind(self, why: str) -> None:
-        """Within a step, give it up and go back to the newest checkpoint, noted in result.json as `rewound`; the loop goes on from there.
+    def roll_back(self, reason: str) -> None:
+        """Within a step, discard it and return to the newest checkpoint, from which the loop continues.
 
-        `rollbacks` has grown by one, for the caller to draw other numbers by. Raises `UserError` where there is no checkpoint.
+        Increments `rollbacks`, by which the caller can vary its random draws; result.json lists them.
+        Raises `UserError` where there is no checkpoint.
         """
         newest = load_newest(self.directory / "checkpoints")
         if newest is None:
             raise UserError(
-                f"{why} at step {self.step}, and there is no checkpoint to go back to: call steps(keep_start=True)"
+                f"{reason} at step {self.step}, no checkpoint to return to: call steps(keep_start=True)"
             )
-        self._rewound.append({"step": self._finished, "to": newest.state["step"], "why": why})
-        seconds, rewound = self.seconds, self._rewound
+        self._rollbacks.append({"step": self._finished, "to": newest.state["step"], "reason": reason})
+        seconds, rollbacks = self.seconds, self._rollbacks
         self._load(newest.state)
-        self._seconds_before, self._started, self._rewound = seconds, time.monotonic(), rewound
+        self._seconds_before, self._started, self._rollbacks = seconds, time.monotonic(), rollbacks
         self._truncate()
-        print(f"{self.label}: {why}: back to step {self.step}", file=sys.stderr)
-        self.step -= 1  # the step in progress, which counts one on when it ends
+        print(f"{self.label}: {reason}: back to step {self.step}", file=sys.stderr)
+        self.step -= 1  # the loop adds the step in progress when it ends
         self.save()
 
     def finish(self, result: Mapping[str, Any]) -> Path:
-        """Write result.json: `result` and, under `run`, steps, seconds, memory, machine, versions."""
-        facts = {"steps": self.step, "seconds": round(self.seconds, 3), "seed": self.options.seed}
-        facts |= {"rewound": self._rewound} if self._rewound else {}
-        facts |= {**self._peak(), "device": str(self.device), **machine_facts()}
+        """Write result.json: `result` and, under `run`, steps, seconds, memory, machine and versions.
+
+        Absolute paths in `result` become relative to the working directory, else to the run's directory.
+        """
+        info: dict[str, Any] = {"steps": self.step, "seconds": round(self.seconds, 3)}
+        info["seed"] = self.options.seed
+        info |= {"rollbacks": self._rollbacks} if self._rollbacks else {}
+        info |= {**self._peak(), "device": str(self.device), **machine_info()}
         path = self.directory / "result.json"
         if self.main:
-            write_json(path, {**result, "run": facts})
+            write_json(path, {**portable(result, self.directory), "run": info})
         return path
 
-    def _begin(self) -> None:
-        """Load the newest checkpoint, and cut the metrics back to it."""
-        if self._begun:
-            raise UserError("steps() was called twice; expected one loop a run")
-        self._begun = True
+    def _restore(self) -> None:
+        """Load the newest checkpoint and truncate the metrics after it."""
+        if self._looping:
+            raise UserError("steps() was called twice; expected one loop per run")
+        self._looping = True
         newest = load_newest(self.directory / "checkpoints")
         if newest:
             try:
                 self._load(newest.state)
             except (KeyError, RuntimeError, ValueError) as error:
                 raise UserError(
-                    f"{newest.path} does not fit what is trained now ({error}); use another directory or overwrite=true"
+                    f"{newest.path} does not fit this training ({error}); "
+                    "use another directory or overwrite=true"
                 ) from error
             print(f"{self.label}: resumed at step {self.step} of {self.options.steps}", file=sys.stderr)
         self._truncate()
@@ -238,8 +248,8 @@ class Run:
             "seconds": self.seconds,
             "seed": self.options.seed,
             "peak": self._peak(),
-            "rewound": self._rewound,
-            "figures": self._figures,
+            "rollbacks": self._rollbacks,
+            "metrics": self._metrics,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "random": {**random_state(), "run": self.generator.get_state()},
         }
@@ -254,8 +264,8 @@ class Run:
             part.load_state_dict(saved[name])
         self.step = state["step"]
         self._seconds_before, self._peak_before = state["seconds"], state["peak"]
-        self._rewound = state.get("rewound", [])
-        self._figures = state["figures"]
+        self._rollbacks = state["rollbacks"]
+        self._metrics = state["metrics"]
         self.generator.set_state(state["random"]["run"])
         set_random_state(state["random"])
 
@@ -264,20 +274,19 @@ class Run:
         return {name: max(value, self._peak_before.get(name, 0.0)) for name, value in peak_memory().items()}
 
     def _progress(self) -> tqdm:
-        quiet = 0.2 if sys.stderr.isatty() else 20.0  # a log file gets a line now and then
-        total = self.options.steps
+        interval = 0.2 if sys.stderr.isatty() else 20.0  # fewer lines in a log file
         return tqdm(
-            total=total,
+            total=self.options.steps,
             initial=self.step,
             desc=self.label,
-            mininterval=quiet,
+            mininterval=interval,
             dynamic_ncols=True,
             disable=not self.main,
         )
 
     def _flush(self, bar: tqdm) -> None:
-        means = {name: float(total) / count for name, (total, count) in self._figures.items()}
-        self._figures = {}
+        means = {name: float(total) / count for name, (total, count) in self._metrics.items()}
+        self._metrics = {}
         if not means or not self.main:
             return
         bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()}, refresh=False)
@@ -288,7 +297,7 @@ class Run:
 
     def _stop(self, number: int) -> None:
         name = signal.Signals(number).name
-        again = shlex.join(word for word in sys.orig_argv if not word.lower().endswith("overwrite=true"))
-        where = f"{self.label}: stopped by {name} after step {self.step} of {self.options.steps}"
-        print(f"{where}, checkpoint written; resume with: {again}", file=sys.stderr)
+        command = shlex.join(word for word in sys.orig_argv if not word.lower().endswith("overwrite=true"))
+        progress = f"stopped by {name} after step {self.step} of {self.options.steps}, checkpoint written"
+        print(f"{self.label}: {progress}; resume with: {command}", file=sys.stderr)
         raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""A run's directory: who may work in it, with which config, and what is removed to start over."""
+"""A run's directory: its lock, its config snapshot, and the removal of an earlier run's files."""
 
 import fcntl
 import json
@@ -12,39 +12,32 @@ from distill.runtime.checkpoint import checkpoints
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 
-# what a resumed run may change, at the config's top level or in its `run` group: none alters a finished step
-FREE = frozenset(
-    [
-        "directory",
-        "steps",
-        "resume",
-        "overwrite",
-        "checkpoint_every",
-        "keep",
-        "preview_every",
-        "log_every",
-        "trackers",
-        "device",
-    ]
-)
+# options that may differ on resume, at the top level or in the `run` group: none changes a finished step
+SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device")
+INTERVALS = ("checkpoint_every", "preview_every", "log_every", "keep")
+MUTABLE = frozenset((*SESSION, *INTERVALS))
 ABSENT = "absent"
 
 
-def claim(directory: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Callable[[], None]:
-    """Make a directory this run's, `config` its config.json; returns what gives it up (safe to call twice).
+def acquire(directory: Path, config: Mapping[str, Any], resume: bool, overwrite: bool) -> Callable[[], None]:
+    """Lock a directory for a run and write its config.json; returns the release, safe to call twice.
 
-    Raises `UserError` when it holds a run that may not be continued or when another process works in it.
+    Raises `UserError` when it cannot be created or written, when it holds a run that may not be continued
+    and when another process works in it.
     """
     plain = _plain(config)
     snapshot = directory / "config.json"
-    if not overwrite and (snapshot.exists() or checkpoints(directory / "checkpoints")):
-        if not resume:
-            raise UserError(f"{directory} holds a run; use another directory, resume=true or overwrite=true")
-        _check_same(plain, read_json(snapshot), directory)
-    release = _lock(directory)
-    if overwrite:
-        _remove(directory)
-    write_json(snapshot, plain)
+    try:
+        if not overwrite and (snapshot.exists() or checkpoints(directory / "checkpoints")):
+            if not resume:
+                raise UserError(f"{directory} holds a run; use another one, resume=true or overwrite=true")
+            _check_same(plain, read_json(snapshot), directory)
+        release = _lock(directory)
+        if overwrite:
+            _remove(directory)
+        write_json(snapshot, plain)
+    except OSError as error:
+        raise UserError(f"run.directory is {directory}, which cannot be written ({error.strerror})") from None
     return release
 
 
@@ -53,26 +46,40 @@ def truncate_metrics(directory: Path, step: int) -> None:
     metrics = directory / "metrics.jsonl"
     if not metrics.exists():
         return
-    kept = []
+    lines = []
     for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:  # a line the kill has cut off
+                lines.append(line + "\n")
+        except json.JSONDecodeError:  # the last line of a killed session
             continue
     with atomic_path(metrics) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def portable(value: Any, directory: Path) -> Any:
+    """A nested result with absolute paths made relative to the working directory or the run's `directory`.
+
+    Only strings that name an existing path are changed: a prompt may begin with a slash.
+    """
+    if isinstance(value, Mapping):
+        return {key: portable(item, directory) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item, directory) for item in value]
+    if not isinstance(value, str) or not os.path.isabs(value) or not os.path.exists(value):
+        return value
+    path = Path(value).resolve()
+    for base in (Path.cwd(), directory.resolve()):
+        if path.is_relative_to(base):
+            return str(path.relative_to(base))
+    return os.path.relpath(path)
 
 
 def _remove(directory: Path) -> None:
-    """Delete what an earlier run has written here and nothing else."""
-    numbered = 8 * "[0-9]"
-    pictures = (
-        f"previews/*_{numbered}.png",
-        f"diagnostics/*_{numbered}.png",
-        f"diagnostics/*_{numbered}.json",
-    )
-    for pattern in ("config.json", "metrics.jsonl", "result.json", *pictures):
+    """Delete the files that an earlier run has written here and nothing else."""
+    digits = 8 * "[0-9]"
+    images = f"previews/*_{digits}.png", f"diagnostics/*_{digits}.png", f"diagnostics/*_{digits}.json"
+    for pattern in ("config.json", "metrics.jsonl", "result.json", *images):
         for path in directory.glob(pattern):
             path.unlink()
     for path in checkpoints(directory / "checkpoints"):
@@ -81,7 +88,7 @@ def _remove(directory: Path) -> None:
 
 
 def _lock(directory: Path) -> Callable[[], None]:
-    """Lock a directory until released or the process dies. Raises `UserError` when it is taken."""
+    """Lock a directory until released or the process dies. Raises `UserError` when it is locked."""
     directory.mkdir(parents=True, exist_ok=True)
     descriptors = [os.open(directory, os.O_RDONLY)]
 
@@ -98,26 +105,29 @@ def _lock(directory: Path) -> Callable[[], None]:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as JSON would give it back."""
+    """The config after a JSON round trip."""
     try:
-        return json.loads(json.dumps(config))
+        plain: dict[str, Any] = json.loads(json.dumps(config))
     except (TypeError, ValueError) as error:
         raise UserError(f"the config is no plain nested dict ({error}); expected JSON values only") from None
+    return plain
 
 
-def _flat(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def _flatten(node: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     if not isinstance(node, dict) or not node:
         return {path: node}
-    return {key: value for name, child in node.items() for key, value in _flat(child, (*path, name)).items()}
+    return {
+        key: value for name, child in node.items() for key, value in _flatten(child, (*path, name)).items()
+    }
 
 
 def _check_same(new: dict[str, Any], old: dict[str, Any], directory: Path) -> None:
-    """Raises `UserError` where two configs differ in what alters results."""
-    ours, theirs = _flat(new), _flat(old)
+    """Raises `UserError` where two configs differ in an option that changes results."""
+    after, before = _flatten(new), _flatten(old)
     differing = [
-        f"{'.'.join(key)} ({theirs.get(key, ABSENT)} -> {ours.get(key, ABSENT)})"
-        for key in dict.fromkeys([*ours, *theirs])
-        if ours.get(key, ABSENT) != theirs.get(key, ABSENT) and not _free(key)
+        f"{'.'.join(key)} ({before.get(key, ABSENT)} -> {after.get(key, ABSENT)})"
+        for key in dict.fromkeys([*after, *before])
+        if after.get(key, ABSENT) != before.get(key, ABSENT) and not _mutable(key)
     ]
     if differing:
         raise UserError(
@@ -126,6 +136,6 @@ def _check_same(new: dict[str, Any], old: dict[str, Any], directory: Path) -> No
         )
 
 
-def _free(key: tuple[str, ...]) -> bool:
+def _mutable(key: tuple[str, ...]) -> bool:
     in_group = len(key) > 1 and key[0] == "run"
-    return bool(key) and key[1 if in_group else 0] in FREE
+    return bool(key) and key[1 if in_group else 0] in MUTABLE

@@ -3,26 +3,23 @@
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["teacher", "judge", "probe", "student", "adapter"]
+WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter"]
 WEIGHTS = Path(__file__).parents[1] / "weights"
-SHIPPED: dict[Kind, dict[str, str]] = {  # names and their folders
+SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     "teacher": {"shapes64": "shapes64"},
     "judge": {"judge64": "judge64"},
     "probe": {"probe64": "probe64"},
-    "student": {"shapes64": "students/shapes64"},  # of one step, by the name of its teacher
-    "adapter": {
-        "silhouette": "adapters/silhouette",
-        "depth": "adapters/depth",
-    },  # by what it is conditioned on
+    "student": {"shapes64": "students/shapes64"},  # one-step, by the name of its teacher
+    "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by their condition
 }
 
 
-def resolve(kind: Kind, name: Path | str) -> Path:
-    """The folder of a shipped name, any other name as a path."""
-    folder = SHIPPED[kind].get(str(name))
-    return Path(name) if folder is None else WEIGHTS / folder
+def resolve(kind: WeightsKind, name_or_path: Path | str) -> Path:
+    """The folder of shipped weights by name; any other name as a path."""
+    folder = SHIPPED[kind].get(str(name_or_path))
+    return Path(name_or_path) if folder is None else WEIGHTS / folder
 
 
-def names(kind: Kind) -> str:
-    """The shipped names, for a sentence."""
+def names(kind: WeightsKind) -> str:
+    """The shipped names, comma-separated, for messages."""
     return ", ".join(SHIPPED[kind])

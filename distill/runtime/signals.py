@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT are noted, for what runs to end where it can be resumed."""
+"""Deferred SIGTERM and SIGINT: a run ends after a step, with a checkpoint."""
 
 import os
 import signal
@@ -11,29 +11,33 @@ from types import FrameType
 
 @dataclass
 class SignalFlag:
-    """The signal that came, 0 for none."""
+    """The number of the received signal, 0 for none."""
 
     number: int = 0
 
 
 @contextmanager
-def noted_signals(label: str) -> Iterator[SignalFlag]:
-    """SIGTERM and SIGINT are noted within, and said on stderr under `label`; a second one meets the default handler and kills."""
-    noted = SignalFlag()
+def deferred_signals(label: str) -> Iterator[SignalFlag]:
+    """Within the context, SIGTERM and SIGINT only set the flag and print a message; a second signal kills.
+
+    Outside the main thread, which alone may set handlers, signals are not deferred.
+    """
+    flag = SignalFlag()
     if threading.current_thread() is not threading.main_thread():
-        yield noted  # only the main thread may set handlers
+        yield flag
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.number = number
-        for each in previous:
-            signal.signal(each, signal.SIG_DFL)
-        said = f"{label}: {signal.Signals(number).name}: stops with a checkpoint after this step; a second one kills"
-        os.write(2, f"\n{said}\n".encode())  # print is not reentrant
+    def handle(number: int, frame: FrameType | None) -> None:
+        flag.number = number
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        message = f"\n{label}: {name}: stops with a checkpoint after this step; a second one kills\n"
+        os.write(2, message.encode())  # print is not reentrant
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield noted
+        yield flag
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Timing of a piece of work: median and spread over runs, after a warm-up."""
+"""Wall-clock timing: median and range over repetitions, after a warm-up."""
 
 import statistics
 import time
@@ -10,22 +10,22 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and spread in milliseconds of one part over `runs` runs."""
+    """Median, minimum and maximum in milliseconds."""
 
-    part: str
+    name: str
     median: float
     low: float
     high: float
 
 
-def timed(part: str, work: Callable[[], object], runs: int) -> Timing:
-    """Time a call after one warm-up; waits for the GPU where one is in use."""
+def measure(name: str, function: Callable[[], object], repetitions: int) -> Timing:
+    """Time a call after one warm-up; waits for the GPU where there is one."""
     samples = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        work()
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        function()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        samples.append(1e3 * (time.perf_counter() - started))
-    kept = samples[1:]
-    return Timing(part, statistics.median(kept), min(kept), max(kept))
+        samples.append(1e3 * (time.perf_counter() - start))
+    samples = samples[1:]
+    return Timing(name, statistics.median(samples), min(samples), max(samples))

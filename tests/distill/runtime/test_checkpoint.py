@@ -185,3 +185,29 @@ def test_value_state_restores_its_fields_and_refuses_others() -> None:
     assert restored == Counts(3, {"fid": 1.5})
     with pytest.raises(KeyError, match="expected updates, best"):
         restored.load_state_dict({"updates": 1})
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizer_of_channels_last_weights_resumes_bit_for_bit(tmp_path: Path, fused: bool) -> None:
+    """Fused AdamW reads moments in memory order: contiguous ones would belong to other weights."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(8, 4, 3, 3, generator=generator) for _ in range(4)]
+
+    def train(weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, steps: slice) -> None:
+        for gradient in gradients[steps]:
+            weight.grad = gradient.to(memory_format=torch.channels_last)
+            optimizer.step()
+
+    weight = torch.nn.Parameter(torch.ones(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.AdamW([weight], fused=fused)
+    train(weight, optimizer, slice(0, 2))
+    save_state(tmp_path / "state.safetensors", {"weight": weight, "optimizer": optimizer.state_dict()})
+    train(weight, optimizer, slice(2, 4))
+
+    state = load_state(tmp_path / "state.safetensors")
+    resumed = torch.nn.Parameter(torch.ones(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    resumed.data.copy_(state["weight"])
+    optimizer = torch.optim.AdamW([resumed], fused=fused)
+    optimizer.load_state_dict(state["optimizer"])
+    train(resumed, optimizer, slice(2, 4))
+    assert resumed.equal(weight)

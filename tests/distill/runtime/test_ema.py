@@ -1,4 +1,4 @@
-"""EMA against its definition, one float at a time."""
+"""EMA against its definition, computed parameter by parameter."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 
 
-def test_against_the_definition() -> None:
+def test_averages_equal_the_definition() -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 2).double()
     average = EMA(module, 0.5)
@@ -21,29 +21,30 @@ def test_against_the_definition() -> None:
         average.update()
     target = nn.Linear(3, 2).double()
     average.copy_to(target)
-    for value, wanted in zip(target.parameters(), expected, strict=True):
-        torch.testing.assert_close(value.detach(), wanted, rtol=1e-12, atol=1e-12)
+    for value, average_value in zip(target.parameters(), expected, strict=True):
+        torch.testing.assert_close(value.detach(), average_value, rtol=1e-12, atol=1e-12)
 
 
 def test_half_precision_is_averaged_in_single_and_buffers_are_copied() -> None:
-    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    module[0].to(torch.bfloat16)
+    linear, norm = nn.Linear(2, 2, dtype=torch.bfloat16), nn.BatchNorm1d(2)
+    module = nn.Sequential(linear, norm)
     average = EMA(module, 1.0)
     average.updates = 10**6
     average.decay = 0.9999
-    start = module[0].weight.detach().float().clone()
-    module[0].weight.data.fill_(1.0)
-    module[1].running_mean.fill_(5.0)
+    assert norm.running_mean is not None
+    start = linear.weight.detach().float().clone()
+    linear.weight.data.fill_(1.0)
+    norm.running_mean.fill_(5.0)
     for _ in range(10):
         average.update()
-    held = average.state_dict()["average"]["0.weight"]
-    torch.testing.assert_close(held, 1 + (start - 1) * 0.9999**10)
-    target = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    average.copy_to(target)
-    assert torch.all(target[1].running_mean == 5.0)
+    weight = average.state_dict()["average"]["0.weight"]
+    torch.testing.assert_close(weight, 1 + (start - 1) * 0.9999**10)
+    target_norm = nn.BatchNorm1d(2)
+    average.copy_to(nn.Sequential(nn.Linear(2, 2), target_norm))
+    assert target_norm.running_mean is not None and bool((target_norm.running_mean == 5.0).all())
 
 
-def test_state_goes_on_and_misfits_are_refused() -> None:
+def test_restored_state_continues_and_other_structures_are_refused() -> None:
     module = nn.Linear(2, 2)
     first, second = EMA(module, 0.9), EMA(module, 0.9)
     module.weight.data.add_(1.0)

@@ -1,4 +1,4 @@
-"""Runs: resume after real signals is bit-identical, directories are guarded, figures are written."""
+"""Runs: resuming after real signals is bit-identical; directories, metrics, trackers, results."""
 
 import json
 import os
@@ -19,27 +19,30 @@ from command_line import ROOT
 from PIL import Image
 from torch import nn
 
-from distill.data.folders import batches
+from distill.data.folders import batch_indices
 from distill.runtime.checkpoint import checkpoint_path, load_state
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
+from distill.runtime.names import slug
 from distill.runtime.run import Run, RunOptions
 
 STEPS = 30
 
 
 def train(directory: str, pause: float = 0.0, steps: int = STEPS, rate: float = 1e-2, **options: Any) -> Run:
-    """A toy training that leans on every kind of state; `pause` seconds a step."""
-    chosen = RunOptions(directory, steps, trackers=(), checkpoint_every=7, log_every=3, **options)
-    run = Run(chosen, {"rate": rate, "run": {**asdict(chosen), "trackers": []}}, "toy")
+    """A toy training with every kind of state; `pause` seconds per step."""
+    run_options = RunOptions(directory, steps, trackers=(), checkpoint_every=7, log_every=3, **options)
+    run = Run(run_options, {"rate": rate, "run": {**asdict(run_options), "trackers": []}}, "toy")
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS + 1)
     average = EMA(model, 0.99)
     run.track(model=model, optimizer=optimizer, scheduler=scheduler, average=average)
     for step in run.steps():
-        target = batches(10, 4, step, chosen.seed)[:, None] / 10 + random.random() + np.random.rand()
+        target = (
+            batch_indices(10, 4, step, run_options.seed)[:, None] / 10 + random.random() + np.random.rand()
+        )
         loss = (model(torch.randn(4, 4, generator=run.generator)) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -53,11 +56,11 @@ def train(directory: str, pause: float = 0.0, steps: int = STEPS, rate: float = 
 
 def state_of(directory: Path, step: int = STEPS) -> dict[str, Any]:
     state = load_state(checkpoint_path(directory / "checkpoints", step))
-    return {key: state[key] for key in ("step", "parts", "random", "figures")}
+    return {key: state[key] for key in ("step", "parts", "random", "metrics")}
 
 
 def assert_equal(a: Any, b: Any) -> None:
-    """Bit for bit, through all nesting."""
+    """Bit for bit, at every level of nesting."""
     if isinstance(a, torch.Tensor):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     elif isinstance(a, dict):
@@ -66,8 +69,8 @@ def assert_equal(a: Any, b: Any) -> None:
             assert_equal(a[key], b[key])
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
+        for first, second in zip(a, b, strict=True):
+            assert_equal(first, second)
     elif isinstance(a, np.ndarray):
         assert np.array_equal(a, b)
     else:
@@ -81,18 +84,14 @@ def metrics_of(directory: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("run") / "whole"
+    directory = tmp_path_factory.mktemp("run") / "uninterrupted"
     train(str(directory))
     return directory
 
 
 def start(directory: Path, pause: float) -> subprocess.Popen[str]:
-    root = ROOT
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }  # sums depend on it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums depend on it
     command = [sys.executable, __file__, str(directory), str(pause)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -117,7 +116,7 @@ def test_sigkill_resumes_bit_identically(tmp_path: Path, uninterrupted: Path) ->
     assert process.wait() == -signal.SIGKILL
     assert not checkpoint_path(tmp_path / "checkpoints", STEPS).exists()
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 15, "lo')  # a line cut off
+        file.write('{"step": 15, "lo')  # a truncated line
     run = train(str(tmp_path))
     assert run.step == STEPS
     assert_equal(state_of(tmp_path), state_of(uninterrupted))
@@ -141,18 +140,18 @@ def test_sigterm_checkpoints_exits_143_and_resumes(tmp_path: Path, uninterrupted
     assert metrics_of(tmp_path) == metrics_of(uninterrupted)
 
 
-def read_until(process: subprocess.Popen[str], words: str) -> str:
-    """What the process writes to its standard error, up to these words at least."""
+def read_until(process: subprocess.Popen[str], expected: str) -> str:
+    """The standard error of the process, up to the expected text at least."""
     assert process.stderr
-    said = ""
-    while words not in said:
-        new = os.read(process.stderr.fileno(), 4096).decode()
-        assert new, said
-        said += new
-    return said
+    output = ""
+    while expected not in output:
+        chunk = os.read(process.stderr.fileno(), 4096).decode()
+        assert chunk, output
+        output += chunk
+    return output
 
 
-def test_a_second_signal_kills_at_once(tmp_path: Path) -> None:
+def test_second_signal_kills_immediately(tmp_path: Path) -> None:
     process = start(tmp_path, pause=600.0)
     read_until(process, "toy:   0%")
     process.send_signal(signal.SIGINT)
@@ -174,7 +173,7 @@ def test_sigint_exits_130_and_restores_handlers(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_finished_run_yields_nothing_and_has_its_state(uninterrupted: Path) -> None:
+def test_finished_run_yields_no_steps_and_restores_its_state(uninterrupted: Path) -> None:
     checkpoint = checkpoint_path(uninterrupted / "checkpoints", STEPS)
     before = checkpoint.stat().st_mtime_ns, metrics_of(uninterrupted)
     run = train(str(uninterrupted))
@@ -184,7 +183,7 @@ def test_a_finished_run_yields_nothing_and_has_its_state(uninterrupted: Path) ->
     assert_equal(state, state_of(uninterrupted)["parts"])
 
 
-def test_a_truncated_checkpoint_falls_back(tmp_path: Path, uninterrupted: Path) -> None:
+def test_truncated_checkpoint_falls_back_to_the_previous_one(tmp_path: Path, uninterrupted: Path) -> None:
     train(str(tmp_path), steps=20)
     newest = checkpoint_path(tmp_path / "checkpoints", 20)
     newest.write_bytes(newest.read_bytes()[:1000])
@@ -192,7 +191,7 @@ def test_a_truncated_checkpoint_falls_back(tmp_path: Path, uninterrupted: Path) 
     assert_equal(state_of(tmp_path), state_of(uninterrupted))
 
 
-def test_changed_config_names_the_keys_and_the_fix(tmp_path: Path) -> None:
+def test_changed_config_is_refused_with_keys_and_fix(tmp_path: Path) -> None:
     train(str(tmp_path), steps=2)
     with pytest.raises(UserError, match=r"rate \(0.01 -> 0.02\).*overwrite=true"):
         train(str(tmp_path), steps=2, rate=2e-2)
@@ -204,7 +203,7 @@ def test_changed_config_names_the_keys_and_the_fix(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["run"]["keep"] == 1
 
 
-def test_overwrite_removes_only_the_runs_own_files(tmp_path: Path) -> None:
+def test_overwrite_removes_only_files_of_the_run(tmp_path: Path) -> None:
     run = train(str(tmp_path), steps=9)
     run.preview("x", torch.rand(2, 3, 4, 4))
     run.finish({})
@@ -214,11 +213,11 @@ def test_overwrite_removes_only_the_runs_own_files(tmp_path: Path) -> None:
     assert train(str(tmp_path), steps=2, rate=2e-2, overwrite=True).step == 2
     assert all(path.read_text() == "mine" for path in foreign)
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
-    left = {str(path.relative_to(tmp_path)) for path in files.difference(foreign)}
-    assert left == {"config.json", "metrics.jsonl", "checkpoints/step_00000002.safetensors"}
+    remaining = {str(path.relative_to(tmp_path)) for path in files.difference(foreign)}
+    assert remaining == {"config.json", "metrics.jsonl", "checkpoints/step_00000002.safetensors"}
 
 
-def test_a_directory_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
+def test_directory_is_locked_by_one_run(tmp_path: Path) -> None:
     first = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
     with pytest.raises(UserError, match="at work"):
         Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
@@ -226,7 +225,7 @@ def test_a_directory_is_used_by_one_run_at_a_time(tmp_path: Path) -> None:
     assert list(Run(RunOptions(str(tmp_path), 4, trackers=()), {}, "toy").steps()) == [2, 3]
 
 
-def test_parts_that_do_not_fit_the_checkpoint(tmp_path: Path) -> None:
+def test_parts_that_differ_from_the_checkpoint_are_refused(tmp_path: Path) -> None:
     def attempt(**parts: nn.Module) -> None:
         run = Run(RunOptions(str(tmp_path), 2, trackers=()), {}, "toy")
         run.track(**parts)
@@ -249,7 +248,7 @@ def test_tracking_twice_or_late_is_refused(tmp_path: Path) -> None:
             run.track(late=nn.Linear(1, 1))
 
 
-def test_figures_are_means_and_due_is_at_the_end_of_steps(tmp_path: Path) -> None:
+def test_metrics_are_means_and_due_counts_finished_steps(tmp_path: Path) -> None:
     run = Run(RunOptions(str(tmp_path), 5, trackers=(), log_every=2), {}, "toy")
     due = []
     for step in run.steps():
@@ -260,7 +259,7 @@ def test_figures_are_means_and_due_is_at_the_end_of_steps(tmp_path: Path) -> Non
     assert metrics_of(tmp_path) == [{**line, "odd": None} for line in expected]
 
 
-def test_trackers_get_the_figures(tmp_path: Path) -> None:
+def test_trackers_receive_the_metrics(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -274,12 +273,11 @@ def test_trackers_get_the_figures(tmp_path: Path) -> None:
 
 def test_without_trackers_accelerate_is_not_imported(tmp_path: Path) -> None:
     code = (
-        "import sys; from distill.run import *\n"
+        "import sys; from distill.runtime.run import *\n"
         f"list(Run(RunOptions({str(tmp_path)!r}, 1, trackers=()), {{}}, 'toy').steps())\n"
         "assert 'accelerate' not in sys.modules and 'tensorboard' not in sys.modules"
     )
-    root = ROOT
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
 def test_bad_options_are_refused(tmp_path: Path) -> None:
@@ -292,6 +290,56 @@ def test_bad_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no plain nested dict"):
         Run(RunOptions(str(tmp_path / "a"), 1, trackers=()), {"x": torch.ones(1)}, "toy")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "n" * 300, "/proc/run"])
+def test_directory_that_cannot_be_written_is_a_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run.directory is .*, which cannot be written \("):
+        Run(RunOptions(str(tmp_path / name), 1, trackers=()), {}, "toy")
+
+
+def test_long_prompt_as_label(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    prompt = "a red teapot, " * 1000
+    run = Run(RunOptions(str(tmp_path / slug(prompt)), 2, log_every=1), {}, prompt)
+    for step in run.steps():
+        run.log(value=float(step))
+    (events,) = (run.directory / "trackers").rglob("events.*")
+    assert events.stat().st_size > 0
+    assert len(run.label) == 80
+
+
+def test_slugs_of_long_texts_are_short_and_distinct() -> None:
+    assert slug("A red teapot!") == "a-red-teapot"
+    assert slug("?") == "run"
+    first, second = slug("word " * 2000), slug("word " * 2001)
+    assert first != second and first == slug("word " * 2000)
+    assert max(len(first), len(second)) == 100
+
+
+def test_result_holds_no_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    directory, data = tmp_path / "outputs" / "run", tmp_path / "data"
+    data.mkdir()
+    run = Run(RunOptions(str(directory), 1, trackers=()), {}, "toy")
+    config = {
+        "run": {"directory": str(directory)},
+        "files": [str(data), "shapes64"],
+        "prompt": "/imagine a cat",
+    }
+    result = json.loads(run.finish({"config": config, "score": 0.5}).read_text())
+    expected = {
+        "run": {"directory": "outputs/run"},
+        "files": ["data", "shapes64"],
+        "prompt": "/imagine a cat",
+    }
+    assert result["config"] == expected and result["score"] == 0.5
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    result = json.loads(run.finish({"mesh": str(directory / "config.json"), "data": str(data)}).read_text())
+    assert result["mesh"] == "config.json" and result["data"] == "../data"
 
 
 def test_result_and_preview(tmp_path: Path) -> None:
@@ -314,16 +362,17 @@ def test_image_grid_and_png(tmp_path: Path) -> None:
         assert image.size == (6, 4) and image.getpixel((0, 0)) == (255, 128, 0)
 
 
-def test_batches_cover_each_epoch_once_and_are_pure() -> None:
-    stream = torch.cat([batches(10, 4, step, seed=3) for step in range(10)])
+def test_batch_indices_cover_each_epoch_once_and_are_pure() -> None:
+    stream = torch.cat([batch_indices(10, 4, step, seed=3) for step in range(10)])
     epochs = stream.view(4, 10)
     assert torch.equal(epochs.sort(dim=1).values, torch.arange(10).expand(4, 10))
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 4
-    assert torch.equal(batches(10, 4, 7, seed=3), stream[28:32])
-    assert not torch.equal(batches(10, 10, 0, seed=4), batches(10, 10, 1, seed=3))
-    assert sorted(batches(3, 7, 0, seed=0).tolist())[:2] == [0, 0] and len(batches(3, 7, 5, seed=0)) == 7
-    batches(10, 4, 7, seed=3).zero_()  # the memoised order is not handed out
-    assert torch.equal(batches(10, 4, 7, seed=3), stream[28:32])
+    assert torch.equal(batch_indices(10, 4, 7, seed=3), stream[28:32])
+    assert not torch.equal(batch_indices(10, 10, 0, seed=4), batch_indices(10, 10, 1, seed=3))
+    assert sorted(batch_indices(3, 7, 0, seed=0).tolist())[:2] == [0, 0]
+    assert len(batch_indices(3, 7, 5, seed=0)) == 7
+    batch_indices(10, 4, 7, seed=3).zero_()  # the cached permutation is not exposed
+    assert torch.equal(batch_indices(10, 4, 7, seed=3), stream[28:32])
 
 
 if __name__ == "__main__":
