@@ -1,4 +1,4 @@
-"""Cameras: where they are, where they look, which way is right and up, and how random ones are spread."""
+"""Cameras: positions, rays, orientation, and the distribution of random ones."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import CameraOptions, Cameras, orbit, ring, sample_cameras
 
@@ -20,14 +21,14 @@ def _camera(azimuth: float, elevation: float, resolution: int = 33, target: Tens
 def _pixel(camera: Cameras, point: list[float]) -> tuple[int, int]:
     """Row and column of the pixel whose ray passes nearest to a point."""
     origins, directions = camera.rays()
-    way = torch.nn.functional.normalize(torch.tensor(point) - origins, dim=-1)
-    best = int((way * directions).sum(-1).flatten().argmax())
+    direction = torch.nn.functional.normalize(torch.tensor(point) - origins, dim=-1)
+    best = int((direction * directions).sum(-1).flatten().argmax())
     return divmod(best, camera.resolution)
 
 
 def _random(count: int, stratified: bool = True, seed: int = 0, **changes: object) -> Cameras:
-    options = dataclasses.replace(CameraOptions(resolution=8), **changes)
-    return sample_cameras(options, count, torch.Generator().manual_seed(seed), stratified)
+    options = dataclasses.replace(CameraOptions(), **changes)
+    return sample_cameras(options, count, 8, torch.Generator().manual_seed(seed), stratified)
 
 
 @pytest.mark.parametrize(("azimuth", "elevation"), ANGLES)
@@ -42,10 +43,10 @@ def test_rays_are_unit_and_start_at_the_camera(azimuth: float, elevation: float)
 @pytest.mark.parametrize(("azimuth", "elevation"), ANGLES)
 @pytest.mark.parametrize("target", [None, [[0.3, -0.2, 0.1]]])
 def test_the_centre_ray_hits_the_target(azimuth: float, elevation: float, target: list | None) -> None:
-    at = torch.zeros(1, 3) if target is None else torch.tensor(target)
-    camera = _camera(azimuth, elevation, target=None if target is None else at)
+    centre = torch.zeros(1, 3) if target is None else torch.tensor(target)
+    camera = _camera(azimuth, elevation, target=None if target is None else centre)
     origins, directions = camera.rays()
-    torch.testing.assert_close((origins + 3 * directions)[:, 16, 16], at, atol=1e-5, rtol=0)
+    torch.testing.assert_close((origins + 3 * directions)[:, 16, 16], centre, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("azimuth", "elevation"), ANGLES)
@@ -60,12 +61,12 @@ def test_the_rotation_is_right_handed_and_level(azimuth: float, elevation: float
 
 
 def test_positions_follow_the_convention() -> None:
-    where = [
+    positions = [
         _camera(azimuth, elevation).position[0]
         for azimuth, elevation in ((0.0, 0.0), (90.0, 0.0), (0.0, 30.0))
     ]
     expected = [[3, 0, 0], [0, 3, 0], [3 * 3**0.5 / 2, 0, 1.5]]
-    torch.testing.assert_close(torch.stack(where), torch.tensor(expected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.stack(positions), torch.tensor(expected), atol=1e-5, rtol=0)
 
 
 def test_plus_y_is_right_and_plus_z_is_up_from_the_front() -> None:
@@ -87,9 +88,9 @@ def test_the_field_of_view_ends_at_the_border() -> None:
     torch.testing.assert_close(slope, -expected.expand(64), atol=1e-5, rtol=0)
 
 
-def test_at_changes_the_resolution_alone() -> None:
+def test_with_resolution_changes_the_resolution_only() -> None:
     camera = _camera(30, 10)
-    finer = camera.at(99)
+    finer = camera.with_resolution(99)
     assert (camera.resolution, finer.resolution, len(finer)) == (33, 99, 1)
     torch.testing.assert_close(finer.rays()[1][:, 1::3, 1::3], camera.rays()[1], atol=1e-6, rtol=0)
     assert camera.to("cpu").position.equal(camera.position)
@@ -100,8 +101,8 @@ def test_at_changes_the_resolution_alone() -> None:
 def test_stratified_azimuths_cover_every_stratum(count: int, azimuth: tuple[float, float]) -> None:
     low, high = azimuth
     for seed in range(20):
-        share = (_random(count, seed=seed, azimuth=azimuth).azimuth - low) / (high - low)
-        assert sorted((share * count).floor().int().tolist()) == list(range(count))
+        fraction = (_random(count, seed=seed, azimuth=azimuth).azimuth - low) / (high - low)
+        assert sorted((fraction * count).floor().int().tolist()) == list(range(count))
 
 
 def test_unstratified_azimuths_do_not() -> None:
@@ -109,16 +110,16 @@ def test_unstratified_azimuths_do_not() -> None:
     assert min(strata) < 8
 
 
-def test_random_cameras_keep_to_their_ranges_and_use_them() -> None:
-    options = CameraOptions(resolution=8)
+def test_random_cameras_cover_their_ranges() -> None:
+    options = CameraOptions()
     cameras = _random(2000, fovy=(20.0, 40.0))
-    looked_at = cameras.position - cameras.rotation[:, :, 2] * 3
+    targets = cameras.position - cameras.rotation[:, :, 2] * 3
     assert cameras.elevation.min() >= -10 and cameras.elevation.max() <= 80 and cameras.elevation.std() > 20
     distance = (cameras.position - _random(2000, fovy=(20.0, 40.0), centre_jitter=0.0).position).abs()
     assert 0.04 < distance.max() <= options.centre_jitter + 1e-5, "the jitter is an offset of each axis"
     fovy = torch.rad2deg(cameras.fovy)
     assert 20 <= fovy.min() < 21 and 39 < fovy.max() <= 40
-    assert (looked_at.norm(dim=-1) < 0.25 + 0.05 * 3**0.5 + 1e-5).all(), "distance 3 plus or minus 0.25"
+    assert (targets.norm(dim=-1) < 0.25 + 0.05 * 3**0.5 + 1e-5).all(), "distance 3 plus or minus 0.25"
 
 
 def test_random_cameras_are_a_function_of_the_seed() -> None:
@@ -126,7 +127,7 @@ def test_random_cameras_are_a_function_of_the_seed() -> None:
     assert not _random(5, seed=3).position.equal(_random(5, seed=4).position)
 
 
-def test_a_ring_goes_round_from_the_front() -> None:
+def test_ring_is_uniform_and_starts_at_the_front() -> None:
     cameras = ring(8, elevation=15.0, resolution=16)
     assert cameras.azimuth.tolist() == [0, 45, 90, 135, 180, 225, 270, 315]
     assert (len(cameras), cameras.resolution) == (8, 16)
@@ -142,11 +143,24 @@ def test_a_ring_goes_round_from_the_front() -> None:
         ({"distance": (0.0, 1.0)}, "distance"),
         ({"distance": (1.0, float("nan"))}, "distance"),
         ({"fovy": (35.0, 180.0)}, "fovy"),
-        ({"resolution": 4}, "resolution"),
         ({"centre_jitter": -0.1}, "centre_jitter"),
         ({"centre_jitter": float("nan")}, "centre_jitter"),
     ],
 )
-def test_impossible_options_are_refused(changes: dict[str, object], word: str) -> None:
+def test_options_out_of_range_raise(changes: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):
         CameraOptions(**changes)
+
+
+def test_split_and_select_keep_the_order() -> None:
+    cameras = ring(5, resolution=8)
+    chunks = list(cameras.split(2))
+    assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+    assert torch.cat([chunk.azimuth for chunk in chunks]).equal(cameras.azimuth)
+    assert cameras.select(torch.tensor([3, 0])).azimuth.tolist() == [216, 0]
+
+
+def test_camera_options_have_no_resolution() -> None:
+    """It had no effect: cameras are sampled at the resolution that they are rendered at."""
+    with pytest.raises(UserError, match="resolution is not an option"):
+        build(CameraOptions, {"resolution": 32})

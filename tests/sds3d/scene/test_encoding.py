@@ -10,8 +10,7 @@ from torch import Tensor
 from distill.runtime.errors import UserError
 from sds3d.scene.encoding import HashEncoding, HashEncodingOptions, make_encoding
 
-# Levels of 4, 8 and 15 nodes a side: 64 and 512 entries fit into 2^9 and are dense, 3375 do not and are
-# hashed.
+# Levels of 4, 8 and 15 nodes a side: 64 and 512 entries fit into 2^9 and are dense, 3375 are hashed.
 MIXED = HashEncodingOptions(
     n_levels=3, n_features_per_level=2, log2_hashmap_size=9, base_resolution=4, per_level_scale=1.9
 )
@@ -43,12 +42,12 @@ def points(count: int, seed: int = 1) -> Tensor:
 def slow_level(table: Tensor, point: list[float], scale: float, log2_size: int) -> Tensor:
     """One point in one level, corner by corner, in Python's integers (Mueller et al. 2022, eq. 1 to 4)."""
     nodes = math.ceil(scale) + 1
-    place = [min(max(x * scale + 0.5, 0.0), nodes - 1) for x in point]
-    low = [min(math.floor(p), nodes - 2) for p in place]
+    coordinates = [min(max(x * scale + 0.5, 0.0), nodes - 1) for x in point]
+    low = [min(math.floor(x), nodes - 2) for x in coordinates]
     total = torch.zeros(table.shape[1], dtype=table.dtype)
     for corner in range(8):
         offset = [corner >> axis & 1 for axis in range(3)]
-        weight = math.prod(p - q if o else 1 - (p - q) for p, q, o in zip(place, low, offset))
+        weight = math.prod(p - q if o else 1 - (p - q) for p, q, o in zip(coordinates, low, offset))
         x, y, z = (q + o for q, o in zip(low, offset))
         if nodes**3 <= 2**log2_size:
             entry = x + nodes * y + nodes**2 * z
@@ -74,9 +73,8 @@ def test_sizes_are_those_of_the_paper() -> None:
     assert MIXED.resolutions() == [4, 8, 15]
     assert MIXED.sizes() == [64, 512, 512]
     assert MIXED.width == 6
-    assert HashEncodingOptions(n_levels=1, base_resolution=5).sizes() == [
-        128
-    ]  # 125, padded to a multiple of 8
+    padded = HashEncodingOptions(n_levels=1, base_resolution=5)
+    assert padded.sizes() == [128]  # 125, padded to a multiple of 8
 
 
 @pytest.mark.parametrize("options", [MIXED, HASHED], ids=["dense and hashed", "hashed"])
@@ -110,9 +108,8 @@ def test_is_continuous_across_cells() -> None:
     encoding = random_encoding(MIXED)
     line = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
     values = encoding(torch.stack([line, torch.full_like(line, 0.3), torch.full_like(line, 0.7)], dim=1))
-    assert (
-        values.diff(dim=0).abs().max() < 10 * 14 / 4000
-    )  # entries differ by a few units over a cell of 1/14
+    # Entries differ by a few units over a cell of 1/14.
+    assert values.diff(dim=0).abs().max() < 10 * 14 / 4000
 
 
 def test_no_points_and_single_precision() -> None:
@@ -125,7 +122,7 @@ def test_no_points_and_single_precision() -> None:
 @pytest.mark.parametrize(
     "values", [{"n_levels": 0}, {"base_resolution": 1}, {"per_level_scale": 0.5}, {"log2_hashmap_size": 30}]
 )
-def test_impossible_grids_are_refused(values: dict) -> None:
+def test_sizes_out_of_range_raise(values: dict[str, float]) -> None:
     with pytest.raises(UserError, match=str(next(iter(values.values())))):
         HashEncodingOptions(**values)
 
@@ -146,12 +143,12 @@ def test_cuda_matches_cpu() -> None:
 @pytest.mark.gpu
 @NO_CUDA
 @NO_TINYCUDANN
-def test_tinycudann_matches_the_twin() -> None:
+def test_tinycudann_matches_torch() -> None:
     from sds3d.scene.encoding import TinyCudaEncoding
 
     twin, theirs = random_encoding(MIXED).float().cuda(), TinyCudaEncoding(MIXED)
     theirs.load_state_dict(twin.state_dict())
-    positions = (points(500) * 0.7 + 0.15).float().cuda()  # they differ by design in the outermost half cell
+    positions = (points(500) * 0.7 + 0.15).float().cuda()  # the outermost half cell differs by design
     ours, other = twin(positions), theirs(positions)
     torch.testing.assert_close(other, ours, rtol=2e-3, atol=2e-3)
     ours.square().sum().backward()

@@ -1,4 +1,4 @@
-"""The regularisers on cases done by hand, and on what a scene really returns."""
+"""The regularizers on cases computed by hand, and on the views of a NeRF."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from sds3d.scene import regularizers
 from sds3d.scene.cameras import ring
 from sds3d.scene.encoding import HashEncodingOptions
 from sds3d.scene.field import FieldOptions
-from sds3d.scene.nerf import GridOptions, Scene, SceneOptions
-from sds3d.scene.renderer import Rendered, RenderOptions
+from sds3d.scene.nerf import GridOptions, NeRF, NerfOptions
+from sds3d.scene.renderer import RenderedRays, RenderOptions
 
 
-class LinearSchedule:
+class LinearField:
     """The opacity of a step of 0.02 has slope 0.3 along x; albedo's red has slope 0.5 along y."""
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,18 +28,11 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
-def rendered(weights: list[float], rays: list[int], count: int) -> Rendered:
-    points = torch.zeros(len(weights), 3)
-    zero = torch.zeros(count)
-    return Rendered(
-        torch.zeros(count, 3),
-        zero,
-        zero,
-        zero,
-        torch.tensor(weights),
-        points,
-        points,
-        torch.tensor(rays, dtype=torch.long),
+def rendered(weights: list[float], ray_indices: list[int], count: int) -> RenderedRays:
+    points, zero = torch.zeros(len(weights), 3), torch.zeros(count)
+    indices = torch.tensor(ray_indices, dtype=torch.long)
+    return RenderedRays(
+        torch.zeros(count, 3), zero, zero, zero, torch.tensor(weights), points, points, indices
     )
 
 
@@ -48,7 +41,7 @@ def test_opacity_penalty() -> None:
     torch.testing.assert_close(regularizers.opacity_penalty(opacity), torch.tensor((0.1 + 1.01**0.5) / 2))
 
 
-def test_entropy_is_largest_at_half_and_falls_to_both_sides() -> None:
+def test_entropy_is_largest_at_half_and_decreases_to_both_sides() -> None:
     opacity = torch.tensor([0.5, 0.11, 0.0, 1.0], requires_grad=True)
     torch.testing.assert_close(regularizers.opacity_entropy(opacity[:1]), torch.tensor(2.0).log())
     torch.testing.assert_close(
@@ -72,29 +65,31 @@ def test_orientation_counts_normals_that_face_away() -> None:
 def test_scene_orientation_estimates_the_weighted_mean() -> None:
     directions = torch.nn.functional.normalize(torch.randn(5, 3, generator=generator()), dim=-1)
     whole = rendered([0.3, 0.2, 0.9, 0.05, 0.0, 0.6, 0.4], [0, 0, 1, 2, 3, 3, 4], 5)
-    normals = LinearSchedule().normal(whole.points)
-    mean = regularizers.orientation(whole.weights, normals, directions[whole.rays]) / whole.weights.mean()
-    estimate = regularizers.scene_orientation(LinearSchedule(), whole, directions, 20000, generator())
+    normals = LinearField().normal(whole.points)
+    mean = (
+        regularizers.orientation(whole.weights, normals, directions[whole.ray_indices]) / whole.weights.mean()
+    )
+    estimate = regularizers.scene_orientation(LinearField(), whole, directions, 20000, generator())
     torch.testing.assert_close(estimate, mean, rtol=0.05, atol=0)
-    for nothing in (rendered([], [], 5), rendered([0.0], [1], 5)):
-        assert regularizers.scene_orientation(LinearSchedule(), nothing, directions, 10, generator()) == 0
+    for empty in (rendered([], [], 5), rendered([0.0], [1], 5)):
+        assert regularizers.scene_orientation(LinearField(), empty, directions, 10, generator()) == 0
 
 
 def test_total_variation_is_the_mean_slope_times_the_step() -> None:
     points = torch.rand(20000, 3, generator=generator())
-    density, albedo = regularizers.total_variation(LinearSchedule(), points, 0.02, generator())
+    density, albedo = regularizers.total_variation(LinearField(), points, 0.02, generator())
     # |one coordinate| of a random direction is 1/2 on average; albedo's mean is over three channels.
     torch.testing.assert_close(density, torch.tensor(0.02 * 0.5 * 0.3), rtol=0.02, atol=0)
     torch.testing.assert_close(albedo, torch.tensor(0.02 * 0.5 * 0.5 / 3), rtol=0.02, atol=0)
-    assert regularizers.total_variation(LinearSchedule(), points[:0], 0.02, generator()) == (0, 0)
+    assert regularizers.total_variation(LinearField(), points[:0], 0.02, generator()) == (0, 0)
 
 
 def test_depth_variance_counts_rays_that_are_opaque() -> None:
-    spread, opacity = (torch.tensor(v, requires_grad=True) for v in ([0.3, 0.1, 0.2], [0.9, 0.2, 0.6]))
-    loss = regularizers.depth_variance(spread, opacity)
+    variance, opacity = (torch.tensor(v, requires_grad=True) for v in ([0.3, 0.1, 0.2], [0.9, 0.2, 0.6]))
+    loss = regularizers.depth_variance(variance, opacity)
     torch.testing.assert_close(loss, torch.tensor(0.5 / 3))
     loss.backward()
-    assert opacity.grad is None and torch.allclose(spread.grad, torch.tensor([1 / 3, 0, 1 / 3]))
+    assert opacity.grad is None and torch.allclose(variance.grad, torch.tensor([1 / 3, 0, 1 / 3]))
 
 
 def test_sparsity() -> None:
@@ -108,13 +103,13 @@ def test_random_points_fill_the_box() -> None:
     assert points.abs().max() <= 1 and points.mean(0).abs().max() < 0.05 and points.std(0).min() > 0.55
 
 
-def test_a_scene_feeds_them_all() -> None:
+def test_every_term_has_gradients_of_a_nerf() -> None:
     torch.manual_seed(0)
     encoding = HashEncodingOptions(
         n_levels=2, n_features_per_level=2, log2_hashmap_size=10, base_resolution=4
     )
-    scene = Scene(
-        SceneOptions(FieldOptions(encoding, 8), GridOptions(resolution=16), RenderOptions(samples=32))
+    scene = NeRF(
+        NerfOptions(FieldOptions(encoding, 8), GridOptions(resolution=16), RenderOptions(samples=32))
     )
     scene.field.encoding.table.data.normal_()
     views = scene.render(ring(2, resolution=12), None, generator(), training=True)
@@ -122,9 +117,9 @@ def test_a_scene_feeds_them_all() -> None:
     terms = [
         regularizers.opacity_penalty(views.opacity),
         regularizers.opacity_entropy(views.opacity),
-        regularizers.depth_variance(views.rendered.spread, torch.ones_like(views.rendered.opacity)),
-        regularizers.scene_orientation(scene.field, views.rendered, views.directions, 2000, generator()),
-        *regularizers.total_variation(scene.field, views.rendered.points, 0.02, generator()),
+        regularizers.depth_variance(views.rays.depth_variance, torch.ones_like(views.rays.opacity)),
+        regularizers.scene_orientation(scene.field, views.rays, views.directions, 2000, generator()),
+        *regularizers.total_variation(scene.field, views.rays.points, 0.02, generator()),
         regularizers.sparsity(scene.field.density(points)),
     ]
     for term in terms:

@@ -1,5 +1,4 @@
-"""The renderer against scenes whose integrals are known: a sphere of constant density, and a small field's
-gradients."""
+"""The renderer against closed forms of a sphere of constant density, and gradients of a small field."""
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from sds3d.scene.cameras import ring
 from sds3d.scene.encoding import HashEncodingOptions
 from sds3d.scene.field import Field, FieldOptions
 from sds3d.scene.occupancy import OccupancyGrid, slab
-from sds3d.scene.renderer import Rendered, RenderOptions, nerfacc_cuda, render
+from sds3d.scene.renderer import RenderedRays, RenderOptions, nerfacc_cuda, render
 
 RADIUS, SIGMA = 0.6, 2.5
 COLOUR = (0.9, 0.3, 0.1)
@@ -57,9 +56,9 @@ def exact_grid(sigma: float = SIGMA, resolution: int = 24) -> OccupancyGrid:
     return grid
 
 
-def shoot(
+def render_sphere(
     field: nn.Module, grid: OccupancyGrid, samples: int = 256, stop: float = 0.0, seed: int | None = None
-) -> Rendered:
+) -> RenderedRays:
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     return render(
         field, grid, *rays(), torch.tensor([0.0, 0.0, 1.0]), RenderOptions(samples, stop), generator
@@ -68,7 +67,7 @@ def shoot(
 
 @pytest.mark.parametrize("seed", [None, 0], ids=["midpoints", "jittered"])
 def test_sphere_opacity_is_that_of_its_chord(seed: int | None) -> None:
-    rendered = shoot(Sphere(), OccupancyGrid(), seed=seed)
+    rendered = render_sphere(Sphere(), OccupancyGrid(), seed=seed)
     _, length = chord(*rays())
     exact = 1 - torch.exp(-SIGMA * length)
     error = (rendered.opacity - exact).abs()
@@ -79,12 +78,14 @@ def test_sphere_opacity_is_that_of_its_chord(seed: int | None) -> None:
 
 def test_error_shrinks_with_the_step() -> None:
     exact = 1 - torch.exp(-SIGMA * chord(*rays())[1])
-    coarse, fine = ((shoot(Sphere(), OccupancyGrid(), n).opacity - exact).abs().mean() for n in (64, 512))
+    coarse, fine = (
+        (render_sphere(Sphere(), OccupancyGrid(), n).opacity - exact).abs().mean() for n in (64, 512)
+    )
     assert fine < coarse / 4
 
 
-def test_sphere_depth_is_the_mean_distance_of_what_is_hit() -> None:
-    rendered = shoot(Sphere(), OccupancyGrid())
+def test_sphere_depth_is_the_weighted_mean_distance() -> None:
+    rendered = render_sphere(Sphere(), OccupancyGrid())
     near, length = chord(*rays())
     hit = length > 0.3  # grazing rays have few steps
     through = torch.exp(-SIGMA * length)
@@ -94,20 +95,20 @@ def test_sphere_depth_is_the_mean_distance_of_what_is_hit() -> None:
     assert rendered.depth[length == 0].abs().max() == 0
 
 
-def test_sphere_spread_is_the_variance_of_what_is_hit() -> None:
-    """Of an exponential law cut off at the chord's end."""
-    rendered = shoot(Sphere(), OccupancyGrid())
+def test_sphere_depth_variance_is_the_weighted_variance() -> None:
+    """Of an exponential distribution truncated at the chord's end."""
+    rendered = render_sphere(Sphere(), OccupancyGrid())
     _, length = chord(*rays())
     hit = length > 0.3
     through = torch.exp(-SIGMA * length)
     mean = 1 / SIGMA - length * through / (1 - through)
     square = 2 / SIGMA * mean - length**2 * through / (1 - through)
-    torch.testing.assert_close(rendered.spread[hit], (square - mean**2)[hit], rtol=0.03, atol=1e-4)
-    assert rendered.spread[length == 0].abs().max() == 0
+    torch.testing.assert_close(rendered.depth_variance[hit], (square - mean**2)[hit], rtol=0.03, atol=1e-4)
+    assert rendered.depth_variance[length == 0].abs().max() == 0
 
 
 def test_colour_is_composited_over_the_background() -> None:
-    rendered = shoot(Sphere(), OccupancyGrid())
+    rendered = render_sphere(Sphere(), OccupancyGrid())
     opacity = rendered.opacity[:, None]
     exact = opacity * torch.tensor(COLOUR) + (1 - opacity) * torch.tensor([0.0, 0.0, 1.0])
     torch.testing.assert_close(rendered.rgb, exact)
@@ -116,37 +117,43 @@ def test_colour_is_composited_over_the_background() -> None:
 def test_gradient_to_density_is_analytic() -> None:
     sphere = Sphere()
     _, length = chord(*rays())
-    shoot(sphere, OccupancyGrid(), 512).opacity.sum().backward()
+    render_sphere(sphere, OccupancyGrid(), 512).opacity.sum().backward()
     exact = (length * torch.exp(-SIGMA * length)).sum()
     torch.testing.assert_close(sphere.sigma.grad, exact, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("seed", [None, 3], ids=["midpoints", "jittered"])
-def test_an_exact_grid_changes_nothing(seed: int | None) -> None:
-    dense, guided = shoot(Sphere(), OccupancyGrid(), seed=seed), shoot(Sphere(), exact_grid(), seed=seed)
-    assert guided.evaluations < dense.evaluations / 3
+def test_exact_grid_does_not_change_the_image(seed: int | None) -> None:
+    dense, guided = (
+        render_sphere(Sphere(), OccupancyGrid(), seed=seed),
+        render_sphere(Sphere(), exact_grid(), seed=seed),
+    )
+    assert len(guided.weights) < len(dense.weights) / 3
     for name in ("rgb", "opacity", "depth"):
         torch.testing.assert_close(vars(guided)[name], vars(dense)[name], rtol=0, atol=2e-6)
 
 
-def test_a_grid_that_misses_matter_shows() -> None:
+def test_grid_without_occupied_cells_changes_the_image() -> None:
     grid = exact_grid()
-    half = grid.levels * (torch.arange(24) < 12)[:, None, None]
+    half = grid.density_ema * (torch.arange(24) < 12)[:, None, None]
     grid.set_densities(half, torch.zeros_like(half))
-    assert shoot(Sphere(), grid).opacity.sum() < 0.9 * shoot(Sphere(), exact_grid()).opacity.sum()
+    assert (
+        render_sphere(Sphere(), grid).opacity.sum()
+        < 0.9 * render_sphere(Sphere(), exact_grid()).opacity.sum()
+    )
 
 
-def test_hidden_samples_are_left_out() -> None:
+def test_occluded_samples_are_skipped() -> None:
     sphere, grid = Sphere(80.0), OccupancyGrid()
     grid.update(sphere)
-    stopped, whole = shoot(sphere, grid, stop=1e-3), shoot(sphere, grid)
-    assert stopped.evaluations < 0.7 * whole.evaluations
+    stopped, whole = render_sphere(sphere, grid, stop=1e-3), render_sphere(sphere, grid)
+    assert len(stopped.weights) < 0.7 * len(whole.weights)
     torch.testing.assert_close(stopped.opacity, whole.opacity, rtol=0, atol=1e-3)
 
 
-def test_an_update_finds_the_sphere() -> None:
+def test_update_detects_the_sphere() -> None:
     grid = OccupancyGrid(24)
-    assert grid.occupied.all()  # nothing is known yet
+    assert grid.occupied.all()  # before the first update
     generator = torch.Generator().manual_seed(0)
     for _ in range(8):
         grid.update(Sphere(), generator)
@@ -154,55 +161,56 @@ def test_an_update_finds_the_sphere() -> None:
     assert not (grid.occupied & ~exact).any()
     centres = (grid._corners() + 0.5) / 12 - 1
     within = (centres.norm(dim=-1) < RADIUS - 2 / 24).view(24, 24, 24)
-    assert grid.occupied[within].all() and within.sum() > 900  # only cells that hold a sliver may be missed
+    assert grid.occupied[within].all() and within.sum() > 900  # except cells with a sliver of it
     assert grid.bounds.abs().max() < RADIUS + 2 / 24
     for _ in range(80):
         grid.update(Sphere(0.0), generator)
-    assert not (grid.levels > 1e-3).any()  # what is gone is forgotten
+    assert not (grid.density_ema > 1e-3).any()  # decayed
 
 
-def test_empty_grid_shows_the_background_and_has_gradients() -> None:
+def test_empty_grid_renders_the_background_with_zero_gradients() -> None:
     grid, field = OccupancyGrid(), Field(FieldOptions())
     grid.set_densities(torch.zeros(48, 48, 48), torch.zeros(48, 48, 48))
-    rendered = shoot(field, grid)
-    assert rendered.evaluations == 0 and torch.equal(
-        rendered.rgb, torch.tensor([0.0, 0.0, 1.0]).expand(1200, 3)
-    )
+    rendered = render_sphere(field, grid)
+    assert len(rendered.weights) == 0
+    assert torch.equal(rendered.rgb, torch.tensor([0.0, 0.0, 1.0]).expand(1200, 3))
     rendered.rgb.sum().backward()
     assert not field.encoding.table.grad.any()
 
 
-def test_jitter_is_the_generators() -> None:
-    first, again, other = (shoot(Sphere(), OccupancyGrid(), 64, seed=seed).rgb for seed in (1, 1, 2))
+def test_jitter_depends_on_the_generator() -> None:
+    first, again, other = (render_sphere(Sphere(), OccupancyGrid(), 64, seed=seed).rgb for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_weights_and_gather_belong_to_the_rays() -> None:
-    rendered = shoot(Sphere(), exact_grid(), 64)
-    sums = torch.zeros(1200).index_add(0, rendered.rays, rendered.weights)
+def test_weights_and_gather_sum_along_the_rays() -> None:
+    rendered = render_sphere(Sphere(), exact_grid(), 64)
+    sums = torch.zeros(1200).index_add(0, rendered.ray_indices, rendered.weights)
     torch.testing.assert_close(sums, rendered.opacity)
     origins, directions = rays()
-    away = torch.linalg.cross(rendered.points - origins[rendered.rays], directions[rendered.rays])
-    assert away.abs().max() < 1e-5  # each sample lies on its ray
-    torch.testing.assert_close(rendered.gather(torch.ones(rendered.evaluations, 1))[:, 0], rendered.opacity)
+    indices = rendered.ray_indices
+    cross = torch.linalg.cross(rendered.points - origins[indices], directions[indices])
+    assert cross.abs().max() < 1e-5  # each sample is on its ray
+    ones = torch.ones(len(rendered.weights), 1)
+    torch.testing.assert_close(rendered.gather(ones)[:, 0], rendered.opacity)
 
 
-def test_parted_colours_are_the_same_and_share_the_gradient() -> None:
-    """One image twice: what moves matter does not paint, what paints does not move; together they are the whole gradient."""
+def test_split_gradients_have_equal_values_and_sum_to_the_gradient() -> None:
+    """One image has a gradient to the density only, the other to the albedo only."""
     field = Sphere()
-    rendered = shoot(field, exact_grid(), 64)
+    rendered = render_sphere(field, exact_grid(), 64)
     leaves = (field.sigma, field.colour)
     target = torch.rand(rendered.rgb.shape, generator=torch.Generator().manual_seed(0))
     whole = torch.autograd.grad((rendered.rgb * target).sum(), leaves, retain_graph=True)
-    shaped, painted = rendered.split_gradients()
-    torch.testing.assert_close(shaped, rendered.rgb, atol=0, rtol=0)
-    torch.testing.assert_close(painted, rendered.rgb, atol=0, rtol=0)
-    moves = torch.autograd.grad((shaped * target).sum(), leaves, retain_graph=True)
-    paints = torch.autograd.grad((painted * target).sum(), leaves, allow_unused=True)
-    torch.testing.assert_close(moves[0], whole[0])
-    torch.testing.assert_close(moves[1], torch.zeros(3), atol=1e-3, rtol=0)  # of a gradient of hundreds
-    assert paints[0] is None and float(whole[1].min()) > 10
-    torch.testing.assert_close(paints[1], whole[1])
+    rgb_density_grad, rgb_albedo_grad = rendered.split_gradients()
+    torch.testing.assert_close(rgb_density_grad, rendered.rgb, atol=0, rtol=0)
+    torch.testing.assert_close(rgb_albedo_grad, rendered.rgb, atol=0, rtol=0)
+    geometry = torch.autograd.grad((rgb_density_grad * target).sum(), leaves, retain_graph=True)
+    albedo = torch.autograd.grad((rgb_albedo_grad * target).sum(), leaves, allow_unused=True)
+    torch.testing.assert_close(geometry[0], whole[0])
+    torch.testing.assert_close(geometry[1], torch.zeros(3), atol=1e-3, rtol=0)  # of a gradient of hundreds
+    assert albedo[0] is None and float(whole[1].min()) > 10
+    torch.testing.assert_close(albedo[1], whole[1])
 
 
 def test_gradients_match_finite_differences() -> None:
@@ -214,11 +222,11 @@ def test_gradients_match_finite_differences() -> None:
     origins, directions = (value.double()[::67] for value in rays())
     background = torch.rand(3, dtype=torch.float64)
 
-    def image(behind: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        def bound(positions: Tensor) -> tuple[Tensor, Tensor]:
+    def image(background: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def evaluate(positions: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.functional_call(field, dict(zip(names, values)), positions)
 
-        rendered = render(bound, OccupancyGrid(), origins, directions, behind, RenderOptions(16, 0.0))
+        rendered = render(evaluate, OccupancyGrid(), origins, directions, background, RenderOptions(16, 0.0))
         return rendered.rgb, rendered.opacity, rendered.depth
 
     inputs = [value.detach().clone().requires_grad_() for value in (background, *field.parameters())]
@@ -234,7 +242,7 @@ def test_slab_distances() -> None:
 
 
 @pytest.mark.parametrize("values", [(1, 0.0), (64, 1.0), (64, -0.1)])
-def test_impossible_options_are_refused(values: tuple[int, float]) -> None:
+def test_options_out_of_range_raise(values: tuple[int, float]) -> None:
     with pytest.raises(UserError, match="give at least 2 samples"):
         RenderOptions(*values)
     with pytest.raises(UserError, match="resolution is 2"):
@@ -246,11 +254,11 @@ def test_impossible_options_are_refused(values: tuple[int, float]) -> None:
 def test_cuda_sampler_renders_the_sphere() -> None:
     if not nerfacc_cuda():
         pytest.skip("nerfacc's CUDA kernels did not build: its sampler is unchecked")
-    ours = shoot(Sphere(), exact_grid())
+    ours = render_sphere(Sphere(), exact_grid())
     origins, directions = (value.cuda() for value in rays())
-    behind = torch.tensor([0.0, 0.0, 1.0]).cuda()
+    background = torch.tensor([0.0, 0.0, 1.0]).cuda()
     theirs = render(
-        Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0)
+        Sphere().cuda(), exact_grid().cuda(), origins, directions, background, RenderOptions(256, 0.0)
     )
     torch.testing.assert_close(theirs.opacity.cpu(), ours.opacity, rtol=0, atol=SIGMA * 2 / 256)
     torch.testing.assert_close(theirs.rgb.cpu(), ours.rgb, rtol=0, atol=SIGMA * 2 / 256)
@@ -258,13 +266,12 @@ def test_cuda_sampler_renders_the_sphere() -> None:
 
 @pytest.mark.gpu
 @NO_CUDA
-def test_torch_marcher_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_sampling_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sds3d.scene.renderer.nerfacc_cuda", lambda: False)
     origins, directions = (value.cuda() for value in rays())
-    behind = torch.tensor([0.0, 0.0, 1.0]).cuda()
+    background = torch.tensor([0.0, 0.0, 1.0]).cuda()
     theirs = render(
-        Sphere().cuda(), exact_grid().cuda(), origins, directions, behind, RenderOptions(256, 0.0)
+        Sphere().cuda(), exact_grid().cuda(), origins, directions, background, RenderOptions(256, 0.0)
     )
-    assert (
-        theirs.rgb.cpu() - shoot(Sphere(), exact_grid()).rgb
-    ).abs().mean() < 1e-3  # steps at the rim may round over
+    difference = theirs.rgb.cpu() - render_sphere(Sphere(), exact_grid()).rgb
+    assert difference.abs().mean() < 1e-3  # steps at the rim may round differently
