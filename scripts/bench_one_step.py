@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from entry import entry
 
-from distill.one_step.recipe import OneStepRecipe, start_one_step
+from distill.one_step.recipe import OneStepRecipe, build_trainer
 from distill.one_step.timing import profile_cycle, time_cycle
 from distill.runtime.machine import machine_info
 
@@ -21,7 +21,7 @@ class Config(OneStepRecipe):
 
 
 def main(config: Config) -> None:
-    trainer = start_one_step(config)[0]
+    trainer = build_trainer(config)[0]
     timings, ratio = time_cycle(trainer, config.runs)
     for timing in timings:
         print(f"{timing.name:42} {timing.median:8.1f} ms  ({timing.low:.1f} to {timing.high:.1f})")

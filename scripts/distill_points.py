@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from entry import entry, load_group
 
 from distill.evaluation.ablation.points import distill_points
+from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import PointOptions
-from distill.one_step.trainer import MethodOptions
 
 METHODS = ("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency", "progressive")
 

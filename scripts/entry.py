@@ -18,7 +18,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from distill.runtime.config import build, defaults_of, fields_of  # noqa: E402
-from distill.runtime.errors import UserError  # noqa: E402
+from distill.runtime.errors import UserError, allocation_error  # noqa: E402
 from distill.runtime.help import help_lines  # noqa: E402
 from distill.runtime.names import slug  # noqa: E402
 
@@ -163,8 +163,11 @@ def entry(
     def run(config: DictConfig) -> None:
         try:
             main(build(cls, _values(config)))
-        except UserError as error:  # within hydra, which would print a traceback
-            _exit(error)
+        except Exception as error:  # within hydra, which would print a traceback
+            mistake = error if isinstance(error, UserError) else allocation_error(error)
+            if mistake is None:
+                raise
+            _exit(mistake)
 
     try:
         if {"--help", "-h"} & set(sys.argv):

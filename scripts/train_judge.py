@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from entry import entry
 
 from distill.data.folders import load_split
-from distill.evaluation.judge import JudgeOptions, accuracy, save_judge, train_judge
+from distill.evaluation.judge import JudgeOptions, save_judge, train_judge
+from distill.evaluation.labels import judge_accuracy
 from distill.runtime.config import as_mapping
 from distill.runtime.run import Run, RunOptions
 
@@ -29,7 +30,7 @@ def main(config: Config) -> None:
     train, test = (load_split(config.data, split) for split in ("train", "test"))
     run = Run(config.run, as_mapping(config), "judge")
     judge = train_judge(run, train, config.judge)
-    metrics = {"test": accuracy(judge, test)}
+    metrics = {"test": judge_accuracy(judge, test.composite(slice(None)), test.rows)}
     save_judge(judge, run.directory / "judge", metrics)
     run.finish(metrics)
     print(json.dumps(metrics, indent=2))

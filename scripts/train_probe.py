@@ -15,7 +15,7 @@ from distill.evaluation.fidelity import fidelity, means
 from distill.evaluation.probe import ProbeOptions, save_probe, train_probe
 from distill.runtime.config import as_mapping
 from distill.runtime.run import Run, RunOptions
-from sds3d.world.conditions import nearness, world_geometry, geometry_images
+from sds3d.world.conditions import geometry_images, nearness, world_geometry
 
 
 @dataclass(frozen=True, kw_only=True)

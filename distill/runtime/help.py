@@ -42,10 +42,10 @@ def help_lines(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
         defaults = defaults_of(fields, default if type(default) is cls else None)
         hints = typing.get_type_hints(cls)
         for key in fields:
-            if not dataclasses.is_dataclass(hints[key]):
+            if not dataclasses.is_dataclass(hints[key]) and not _of_groups(hints[key]):
                 value = _text(values.get(key, defaults.get(key, REQUIRED)))
                 notes = "; ".join(filter(None, [_type(hints[key]), comments(cls).get(key)]))
-                yield f"  {join(name, key):46} = {value:22} {notes}"
+                yield f"  {join(name, key):52} = {value:22} {notes}"
         inner = [_groups(join(name, key), hints[key], values.get(key), defaults.get(key)) for key in fields]
         groups[:0] = [group for part in inner for group in part]
 
@@ -64,6 +64,12 @@ def _groups(name: str, hint: Any, value: Any, default: Any) -> Iterator[Group]:
     elif origin is not None:
         for argument in arguments:
             yield from _groups(name + ("[]" if origin is tuple else ""), argument, value, default)
+
+
+def _of_groups(hint: Any) -> bool:
+    """Whether an option is a mapping of option classes, whose entries are listed one by one."""
+    mapping = typing.get_origin(hint) in (dict, Mapping)
+    return mapping and dataclasses.is_dataclass(typing.get_args(hint)[1])
 
 
 def _text(value: Any) -> str:
