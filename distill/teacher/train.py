@@ -33,10 +33,8 @@ class Steps:
 class TeacherOptions:
     """Data, sizes and training; `data` is a captioned image folder with the splits train and validation."""
 
-    data: str
-    reuse: str | None = (
-        None  # a teacher's folder: its tokenizer, CLIP and VAE are used, only the U-Net is trained
-    )
+    data: str = "outputs/shapes64"
+    reuse: str | None = None  # a teacher's folder: keep its tokenizer, CLIP and VAE, train the U-Net only
     reuse_unet: bool = False  # initialise from the reused folder's U-Net: fine-tune a finished teacher
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)

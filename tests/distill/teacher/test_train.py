@@ -1,6 +1,11 @@
-"""The whole training at tiny size: a folder that loads, resumed without training again, and mistakes told at once."""
+"""The whole training at tiny size: a folder that loads, bit-identical resumption, errors before training."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,27 +18,29 @@ from PIL import Image
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
-from distill.teacher.latent import Teacher
+from distill.teacher.latent import load_teacher
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
 
+ROOT = str(Path(__file__).parents[3])
+PARTS = ("clip", "hard_negatives", "vae", "unet")
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
 
 
 def write_folder(folder: Path) -> Path:
-    """Coloured squares on a transparent ground."""
+    """Coloured squares on a transparent background."""
     for split, count in (("train", 12), ("validation", 4)):
-        place = folder / split
-        place.mkdir(parents=True)
+        path = folder / split
+        path.mkdir(parents=True)
         rows = []
         for number in range(count):
             name = list(COLOURS)[number % 3]
             image = Image.new("RGBA", (16, 16))
             image.paste((*COLOURS[name], 255), (4, 2 + number % 4, 12, 12))
-            image.save(place / f"{number}.png")
+            image.save(path / f"{number}.png")
             rows.append({"file_name": f"{number}.png", "text": f"a {name} square"})
-        (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -41,7 +48,7 @@ def options(data: Path) -> TeacherOptions:
     return TeacherOptions(
         str(data),
         resolution=16,
-        steps=Steps(clip=3, hard=2, vae=4, unet=5),
+        steps=Steps(clip=3, hard_negatives=4, vae=4, unet=5),
         clip=ClipOptions(width=16, layers=1, patch=8, text_width=16, text_layers=1, projection=8, batch=6),
         vae=VaeOptions(factor=4, channels=(8, 8, 8), latent_channels=3, batch=4),
         unet=UnetOptions(channels=(16, 16), heads=2, batch=4),
@@ -49,7 +56,7 @@ def options(data: Path) -> TeacherOptions:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    teacher = Teacher.load(str(folder))
+    teacher = load_teacher(str(folder))
     parts = {"text": teacher.text_encoder, "vae": teacher.vae, "unet": teacher.unet}
     return {
         f"{part}.{name}": value
@@ -58,17 +65,23 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def carried(directory: Path) -> RunOptions:
-    return RunOptions(str(directory), 1, trackers=(), log_every=1)
+def run_options(directory: Path) -> RunOptions:
+    return RunOptions(str(directory), 1, trackers=(), log_every=1, checkpoint_every=2)
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if not one[name].equal(other[name])] == []
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TeacherOptions]:
-    """A directory in which a teacher was trained without a cut, and of what."""
-    place = tmp_path_factory.mktemp("trained")
-    chosen = options(write_folder(place / "data"))
-    assert train_teacher(carried(place / "out"), chosen) == place / "out" / "teacher"
-    return place / "out", chosen
+    """The directory of an uninterrupted training, and its options."""
+    path = tmp_path_factory.mktemp("trained")
+    chosen = options(write_folder(path / "data"))
+    assert train_teacher(run_options(path / "out"), chosen) == path / "out" / "teacher"
+    return path / "out", chosen
 
 
 @pytest.fixture
@@ -87,47 +100,129 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> None:
     out, _ = trained
-    results = {
-        part: json.loads((out / part / "result.json").read_text()) for part in ("clip", "hard", "vae", "unet")
-    }
-    assert [result["run"]["steps"] for result in results.values()] == [3, 2, 4, 5]
-    teacher = Teacher.load(str(out / "teacher"))
+    results = {part: json.loads((out / part / "result.json").read_text()) for part in PARTS}
+    assert [result["run"]["steps"] for result in results.values()] == [3, 4, 4, 5]
+    teacher = load_teacher(str(out / "teacher"))
     assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
-    assert teacher.words == {"a", "red", "green", "blue", "square"}
+    assert teacher.vocabulary == {"a", "red", "green", "blue", "square"}
     assert teacher.vae.config.scaling_factor == pytest.approx(results["vae"]["scaling_factor"])
-    assert teacher.encode_text(["a red square", ""]).shape == (2, 24, 16)
+    assert teacher.encode_text(["a red square", ""]).embedding.shape == (2, 24, 16)
 
 
 def test_does_not_train_twice(trained: tuple[Path, TeacherOptions], steps: Counter[str]) -> None:
     out, chosen = trained
     first = weights(out / "teacher")
-    assert train_teacher(carried(out), chosen) == out / "teacher" and not steps
-    again = weights(out / "teacher")
-    assert first.keys() == again.keys() and all(first[name].equal(again[name]) for name in first)
+    assert train_teacher(run_options(out), chosen) == out / "teacher" and not steps
+    assert_equal(weights(out / "teacher"), first)
 
 
-def test_a_training_cut_after_the_vae_goes_on(
+def test_a_training_interrupted_after_the_vae_resumes(
     trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, chosen = trained
 
-    def cut(*arguments: object) -> None:
+    def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("distill.teacher.train.prepare", cut)
-        train_teacher(carried(tmp_path), chosen)
-    assert steps == {"clip": 3, "hard": 2, "vae": 4}
+        patch.setattr("distill.teacher.train.prepare", interrupt)
+        train_teacher(run_options(tmp_path), chosen)
+    assert steps == {"clip": 3, "hard_negatives": 4, "vae": 4}
     steps.clear()
-    one, whole = weights(train_teacher(carried(tmp_path), chosen)), weights(out / "teacher")
+    resumed = weights(train_teacher(run_options(tmp_path), chosen))
     assert steps == {"unet": 5}
-    assert all(one[name].equal(whole[name]) for name in whole)  # a cut alters nothing
+    assert_equal(resumed, weights(out / "teacher"))
 
 
-def test_another_config_in_the_same_place_is_refused(trained: tuple[Path, TeacherOptions]) -> None:
+@pytest.mark.parametrize(("part", "step"), [(part, step) for part in PARTS for step in (1, 2, 3)])
+def test_an_interrupted_part_resumes_bit_for_bit(
+    trained: tuple[Path, TeacherOptions],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part: str,
+    step: int,
+) -> None:
+    """Within a step: before the first checkpoint, just after it, and one step later."""
+    out, chosen = trained
+    log = Run.log
+
+    def interrupt(run: Run, **figures: Any) -> None:
+        log(run, **figures)
+        if (run.label, run.step) == (part, min(step, run.options.steps - 1)):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Run, "log", interrupt)
+        train_teacher(run_options(tmp_path), chosen)
+    assert not (tmp_path / part / "result.json").exists()
+    assert_equal(weights(train_teacher(run_options(tmp_path), chosen)), weights(out / "teacher"))
+
+
+def train_until_killed(directory: str, part: str, step: str, data: str) -> None:
+    """Train and send SIGKILL to this process within a step of a part."""
+    log = Run.log
+
+    def kill(run: Run, **figures: Any) -> None:
+        log(run, **figures)
+        if (run.label, run.step) == (part, int(step)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(Run, "log", kill)  # noqa: B010
+    train_teacher(run_options(Path(directory)), options(Path(data)))
+
+
+def test_a_training_killed_in_each_part_ends_with_the_same_weights(
+    trained: tuple[Path, TeacherOptions], tmp_path: Path
+) -> None:
+    """SIGKILL between checkpoints, each time resumed by a new process."""
+    out, chosen = trained
+    kills = [("clip", "2"), ("hard_negatives", "1"), ("hard_negatives", "3"), ("vae", "3"), ("unet", "3")]
+    for part, step in kills:
+        command = [sys.executable, __file__, str(tmp_path), part, step, chosen.data]
+        process = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True
+        )
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert not (tmp_path / part / "result.json").exists()
+    assert_equal(weights(train_teacher(run_options(tmp_path), chosen)), weights(out / "teacher"))
+
+
+def test_a_run_with_another_tokenizer_is_refused(
+    trained: tuple[Path, TeacherOptions], tmp_path: Path
+) -> None:
+    """The captions have changed: the embeddings of a checkpoint belong to other words."""
+    out, chosen = trained
+    shutil.copytree(out, tmp_path / "out")
+    shutil.copytree(chosen.data, tmp_path / "data")
+    rows = tmp_path / "data" / "train" / "metadata.jsonl"
+    rows.write_text(rows.read_text().replace("square", "tile"))
+    with pytest.raises(UserError, match="tokenizer"):
+        train_teacher(run_options(tmp_path / "out"), replace(chosen, data=str(tmp_path / "data")))
+
+
+def test_a_caption_longer_than_the_context_raises(
+    trained: tuple[Path, TeacherOptions], tmp_path: Path
+) -> None:
+    _, chosen = trained
+    shutil.copytree(chosen.data, tmp_path / "data")
+    rows = tmp_path / "data" / "train" / "metadata.jsonl"
+    rows.write_text(rows.read_text().replace("a red square", "a red square" + " square" * 25, 1))
+    long = replace(chosen, data=str(tmp_path / "data"))
+    with pytest.raises(
+        UserError, match=r"'a red square square .* has 30 tokens .* reads 24: .*context_length"
+    ):
+        train_teacher(run_options(tmp_path / "out"), long)
+    assert not (tmp_path / "out").exists()
+
+    wide = replace(long, clip=replace(long.clip, context_length=30))
+    teacher = load_teacher(str(train_teacher(run_options(tmp_path / "out"), wide)))
+    assert teacher.encode_text(["a red square"]).embedding.shape == (1, 30, 16)
+
+
+def test_another_config_in_the_same_directory_is_refused(trained: tuple[Path, TeacherOptions]) -> None:
     out, chosen = trained
     with pytest.raises(UserError, match=r"clip.image_to_text"):
-        train_teacher(carried(out), replace(chosen, clip=replace(chosen.clip, image_to_text=0.3)))
+        train_teacher(run_options(out), replace(chosen, clip=replace(chosen.clip, image_to_text=0.3)))
 
 
 @pytest.mark.parametrize("resolution", [20, 12])
@@ -136,9 +231,9 @@ def test_a_resolution_that_does_not_fit_is_refused(resolution: int, tmp_path: Pa
         replace(options(tmp_path), resolution=resolution)
 
 
-def test_missing_data_is_told_before_anything_is_written(tmp_path: Path) -> None:
+def test_missing_data_raises_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        train_teacher(carried(tmp_path / "out"), options(tmp_path / "none"))
+        train_teacher(run_options(tmp_path / "out"), options(tmp_path / "none"))
     assert not (tmp_path / "out").exists()
 
 
@@ -147,32 +242,30 @@ def test_reuse_trains_the_unet_only(
     trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path, folder: str
 ) -> None:
     out, chosen = trained
-    own = weights(train_teacher(carried(tmp_path), replace(chosen, reuse=str(out / folder))))
+    result = weights(train_teacher(run_options(tmp_path), replace(chosen, reuse=str(out / folder))))
     assert steps == {"unet": 5}
     first = weights(out / "teacher")
-    assert all(own[name].equal(first[name]) for name in first if not name.startswith("unet."))
+    assert all(result[name].equal(first[name]) for name in first if not name.startswith("unet."))
 
 
-def test_reuse_of_what_cannot_serve_is_told(trained: tuple[Path, TeacherOptions], tmp_path: Path) -> None:
+def test_reuse_of_an_unsuitable_folder_raises(trained: tuple[Path, TeacherOptions], tmp_path: Path) -> None:
     out, chosen = trained
     with pytest.raises(UserError, match="no tokenizer and VAE"):
-        train_teacher(carried(tmp_path), replace(chosen, reuse=str(tmp_path)))
+        train_teacher(run_options(tmp_path), replace(chosen, reuse=str(tmp_path)))
     rows = Path(chosen.data) / "train" / "metadata.jsonl"
-    strange = tmp_path / "data" / "train"
-    strange.mkdir(parents=True)
-    (strange / "metadata.jsonl").write_text(rows.read_text().replace("square", "lozenge"))
-    for image in rows.parent.glob("*.png"):
-        (strange / image.name).write_bytes(image.read_bytes())
-    with pytest.raises(UserError, match="lozenge"):
-        train_teacher(
-            carried(tmp_path / "out"), replace(chosen, data=str(tmp_path / "data"), reuse=str(out / "parts"))
-        )
+    shutil.copytree(rows.parent, tmp_path / "data" / "train")
+    reused = replace(chosen, data=str(tmp_path / "data"), reuse=str(out / "parts"))
+    for noun, message in (("lozenge", "lozenge"), ("square " * 30, r"has 34 tokens .* without reuse")):
+        text = rows.read_text().replace("square", noun)
+        (tmp_path / "data" / "train" / "metadata.jsonl").write_text(text)
+        with pytest.raises(UserError, match=message):
+            train_teacher(run_options(tmp_path / "out"), reused)
 
 
-def test_a_finished_unet_is_trained_on(
+def test_a_finished_unet_is_fine_tuned(
     trained: tuple[Path, TeacherOptions], steps: Counter[str], tmp_path: Path
 ) -> None:
-    """One step from a finished U-Net stays near it, as one from a random start does not."""
+    """One step from a finished U-Net stays near it; one from a random initialisation does not."""
     out, chosen = trained
     slow = replace(
         chosen,
@@ -182,15 +275,23 @@ def test_a_finished_unet_is_trained_on(
     )
     first = weights(out / "teacher")
     names = [name for name in first if name.startswith("unet.")]
-    for on, near in ((True, True), (False, False)):
-        own = weights(train_teacher(carried(tmp_path / str(on)), replace(slow, reuse_unet=on)))
-        assert all(torch.allclose(own[name], first[name], atol=1e-3) for name in names) is near
+    for reuse_unet in (True, False):
+        fine_tuning = replace(slow, reuse_unet=reuse_unet)
+        result = weights(train_teacher(run_options(tmp_path / str(reuse_unet)), fine_tuning))
+        near = all(torch.allclose(result[name], first[name], atol=1e-3) for name in names)
+        assert near is reuse_unet
     with pytest.raises(UserError, match="has another size"):
         train_teacher(
-            carried(tmp_path / "wide"),
+            run_options(tmp_path / "wide"),
             replace(slow, reuse_unet=True, unet=replace(slow.unet, channels=(32, 16))),
         )
     with pytest.raises(UserError, match="holds no U-Net"):
-        train_teacher(carried(tmp_path / "none"), replace(slow, reuse=str(out / "parts"), reuse_unet=True))
+        train_teacher(
+            run_options(tmp_path / "none"), replace(slow, reuse=str(out / "parts"), reuse_unet=True)
+        )
     with pytest.raises(UserError, match=r"give teacher.reuse"):
         replace(chosen, reuse_unet=True)
+
+
+if __name__ == "__main__":
+    train_until_killed(*sys.argv[1:])

@@ -1,32 +1,35 @@
-"""The denoiser: its schedule, its target, its captions, and that it learns."""
+"""The U-Net: its noise schedule, its target, its captions, a short training."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from distill.core.noise import NoiseSchedule
+from distill.core.conditioning import Conditioning
+from distill.core.noise import NoiseSchedule, PredictionType
 from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache, cache_latents
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
-from distill.teacher import unet as module
-from distill.teacher.latent import UNetDenoiser
-from distill.teacher.unet import UnetOptions, build_unet, decode, denoising_loss, make_scheduler, train_unet
+from distill.teacher.clip import ClipOptions, build_clip
+from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.train import prepare
+from distill.teacher.unet import UnetOptions, build_unet, decode, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, build_vae
+from distill.teacher.vocabulary import build_tokenizer
 
 TINY = UnetOptions(channels=(16, 16), heads=2, batch=8, learning_rate=1e-2)
 
 
 def cache(count: int = 32) -> LatentCache:
-    """Constant latents, +1 or -1 as the caption says; states are all 3, -3 and 0 (empty)."""
+    """Constant latents, +1 or -1 by caption; embeddings are all 3, -3 and 0 (the empty prompt)."""
     caption = torch.arange(count) % 2
     latents = (1 - 2 * caption.float())[:, None, None, None].expand(count, 4, 4, 4)
-    states = torch.tensor([3.0, -3.0, 0.0])[:, None, None].expand(3, 2, 8)
-    return LatentCache(latents.contiguous(), states, caption)
+    embeddings = torch.tensor([3.0, -3.0, 0.0])[:, None, None].expand(3, 2, 8)
+    return LatentCache(latents.contiguous(), Conditioning(embeddings), caption)
 
 
 def tiny_vae() -> Any:
@@ -51,65 +54,71 @@ def test_the_last_level_is_pure_noise(name: Any) -> None:
     assert float(plain.alphas_cumprod[-1]) > 0 and plain.config.prediction_type == "epsilon"
 
 
-def test_the_denoiser_reads_its_caption_on_every_level() -> None:
+def test_the_denoiser_attends_to_its_caption_on_every_level() -> None:
     unet = build_unet(UnetOptions(channels=(16, 32, 48)), 4, 8, 8)
-    assert (
-        unet.config.down_block_types == ["CrossAttnDownBlock2D"] * 3
-        or unet.config.down_block_types == ("CrossAttnDownBlock2D",) * 3
-    )
+    assert list(unet.config.down_block_types) == ["CrossAttnDownBlock2D"] * 3
     assert unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.heads == 4
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     with torch.no_grad():
-        one, two = (unet(x, t, encoder_hidden_states=torch.full((1, 2, 8), v)).sample for v in (0.0, 1.0))
-    assert one.shape == x.shape
-    # uniform states give equal values at all keys, yet another mean: the answer must move
-    assert float((one - two).abs().max()) > 1e-5
+        zeros, ones = (unet(x, t, encoder_hidden_states=torch.full((1, 2, 8), v)).sample for v in (0.0, 1.0))
+    assert zeros.shape == x.shape
+    # a constant embedding has equal values at all keys but another mean: the output must change
+    assert float((zeros - ones).abs().max()) > 1e-5
 
 
-class Fixed(torch.nn.Module):
-    """Answers with a given tensor and keeps what it was given."""
+class FixedOutput(torch.nn.Module):
+    """Returns a given tensor and records its inputs."""
 
-    def __init__(self, answer: Tensor) -> None:
+    dtype = torch.float32
+
+    def __init__(self, output: Tensor) -> None:
         super().__init__()
-        self.answer = answer
-        self.seen: list[Tensor] = []
+        self.output = output
+        self.inputs: list[Tensor] = []
 
     def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Any:
-        self.seen = [x_t, t, encoder_hidden_states]
-        return type("Output", (), {"sample": self.answer})
+        self.inputs = [x_t, t, encoder_hidden_states]
+        return type("Output", (), {"sample": self.output})
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_zero_for_the_right_answer_only(prediction: str) -> None:
+def test_the_loss_is_zero_for_the_right_output_only(prediction: PredictionType) -> None:
     schedule = NoiseSchedule(torch.tensor([0.64, 0.36]))
     clean, noise = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     t = torch.tensor([0, 1, 0])
-    alpha, sigma = (
-        torch.tensor([0.8, 0.6, 0.8])[:, None, None, None],
-        torch.tensor([0.6, 0.8, 0.6])[:, None, None, None],
+    alpha = torch.tensor([0.8, 0.6, 0.8])[:, None, None, None]
+    sigma = torch.tensor([0.6, 0.8, 0.6])[:, None, None, None]
+    target = noise if prediction == "epsilon" else alpha * noise - sigma * clean
+    network: Any = FixedOutput(target)
+    denoiser, conditioning = UNetDenoiser(network, schedule, prediction), Conditioning(torch.zeros(3, 2, 8))
+    assert float(denoiser.denoising_loss(clean, noise, t, conditioning)) == pytest.approx(0, abs=1e-10)
+    torch.testing.assert_close(network.inputs[0], alpha * clean + sigma * noise)
+    network.output = target + 2
+    assert float(denoiser.denoising_loss(clean, noise, t, conditioning)) == pytest.approx(4)
+
+
+def test_the_cache_contains_scaled_latents_and_caption_indices() -> None:
+    images = (torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).byte()
+    data = CaptionedImages(images, [{"text": text} for text in "babca"])
+    result = cache_latents(
+        lambda x: 2 * x, data, ["a", "b", "c"], Conditioning(torch.zeros(4, 2, 8)), batch=2
     )
-    right = noise if prediction == "epsilon" else alpha * noise - sigma * clean
-    unet: Any = Fixed(right)
-    assert float(
-        denoising_loss(unet, schedule, (clean, noise, t, torch.zeros(3, 2, 8)), prediction)
-    ) == pytest.approx(0, abs=1e-10)
-    torch.testing.assert_close(unet.seen[0], alpha * clean + sigma * noise)
-    unet.answer = right + 2
-    assert float(
-        denoising_loss(unet, schedule, (clean, noise, t, torch.zeros(3, 2, 8)), prediction)
-    ) == pytest.approx(4)
+    assert result.caption.tolist() == [1, 0, 1, 2, 0]
+    torch.testing.assert_close(result.latents, 2 * images.float() / 255)
 
 
-def test_the_cache_holds_scaled_means_and_caption_places() -> None:
+def test_preparation_scales_the_posterior_mean() -> None:
     vae = tiny_vae()
     vae.register_to_config(scaling_factor=2.0)
     images = (torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).byte()
     data = CaptionedImages(images, [{"text": text} for text in "babca"])
-    got = cache_latents(vae, data, ["a", "b", "c"], torch.zeros(4, 2, 8), batch=2)
-    assert got.caption.tolist() == [1, 0, 1, 2, 0]
+    tokenizer, _ = build_tokenizer(data.texts)
+    clip = build_clip(ClipOptions(width=16, layers=1, text_width=16, text_layers=1), tokenizer, 16).eval()
+    result = prepare(clip, vae, data, tokenizer)
+    assert result.conditioning.embedding.shape == (4, 24, 16)
     with torch.no_grad():
         expected = vae.encode(images[3:4].float() / 255 * 2 - 1).latent_dist.mean * 2
-    torch.testing.assert_close(got.latents[3:4], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(result.latents[3:4], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_decode_takes_the_scaling_factor_out() -> None:
@@ -120,46 +129,62 @@ def test_decode_takes_the_scaling_factor_out() -> None:
     assert plain.shape == (2, 3, 16, 16) and float(plain.std()) > 0
 
 
-def states_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float) -> tuple[Tensor, Tensor]:
-    """First elements of the states that the training gave, and signs of the latents they came with."""
-    seen: list[tuple[Tensor, Tensor]] = []
+def training_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """First elements of the embeddings in training, and the signs of their latents."""
+    batches: list[tuple[Tensor, Tensor]] = []
 
-    def spy(unet: UNet2DConditionModel, schedule: NoiseSchedule, batch: Any, prediction: str) -> Tensor:
-        seen.append((batch[3][:, 0, 0], batch[0][:, 0, 0, 0]))
-        return next(unet.parameters()).sum() * 0
+    def record(
+        denoiser: UNetDenoiser, latents: Tensor, noise: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        batches.append((conditioning.embedding[:, 0, 0], latents[:, 0, 0, 0]))
+        return next(denoiser.parameters()).sum() * 0
 
-    monkeypatch.setattr(module, "denoising_loss", spy)
+    monkeypatch.setattr(UNetDenoiser, "denoising_loss", record)
     options = UnetOptions(channels=(16, 16), heads=2, batch=64, caption_dropout=dropout)
     run = Run(RunOptions(str(tmp_path / str(dropout)), 8, trackers=(), preview_every=1000), {}, "unet")
     monkeypatch.setattr(run, "due", lambda every: False)  # no previews
     train_unet(run, cache(), tiny_vae(), options)
-    return torch.cat([states for states, _ in seen]), torch.cat([latents for _, latents in seen])
+    return torch.cat([embeddings for embeddings, _ in batches]), torch.cat(
+        [latents for _, latents in batches]
+    )
 
 
-def test_caption_dropout_uses_the_empty_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states, latents = states_seen(tmp_path, monkeypatch, 0.25)
-    empty = states == 0
+def test_caption_dropout_uses_the_empty_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embeddings, latents = training_batches(tmp_path, monkeypatch, 0.25)
+    empty = embeddings == 0
     assert 0.17 < float(empty.float().mean()) < 0.33  # 512 draws: 4 standard errors
-    assert states[~empty].equal(3 * latents[~empty])  # the others keep their own caption
-    states, _ = states_seen(tmp_path, monkeypatch, 0.0)
-    assert not bool((states == 0).any())
+    assert embeddings[~empty].equal(3 * latents[~empty])  # the others keep their own caption
+    embeddings, _ = training_batches(tmp_path, monkeypatch, 0.0)
+    assert not bool((embeddings == 0).any())
 
 
 def test_a_short_training_lowers_the_loss_and_returns_the_average(tmp_path: Path) -> None:
     data, vae = cache(), tiny_vae()
     schedule = NoiseSchedule(make_scheduler(TINY).alphas_cumprod)
     noise = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(7))
-    batch = (data.latents[:16], noise, torch.arange(16) * 66, data.states[data.caption[:16]])
+    conditioning = data.conditioning_of(torch.arange(16))
+    batch = (data.latents[:16], noise, torch.arange(16) * 66, conditioning)
     run = Run(RunOptions(str(tmp_path), 50, trackers=(), preview_every=50), {}, "unet")
     unet = train_unet(run, data, vae, TINY)
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
+    trained, untrained = (
+        UNetDenoiser(network, schedule, "v_prediction")
+        for network in (unet, build_unet(TINY, 4, 4, 8).eval())
+    )
     with torch.no_grad():
-        loss = denoising_loss(unet, schedule, batch, "v_prediction")
-        untrained = denoising_loss(build_unet(TINY, 4, 4, 8).eval(), schedule, batch, "v_prediction")
-    assert float(loss) < 0.85 * float(untrained)
+        assert float(trained.denoising_loss(*batch)) < 0.85 * float(untrained.denoising_loss(*batch))
+        prediction = trained.predict(noise, torch.full((16,), 999), conditioning)
     assert (tmp_path / "previews" / "samples_00000050.png").is_file()
-    told = UNetDenoiser(unet, schedule, "v_prediction").predict(noise, torch.full((16,), 999), batch[3])
-    mean = told.x0.mean((1, 2, 3))
-    assert (
-        float(mean[::2].mean() - mean[1::2].mean()) > 0.5
-    )  # 2 is right; from pure noise only the caption can tell
+    mean = prediction.x0.mean((1, 2, 3))
+    # 2 is exact; pure noise carries no information, so the difference is due to the caption
+    assert float(mean[::2].mean() - mean[1::2].mean()) > 0.5
+
+
+@pytest.mark.parametrize("steps", [1, 20])
+def test_a_warmup_of_one_step_or_less_trains(tmp_path: Path, steps: int) -> None:
+    """5 % of 20 steps is a warm-up of one step, whose length OneCycleLR divides by (minus one)."""
+    run = Run(RunOptions(str(tmp_path), steps, trackers=(), preview_every=1000), {}, "unet")
+    unet = train_unet(run, cache(8), tiny_vae(), replace(TINY, batch=2))
+    assert all(bool(value.isfinite().all()) for value in unet.parameters())
