@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, clear refusals, fallback from damaged files."""
+"""Checkpoints: exact round trips, clear errors, fallback from damaged files."""
 
 import math
 import random
@@ -93,19 +93,19 @@ COMPLEX, SPARSE = torch.ones(2, dtype=torch.complex128), torch.eye(2).to_sparse(
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, lambda: 0, np.array(["a"]), COMPLEX, SPARSE, b"x"])
-def test_unsupported_values_are_named(tmp_path: Path, value: Any) -> None:
+def test_unsupported_values_are_errors_with_their_path(tmp_path: Path, value: Any) -> None:
     with pytest.raises(UserError, match=r"state/a/0 is a .* cannot hold"):
         save_state(tmp_path / "s.safetensors", {"a": [value]})
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("key", [True, 1.5, ("a",), None])
-def test_unsupported_keys(tmp_path: Path, key: Any) -> None:
+def test_unsupported_keys_are_errors(tmp_path: Path, key: Any) -> None:
     with pytest.raises(UserError, match="expected str or int keys"):
         save_state(tmp_path / "s.safetensors", {key: 1})
 
 
-def test_foreign_and_missing_files(tmp_path: Path) -> None:
+def test_foreign_and_missing_files_are_errors(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("foreign", "text", "missing"):
@@ -118,7 +118,9 @@ def fill(folder: Path, *steps: int) -> None:
         save_state(checkpoint_path(folder, step), {"step": step, "weights": torch.full((100,), step)})
 
 
-def test_a_truncated_newest_falls_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_newest_checkpoints_fall_back_to_an_older_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(tmp_path, 1, 2, 3)
     for step, size in ((2, 200), (3, 900)):
         path = checkpoint_path(tmp_path, step)
@@ -132,7 +134,7 @@ def test_a_truncated_newest_falls_back(tmp_path: Path, capsys: pytest.CaptureFix
     assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, step) for step in (1, 4)]
 
 
-def test_no_checkpoint_and_none_readable(tmp_path: Path) -> None:
+def test_folders_without_a_readable_checkpoint(tmp_path: Path) -> None:
     assert load_newest(tmp_path / "absent") is None
     checkpoint_path(tmp_path, 1).write_bytes(b"")
     with pytest.raises(UserError, match="none of the checkpoints"):
@@ -140,22 +142,22 @@ def test_no_checkpoint_and_none_readable(tmp_path: Path) -> None:
     assert checkpoint_path(tmp_path, 1).exists()
 
 
-def test_prune_keeps_the_newest_and_nothing_foreign_is_touched(tmp_path: Path) -> None:
+def test_prune_keeps_the_newest_and_foreign_files(tmp_path: Path) -> None:
     fill(tmp_path, 5, 100, 20)
     for name in ("step_last.safetensors", ".step_00000007.99.safetensors", "other.safetensors"):
         (tmp_path / name).write_text("x")
     prune(tmp_path, 1)
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["other.safetensors", "step_00000100.safetensors", "step_last.safetensors"]
+    remaining = sorted(path.name for path in tmp_path.iterdir())
+    assert remaining == ["other.safetensors", "step_00000100.safetensors", "step_last.safetensors"]
 
 
 def test_random_state_round_trips_through_a_file(tmp_path: Path) -> None:
     def draw() -> list[float]:
-        ours = [random.random(), random.gauss(0, 1), torch.randn(3).sum().item()]
-        return [*ours, np.random.randn(), np.random.rand()]
+        values = [random.random(), random.gauss(0, 1), torch.randn(3).sum().item()]
+        return [*values, np.random.randn(), np.random.rand()]
 
     seed_everything(3)
-    np.random.randn()  # numpy holds a second gaussian back, which is part of its state
+    np.random.randn()  # numpy caches a second Gaussian, which is part of its state
     random.gauss(0, 1)
     save_state(tmp_path / "s.safetensors", random_state())
     expected = draw()

@@ -1,5 +1,7 @@
 """Shipped weights: the teacher, its student and adapters load by name, are small and follow their prompts."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -50,7 +52,8 @@ def test_student_generates_object_and_colour_in_one_step(teacher: LatentDiffusio
     """Every object and colour, by the judge; its VAE and text encoder equal the teacher's, byte for byte."""
     student, parts = load_student("shapes64")
     assert len(student.timesteps) == 1
-    for module, expected in ((parts.vae, teacher.vae), (parts.text_encoder, teacher.text_encoder)):
+    modules: list[tuple[Any, Any]] = [(parts.vae, teacher.vae), (parts.text_encoder, teacher.text_encoder)]
+    for module, expected in modules:
         state = expected.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
     labels = [(name, colour) for name in OBJECTS for colour in COLOURS]
