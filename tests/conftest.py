@@ -1,4 +1,4 @@
-"""What several tests share: a closed-form score model and a tiny untrained teacher."""
+"""Fixtures of several tests: a closed-form score model and a tiny untrained teacher."""
 
 import os
 
@@ -13,11 +13,12 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
 from distill.teacher.clip import ClipOptions, build_clip
-from distill.teacher.folder import save_teacher
-from distill.teacher.latent import Teacher
+from distill.teacher.folder import TeacherParts, save_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
 from distill.teacher.unet import UnetOptions, build_unet, make_scheduler
 from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
@@ -28,18 +29,21 @@ from sds3d.world.world import PHRASES, VIEW_PHRASES
 
 @final
 class GaussianScore(ScoreModel):
-    """Exact predictions for x0 ~ N(m, s^2) in each element; the mean m is the condition (B, 1, 1). Notes what it was asked."""
+    """Exact predictions for x0 ~ N(m, s^2) in each element; the mean m is the embedding (B, 1, 1).
+
+    `queries` records the embeddings of every call.
+    """
 
     def __init__(self, std: float, schedule: NoiseSchedule) -> None:
         self.std, self.schedule = std, schedule
-        self.asked: list[Tensor] = []
+        self.queries: list[Tensor] = []
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
         """eps = sigma (x_t - alpha m) / (alpha^2 s^2 + sigma^2)."""
-        self.asked.append(condition)
+        self.queries.append(conditioning.embedding)
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        eps = sigma * (x_t - alpha * condition[..., None]) / (alpha**2 * self.std**2 + sigma**2)
-        return Prediction.of(eps, x_t, t, self.schedule, "epsilon")
+        eps = sigma * (x_t - alpha * conditioning.embedding[..., None]) / (alpha**2 * self.std**2 + sigma**2)
+        return Prediction.from_output(eps, x_t, t, self.schedule, "epsilon")
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +56,12 @@ def schedule() -> NoiseSchedule:
 
 @pytest.fixture
 def gaussian(schedule: NoiseSchedule) -> Callable[[float], GaussianScore]:
-    """Makes a `GaussianScore` of a given spread."""
+    """Makes a `GaussianScore` of a given standard deviation."""
     return lambda std: GaussianScore(std, schedule)
 
 
 def world_captions() -> list[str]:
-    """Captions in which every word of the world stands."""
+    """Captions that contain every word of the world."""
     colours, things = list(COLOURS), list(OBJECTS)
     named = [(colours[i % len(colours)], thing) for i, thing in enumerate(things)]
     single = [
@@ -73,24 +77,24 @@ def save_tiny_teacher(folder: Path, latent_channels: int) -> Path:
     """A complete teacher folder, untrained, 64x64 images, 8x8 latents."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        tokenizer, words = build_tokenizer(world_captions())
+        tokenizer, vocabulary = build_tokenizer(world_captions())
         small = ClipOptions(width=32, layers=1, patch=16, text_width=32, text_layers=2, projection=16)
         clip = build_clip(small, tokenizer, 64)
         vae = build_vae(VaeOptions(channels=(8, 8, 16, 16), latent_channels=latent_channels), 64)
-        vae.register_to_config(scaling_factor=1.7)  # a stock one: 1 would hide a factor left out
+        vae.register_to_config(scaling_factor=1.7)  # other than 1, which would hide a missing factor
         options = UnetOptions(channels=(16, 32), heads=2)
         unet = build_unet(options, vae.config.latent_channels, 8, small.text_width)
-        save_teacher(folder, tokenizer, words, clip, vae, unet, make_scheduler(options))
+        save_teacher(folder, TeacherParts(tokenizer, vocabulary, clip, vae), unet, make_scheduler(options))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One with latents of 8 channels. Not to be written to."""
+    """One with latents of 8 channels. Tests must not write to it."""
     return save_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny", 8)
 
 
 @pytest.fixture
-def tiny_teacher(tiny_teacher_folder: Path) -> Teacher:
+def tiny_teacher(tiny_teacher_folder: Path) -> LatentDiffusionTeacher:
     """The tiny teacher, loaded afresh."""
-    return Teacher.load(str(tiny_teacher_folder))
+    return load_teacher(str(tiny_teacher_folder))

@@ -1,4 +1,4 @@
-"""The schedule agrees with diffusers; every parameterisation turns into every other."""
+"""The schedule agrees with diffusers; every parameterisation converts to every other."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample")
 TIMES = torch.tensor([0, 1, 250, 500, 998, 999])
 
 
-def draw(*seeds: int) -> list[Tensor]:
+def randn(*seeds: int) -> list[Tensor]:
     shape = (len(TIMES), 4, 3, 3)
     return [
         torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -33,8 +33,8 @@ def draw(*seeds: int) -> list[Tensor]:
 def test_agrees_with_diffusers(zero: bool) -> None:
     theirs = DDPMScheduler(beta_schedule="scaled_linear", rescale_betas_zero_snr=zero)
     ours = NoiseSchedule(theirs.alphas_cumprod)
-    clean, noise = (value.float() for value in draw(0, 1))
-    assert ours.steps == 1000
+    clean, noise = (value.float() for value in randn(0, 1))
+    assert ours.num_train_timesteps == 1000
     torch.testing.assert_close(
         ours.add_noise(clean, noise, TIMES), theirs.add_noise(clean, noise, TIMES), atol=1e-5, rtol=1e-5
     )
@@ -52,13 +52,13 @@ def test_alpha_is_the_square_root_of_the_product() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_parameterisation_gives_back_clean_and_noise(kind: PredictionType) -> None:
-    clean, noise = draw(0, 1)
+def test_every_parameterisation_recovers_clean_and_noise(kind: PredictionType) -> None:
+    clean, noise = randn(0, 1)
     angle = torch.linspace(0.01, 1.55, len(TIMES), dtype=torch.float64)[:, None, None, None]
     alpha, sigma = angle.cos(), angle.sin()
     x_t = alpha * clean + sigma * noise
-    answer = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - sigma * clean}[kind]
-    got = clean_and_noise(answer, x_t, alpha, sigma, kind)
+    output = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - sigma * clean}[kind]
+    got = clean_and_noise(output, x_t, alpha, sigma, kind)
     torch.testing.assert_close(got[0], clean, atol=1e-11, rtol=0)
     torch.testing.assert_close(got[1], noise, atol=1e-11, rtol=0)
 
@@ -72,26 +72,26 @@ def test_the_last_level_of_zero_terminal_snr_is_finite_from_v() -> None:
     torch.testing.assert_close(noise, x_t)
 
 
-def test_half_precision_is_widened() -> None:
+def test_half_precision_becomes_float32() -> None:
     half = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
     for part in clean_and_noise(half, half, torch.tensor(0.6), torch.tensor(0.8), "v_prediction"):
         assert part.dtype == torch.float32
 
 
 @pytest.mark.parametrize("product", [[0.1, 0.5], [0.5, 0.5], [0.5], [1.2, 0.5], [0.5, -0.1], [[0.9, 0.5]]])
-def test_refuses_what_is_no_schedule(product: list) -> None:
+def test_an_invalid_schedule_raises(product: list) -> None:
     with pytest.raises(UserError, match="decreasing"):
         NoiseSchedule(torch.tensor(product))
 
 
-def test_refuses_an_unknown_kind() -> None:
+def test_an_unknown_prediction_type_raises() -> None:
     one = torch.ones(1)
     with pytest.raises(UserError, match="'flow'.*epsilon"):
         clean_and_noise(one, one, one, one, "flow")  # type: ignore[arg-type]
 
 
 def test_the_three_forms_of_diffusion_round_trip(schedule: NoiseSchedule) -> None:
-    """Variance preserving, exploding and flow: each holds the same x0 and eps, and leads back."""
+    """Variance preserving, exploding and flow: each has the same x0 and eps, and converts back."""
     generator = torch.Generator().manual_seed(0)
     x0, eps = (torch.randn(4, 1, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.tensor([0, 200, 600, 999])
@@ -109,3 +109,17 @@ def test_the_three_forms_of_diffusion_round_trip(schedule: NoiseSchedule) -> Non
         torch.testing.assert_close(back[2], sigma, atol=1e-6, rtol=1e-6)
     assert schedule.sigma_to_t(level.flatten()).equal(t)
     assert Prediction(x0, eps, alpha, sigma).flow.equal(eps - x0)
+
+
+@pytest.mark.parametrize("prediction_type", KINDS)
+def test_the_training_target_inverts_the_conversion(
+    prediction_type: PredictionType, schedule: NoiseSchedule
+) -> None:
+    clean, noise = randn(0, 1)
+    alpha, sigma = schedule.alpha(TIMES).double(), schedule.sigma(TIMES).double()
+    target = schedule.target(clean, noise, TIMES, prediction_type)
+    x0, eps = clean_and_noise(target, alpha * clean + sigma * noise, alpha, sigma, prediction_type)
+    torch.testing.assert_close(x0, clean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="'flow' is unknown"):
+        schedule.target(clean, noise, TIMES, "flow")  # type: ignore[arg-type]

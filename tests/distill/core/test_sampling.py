@@ -1,14 +1,17 @@
-"""Sampling the closed-form Gaussian: each sampler must arrive at its distribution."""
+"""Sampling the closed-form Gaussian: each sampler must reach its distribution."""
 
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
-from distill.core.sampling import sample_ddpm, sample_ode
+from distill.core.sampling import Formulation, sample_ddpm, sample_heun, sample_ode
 from distill.core.score import Prediction
+from distill.runtime.errors import UserError
 
 SHARED: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -19,13 +22,21 @@ SHARED: dict[str, Any] = {
 MEAN, STD = 0.8, 0.5
 
 
+def mean(count: int) -> Conditioning:
+    return Conditioning(torch.full((count, 1, 1), MEAN))
+
+
+def randn(count: int, side: int) -> Tensor:
+    return torch.randn(count, 1, side, side, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_ddim_follows_the_probability_flow(kind: str, gaussian: Any) -> None:
     scheduler = DDIMScheduler(
         prediction_type=kind, timestep_spacing="trailing", set_alpha_to_one=True, **SHARED
     )
-    noise = torch.randn(64, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    got = sample_ode(gaussian(STD), scheduler, torch.full((64, 1, 1), MEAN), noise, 100)
+    noise = randn(64, 2)
+    got = sample_ode(gaussian(STD), scheduler, mean(64), noise, 100)
     torch.testing.assert_close(
         got, MEAN + STD * noise, atol=0.1, rtol=0
     )  # a Gaussian's flow keeps quantiles; the start has alpha 0.07
@@ -36,35 +47,47 @@ def test_ddim_equals_its_equation(gaussian: Any, schedule: NoiseSchedule) -> Non
     scheduler = DDIMScheduler(
         prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True, **SHARED
     )
-    noise, condition = (
-        torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0)),
-        torch.full((2, 1, 1), MEAN),
-    )
-    seen: list[tuple[int, Prediction]] = []
+    noise, conditioning = randn(2, 3), mean(2)
+    calls: list[tuple[int, Tensor, Prediction]] = []
     got = sample_ode(
-        gaussian(STD), scheduler, condition, noise, 2, lambda number, told: seen.append((number, told))
+        gaussian(STD), scheduler, conditioning, noise, 2, lambda *call: calls.append(call)
     )
-    model, x = gaussian(STD), noise
+    model, x, inputs = gaussian(STD), noise, []
     for t, alpha, sigma in (
         (999, schedule.alpha(torch.tensor([499])), schedule.sigma(torch.tensor([499]))),
         (499, 1.0, 0.0),
     ):
-        told = model.predict(x, torch.full((2,), t), condition)
-        x = alpha * told.x0 + sigma * told.eps
+        inputs.append(x)
+        prediction = model.predict(x, torch.full((2,), t), conditioning)
+        x = alpha * prediction.x0 + sigma * prediction.eps
     torch.testing.assert_close(got, x, atol=1e-4, rtol=1e-4)
-    assert [number for number, _ in seen] == [0, 1]
-    torch.testing.assert_close(seen[-1][1].x0, x, atol=1e-4, rtol=1e-4)
+    assert [step for step, _, _ in calls] == [0, 1]
+    for (_, x_t, _), expected in zip(calls, inputs, strict=True):
+        torch.testing.assert_close(x_t, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(calls[-1][2].x0, x, atol=1e-4, rtol=1e-4)
 
 
-def test_ddpm_draws_the_distribution(gaussian: Any) -> None:
+def test_ddpm_samples_the_distribution(gaussian: Any) -> None:
     scheduler = DDPMScheduler(prediction_type="epsilon", timestep_spacing="trailing", **SHARED)
-    noise, condition = (
-        torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)),
-        torch.full((4000, 1, 1), MEAN),
-    )
+    noise, conditioning = randn(4000, 1), mean(4000)
     one, two, three = (
-        sample_ddpm(gaussian(STD), scheduler, condition, noise, 100, torch.Generator().manual_seed(seed))
+        sample_ddpm(gaussian(STD), scheduler, conditioning, noise, 100, torch.Generator().manual_seed(seed))
         for seed in (1, 1, 2)
     )
     assert abs(float(one.mean()) - MEAN) < 0.04 and abs(float(one.std()) - STD) < 0.03
     assert one.equal(two) and not one.equal(three)
+
+
+@pytest.mark.parametrize("formulation", ["vp", "ve", "flow"])
+def test_heun_follows_the_probability_flow_in_every_formulation(
+    formulation: Formulation, gaussian: Any
+) -> None:
+    """The map of a Gaussian's probability flow is affine and the same in all variables: x0 = m + s eps."""
+    got = sample_heun(gaussian(STD), mean(64), randn(64, 2), 60, formulation)
+    torch.testing.assert_close(got, MEAN + STD * randn(64, 2), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [0, 1001])
+def test_more_steps_than_the_schedule_has_raise(steps: int, gaussian: Any) -> None:
+    with pytest.raises(UserError, match=f"steps is {steps}: expected 1 to 1000"):
+        sample_ode(gaussian(STD), DDIMScheduler(**SHARED), mean(1), randn(1, 1), steps)

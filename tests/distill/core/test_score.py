@@ -1,4 +1,4 @@
-"""The contract's arithmetic: one prediction seen four ways, and guidance as a wrapper."""
+"""The contract's arithmetic: a prediction in every parameterisation, and guidance as a wrapper."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Guided, Prediction
 
@@ -19,8 +20,8 @@ def noisy(seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_a_prediction_survives_every_parameterisation(kind: PredictionType, schedule: NoiseSchedule) -> None:
     x_t, eps = noisy(0), noisy(1)
-    first = Prediction.of(eps, x_t, T, schedule, "epsilon")
-    again = Prediction.of(
+    first = Prediction.from_output(eps, x_t, T, schedule, "epsilon")
+    again = Prediction.from_output(
         {"epsilon": first.eps, "v_prediction": first.v, "sample": first.x0}[kind], x_t, T, schedule, kind
     )
     for name, one, two in (
@@ -40,31 +41,34 @@ def test_score_is_the_gradient_of_the_log_density(gaussian: Any, schedule: Noise
     variance = schedule.alpha(T).double() ** 2 * std**2 + schedule.sigma(T).double() ** 2
     log_density = -0.5 * (x_t - schedule.alpha(T).double() * mean).square() / variance
     (expected,) = torch.autograd.grad(log_density.sum(), x_t)
-    told = gaussian(std).predict(x_t.detach(), T, torch.full((3, 1, 1), mean, dtype=torch.float64)).score
-    torch.testing.assert_close(told, expected, atol=1e-5, rtol=1e-5)
+    conditioning = Conditioning(torch.full((3, 1, 1), mean, dtype=torch.float64))
+    score = gaussian(std).predict(x_t.detach(), T, conditioning).score
+    torch.testing.assert_close(score, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_guided_equals_two_calls(gaussian: Any) -> None:
     model, x_t = gaussian(0.5), noisy().float()
-    empty, bound = torch.zeros(1, 1, 1), torch.tensor([1.0, 2.0, 3.0])[:, None, None]
-    free, told = model.predict(x_t, T, empty.expand(3, 1, 1)), model.predict(x_t, T, bound)
-    model.asked.clear()
+    uncond = Conditioning(torch.zeros(1, 1, 1))
+    conditioning = Conditioning(torch.tensor([1.0, 2.0, 3.0])[:, None, None])
+    eps_uncond, eps_cond = (model.predict(x_t, T, c).eps for c in (uncond.expand(3), conditioning))
+    model.queries.clear()
     for scale in (0.0, 3.0, 7.5):
-        got = Guided(model, empty, scale).predict(x_t, T, bound)
-        torch.testing.assert_close(got.eps, free.eps + scale * (told.eps - free.eps))
+        got = Guided(model, uncond, scale).predict(x_t, T, conditioning)
+        torch.testing.assert_close(got.eps, eps_uncond + scale * (eps_cond - eps_uncond))
         torch.testing.assert_close(got.x0, (x_t - got.sigma * got.eps) / got.alpha, atol=1e-4, rtol=1e-4)
-    assert [len(condition) for condition in model.asked] == [6, 6, 6]  # one batched call each
+    assert [len(embedding) for embedding in model.queries] == [6, 6, 6]  # one batched call each
 
 
-def test_scale_one_never_asks_the_unconditional(gaussian: Any) -> None:
-    model, x_t, bound = gaussian(0.5), noisy().float(), torch.ones(3, 1, 1)
-    got = Guided(model, torch.full((1, 1, 1), 9.0), 1.0).predict(x_t, T, bound)
-    torch.testing.assert_close(got.eps, gaussian(0.5).predict(x_t, T, bound).eps)
-    assert len(model.asked) == 1 and model.asked[0].equal(bound)
+def test_scale_one_does_not_evaluate_the_unconditional(gaussian: Any) -> None:
+    model, x_t, conditioning = gaussian(0.5), noisy().float(), Conditioning(torch.ones(3, 1, 1))
+    uncond = Conditioning(torch.full((1, 1, 1), 9.0))
+    got = Guided(model, uncond, 1.0).predict(x_t, T, conditioning)
+    torch.testing.assert_close(got.eps, gaussian(0.5).predict(x_t, T, conditioning).eps)
+    assert len(model.queries) == 1 and model.queries[0].equal(conditioning.embedding)
 
 
-def test_chunk_parts_all_fields_alike(gaussian: Any) -> None:
-    whole = gaussian(1.0).predict(torch.cat([noisy(0), noisy(1)]), T.repeat(2), torch.zeros(6, 1, 1))
+def test_chunk_splits_every_field(gaussian: Any) -> None:
+    whole = gaussian(1.0).predict(torch.cat([noisy(0), noisy(1)]), T.repeat(2), Conditioning(torch.zeros(6, 1, 1)))
     second = whole.chunk(2)[1]
     for part, full in (
         (second.x0, whole.x0),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.objectives.algebra import (
     DistillationOutput,
     PromptConditionings,
     ScoreDistillation,
+    encode_prompts,
     surrogate_loss,
-    text_conditions,
     time_weight,
 )
 from distill.objectives.options import (
@@ -29,16 +30,17 @@ from distill.runtime.errors import UserError
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")
 
 
-def at(share: float) -> TimestepSampler:
-    return TimestepSampler(share, (share, share))
+def fixed_time(fraction: float) -> TimestepSampler:
+    return TimestepSampler(fraction, (fraction, fraction))
 
 
 def means(
     conditional: float, unconditional: float, count: int, negative: float | None = None
 ) -> PromptConditionings:
-    one = torch.ones(1, 1, 1)
-    states = {"conditional": one.expand(count, 1, 1) * conditional, "unconditional": one * unconditional}
-    return PromptConditionings(states if negative is None else {**states, "negative": one * negative})
+    values = {"unconditional": unconditional} | ({} if negative is None else {"negative": negative})
+    shared = {name: Conditioning(torch.full((1, 1, 1), value)) for name, value in values.items()}
+    own = Conditioning(torch.full((count, 1, 1), conditional))
+    return PromptConditionings({"conditional": own, **shared})
 
 
 def teacher(prompt: str = "conditional", coefficient: float | LinearSchedule = 1.0) -> Term:
@@ -46,27 +48,27 @@ def teacher(prompt: str = "conditional", coefficient: float | LinearSchedule = 1
 
 
 def sds(
-    scale: float = 1.0, weight: Weight = "sigma_squared", share: float = 0.5, clip: float = 0.0
+    scale: float = 1.0, weight: Weight = "sigma_squared", fraction: float = 0.5, clip: float = 0.0
 ) -> ObjectiveOptions:
     return ObjectiveOptions(
-        (Term("teacher", guidance=scale), Term("noise", -1.0)), weight, at(share), clip=clip
+        (Term("teacher", guidance=scale), Term("noise", -1.0)), weight, fixed_time(fraction), clip=clip
     )
 
 
-def distilled(
-    model: Any, options: ObjectiveOptions, latents: Tensor, conditions: PromptConditionings, seed: int = 0
+def distill_step(
+    model: Any, options: ObjectiveOptions, latents: Tensor, conditionings: PromptConditionings, seed: int = 0
 ) -> DistillationOutput:
-    return ScoreDistillation(model, options)(latents, conditions, 0.0, torch.Generator().manual_seed(seed))
+    return ScoreDistillation(model, options)(latents, conditionings, 0.0, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 def test_mean_sds_gradient_is_its_closed_form(
-    weight: Weight, share: float, gaussian: Any, schedule: NoiseSchedule
+    weight: Weight, fraction: float, gaussian: Any, schedule: NoiseSchedule
 ) -> None:
     count, std, mean, z = 20_000, 0.5, 0.3, 1.1
-    result = distilled(
-        gaussian(std), sds(1.0, weight, share), torch.full((count, 1, 1, 1), z), means(mean, 0, count)
+    result = distill_step(
+        gaussian(std), sds(1.0, weight, fraction), torch.full((count, 1, 1, 1), z), means(mean, 0, count)
     )
     alpha, sigma = schedule.alpha(result.t[:1]).double(), schedule.sigma(result.t[:1]).double()
     factor = {
@@ -83,7 +85,7 @@ def test_mean_sds_gradient_is_its_closed_form(
 
 def test_loss_gradient_is_g_over_the_batch(gaussian: Any) -> None:
     latents = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    result = distilled(gaussian(0.5), sds(7.5), latents, means(1, 0, 3))
+    result = distill_step(gaussian(0.5), sds(7.5), latents, means(1, 0, 3))
     result.loss.backward()
     assert not result.gradient.requires_grad
     torch.testing.assert_close(latents.grad, result.gradient / 3)
@@ -96,77 +98,86 @@ def test_surrogate_loss_by_hand() -> None:
 
 
 def test_one_call_a_step_and_only_what_is_needed(gaussian: Any) -> None:
-    latents, conditions = torch.zeros(3, 1, 2, 2), means(1, 5, 3, 7)
+    latents, conditionings = torch.zeros(3, 1, 2, 2), means(1, 5, 3, 7)
     model = gaussian(0.5)
-    distilled(model, sds(1.0), latents, conditions)
-    assert len(model.asked) == 1 and model.asked[0].equal(conditions.states["conditional"])
+    distill_step(model, sds(1.0), latents, conditionings)
+    assert len(model.queries) == 1 and model.queries[0].equal(conditionings.by_name["conditional"].embedding)
     every = (
         Term("teacher", guidance=7.5),
         teacher("negative", -0.5),
         teacher("unconditional", 0.2),
         Term("noise", -1.0),
     )
-    result = distilled(model, ObjectiveOptions(every), latents, conditions)
-    assert len(model.asked) == 2 and sorted(model.asked[1].flatten().tolist()) == [1] * 3 + [5] * 3 + [7] * 3
+    result = distill_step(model, ObjectiveOptions(every), latents, conditionings)
+    assert (
+        len(model.queries) == 2 and sorted(model.queries[1].flatten().tolist()) == [1] * 3 + [5] * 3 + [7] * 3
+    )
     assert set(result.predictions) == {"conditional", "unconditional", "negative"}
     assert len(result.predictions["negative"].eps) == 3
 
 
-def test_the_noise_alone_asks_nobody(gaussian: Any) -> None:
+def test_a_noise_term_alone_needs_no_model(gaussian: Any) -> None:
     model = gaussian(0.5)
-    result = distilled(
+    result = distill_step(
         model, ObjectiveOptions((Term("noise", 2.0),), "one"), torch.zeros(2, 1, 2, 2), means(1, 0, 2)
     )
-    assert model.asked == [] and float(result.gradient.abs().mean()) > 0.5
+    assert model.queries == [] and float(result.gradient.abs().mean()) > 0.5
 
 
 def test_g_is_linear_in_the_guidance_scale(gaussian: Any) -> None:
-    latents, conditions = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1)), means(1, 0, 3)
+    latents, conditionings = (
+        torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1)),
+        means(1, 0, 3),
+    )
     one, three, high = (
-        distilled(gaussian(0.5), sds(scale), latents, conditions).gradient for scale in (1.0, 3.0, 100.0)
+        distill_step(gaussian(0.5), sds(scale), latents, conditionings).gradient
+        for scale in (1.0, 3.0, 100.0)
     )
     torch.testing.assert_close((high - one) / 99, (three - one) / 2, atol=1e-5, rtol=1e-4)
     assert float((three - one).abs().max()) > 1e-2
 
 
-def test_each_term_takes_its_own_condition(gaussian: Any, schedule: NoiseSchedule) -> None:
-    latents, conditions = torch.zeros(2, 1, 1, 1), means(1.0, 2.0, 2, 4.0)
-    told = {}
+def test_each_term_takes_its_own_conditioning(gaussian: Any, schedule: NoiseSchedule) -> None:
+    latents, conditionings = torch.zeros(2, 1, 1, 1), means(1.0, 2.0, 2, 4.0)
+    outputs = {}
     for name in ("conditional", "unconditional", "negative"):
-        told[name] = distilled(
-            gaussian(0.5), ObjectiveOptions((teacher(name),), "one", at(0.4)), latents, conditions
+        outputs[name] = distill_step(
+            gaussian(0.5), ObjectiveOptions((teacher(name),), "one", fixed_time(0.4)), latents, conditionings
         )
-    t = told["negative"].t
+    t = outputs["negative"].t
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     per_mean = -sigma * alpha / (alpha**2 * 0.25 + sigma**2)
-    torch.testing.assert_close(told["unconditional"].gradient - told["conditional"].gradient, per_mean)
-    torch.testing.assert_close(told["negative"].gradient - told["conditional"].gradient, 3 * per_mean)
+    torch.testing.assert_close(outputs["unconditional"].gradient - outputs["conditional"].gradient, per_mean)
+    torch.testing.assert_close(outputs["negative"].gradient - outputs["conditional"].gradient, 3 * per_mean)
     mixed = (teacher("conditional", 3.0), teacher("negative", -0.5))
-    got = distilled(gaussian(0.5), ObjectiveOptions(mixed, "one", at(0.4)), latents, conditions).gradient
-    torch.testing.assert_close(got, 3 * told["conditional"].gradient - 0.5 * told["negative"].gradient)
+    got = distill_step(
+        gaussian(0.5), ObjectiveOptions(mixed, "one", fixed_time(0.4)), latents, conditionings
+    ).gradient
+    torch.testing.assert_close(got, 3 * outputs["conditional"].gradient - 0.5 * outputs["negative"].gradient)
 
 
 def test_a_negative_term_needs_a_negative_prompt(gaussian: Any) -> None:
     with pytest.raises(UserError, match="negative_prompt"):
-        distilled(
+        distill_step(
             gaussian(0.5), ObjectiveOptions((teacher("negative"),)), torch.zeros(1, 1, 2, 2), means(1, 0, 1)
         )
 
 
-def test_text_conditions_are_those_asked_for() -> None:
-    def encode(prompts: Any) -> Tensor:
-        return torch.tensor([float(len(prompt)) for prompt in prompts])[:, None, None]
+def test_only_the_prompts_of_the_terms_are_encoded() -> None:
+    def encode(prompts: Any) -> Conditioning:
+        return Conditioning(torch.tensor([float(len(prompt)) for prompt in prompts])[:, None, None])
 
-    asked = ObjectiveOptions(
+    def lengths(conditionings: PromptConditionings) -> dict[str, list[float]]:
+        return {name: value.embedding.flatten().tolist() for name, value in conditionings.by_name.items()}
+
+    options = ObjectiveOptions(
         (Term("teacher", guidance=3.0), teacher("negative"), teacher("bad")), prompts={"bad": "{prompt}!"}
     )
-    plain = text_conditions(encode, ["ab", "abc"], ObjectiveOptions((teacher(),)))
-    assert {name: states.flatten().tolist() for name, states in plain.states.items()} == {
-        "conditional": [2, 3]
-    }
-    full = text_conditions(encode, ["ab", "abc"], asked, "abcd")
-    told = {name: states.flatten().tolist() for name, states in full.states.items()}
-    assert told == {"conditional": [2, 3], "unconditional": [0], "negative": [4], "bad": [3, 4]}
+    plain = encode_prompts(encode, ["ab", "abc"], ObjectiveOptions((teacher(),)))
+    assert lengths(plain) == {"conditional": [2, 3]}
+    full = encode_prompts(encode, ["ab", "abc"], options, "abcd")
+    expected = {"conditional": [2, 3], "unconditional": [0], "negative": [4], "bad": [3, 4]}
+    assert lengths(full) == expected
 
 
 @pytest.mark.parametrize("limit", [0.05, 1e6])
@@ -175,11 +186,13 @@ def test_clip_bounds_each_sample_by_itself(limit: float, gaussian: Any) -> None:
         torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1))
         * torch.tensor([0.0, 1, 10, 100])[:, None, None, None]
     )
-    free = distilled(gaussian(0.1), sds(), latents, means(0, 0, 4)).gradient
-    bound = distilled(gaussian(0.1), sds(clip=limit), latents, means(0, 0, 4)).gradient
-    size = free.square().mean((1, 2, 3)).sqrt()
-    torch.testing.assert_close(bound.square().mean((1, 2, 3)).sqrt(), size.clamp(max=limit))
-    torch.testing.assert_close(torch.cosine_similarity(free.flatten(1), bound.flatten(1)), torch.ones(4))
+    unclipped = distill_step(gaussian(0.1), sds(), latents, means(0, 0, 4)).gradient
+    clipped = distill_step(gaussian(0.1), sds(clip=limit), latents, means(0, 0, 4)).gradient
+    size = unclipped.square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(clipped.square().mean((1, 2, 3)).sqrt(), size.clamp(max=limit))
+    torch.testing.assert_close(
+        torch.cosine_similarity(unclipped.flatten(1), clipped.flatten(1)), torch.ones(4)
+    )
 
 
 def test_weights_by_hand() -> None:
@@ -190,7 +203,7 @@ def test_weights_by_hand() -> None:
 
 
 def test_times_fill_the_range() -> None:
-    t = TimestepSampler(0.02, (0.98, 0.98)).draw(20_000, 1000, 0.0, torch.Generator().manual_seed(0))
+    t = TimestepSampler(0.02, (0.98, 0.98)).sample(20_000, 1000, 0.0, torch.Generator().manual_seed(0))
     assert t.dtype == torch.int64 and (int(t.min()), int(t.max())) == (20, 979)
     assert abs(float(t.float().mean()) - 499.5) < 10 and abs(float(t.float().std()) - 959 / 12**0.5) < 6
 
@@ -200,33 +213,33 @@ def test_the_upper_end_anneals() -> None:
     assert [linear.upper(p) for p in (0, 0.25, 0.5, 1)] == pytest.approx([0.98, 0.74, 0.5, 0.5])
     assert [root.upper(p) for p in (0, 0.125, 0.5, 1)] == pytest.approx([0.98, 0.74, 0.5, 0.5])
     assert TimestepSampler(0.02, (0.98, 0.5), "none").upper(1.0) == 0.98
-    assert int(linear.draw(5000, 1000, 1.0, torch.Generator().manual_seed(0)).max()) in (499, 500)
+    assert int(linear.sample(5000, 1000, 1.0, torch.Generator().manual_seed(0)).max()) in (499, 500)
 
 
-def test_one_time_a_batch() -> None:
+def test_a_shared_timestep_is_one_a_batch() -> None:
     generator = torch.Generator().manual_seed(0)
-    drawn = [
-        TimestepSampler(shared_timestep=True).draw(8, 1000, 0.0, generator).unique().tolist()
+    samples = [
+        TimestepSampler(shared_timestep=True).sample(8, 1000, 0.0, generator).unique().tolist()
         for _ in range(4)
     ]
-    assert all(len(times) == 1 for times in drawn) and len({times[0] for times in drawn}) > 1
-    assert len(TimestepSampler().draw(8, 1000, 0.0, generator).unique()) > 1
+    assert all(len(times) == 1 for times in samples) and len({times[0] for times in samples}) > 1
+    assert len(TimestepSampler().sample(8, 1000, 0.0, generator).unique()) > 1
 
 
 @pytest.mark.parametrize(
     "given", [{"low": -0.1}, {"low": 0.99}, {"high": (0.98, 1.1)}, {"high": (0.98, 0.01)}, {"until": 0.0}]
 )
-def test_refuses_impossible_times(given: dict[str, Any]) -> None:
+def test_impossible_times_raise(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="expected 0 <= low"):
         TimestepSampler(**given)
 
 
-def test_refuses_no_terms() -> None:
+def test_no_terms_raise() -> None:
     with pytest.raises(UserError, match="at least one term"):
         ObjectiveOptions(())
 
 
-def test_an_infinite_weight_is_refused(gaussian: Any) -> None:
+def test_an_infinite_weight_raises(gaussian: Any) -> None:
     """On a schedule with zero terminal SNR, sigma / alpha at the last level divides by 0."""
     model = gaussian(0.5)
     model.schedule = NoiseSchedule(torch.linspace(0.99, 0.0, 1000))
@@ -238,9 +251,11 @@ def test_an_infinite_weight_is_refused(gaussian: Any) -> None:
 def test_clamp_bounds_each_element_before_the_norm(gaussian: Any) -> None:
     latents = torch.tensor([0.0, 1.0, 100.0]).view(1, 3, 1, 1).expand(2, 3, 1, 1)
     options = replace(sds(), noise=NoiseSource("fixed"))
-    free = distilled(gaussian(0.1), options, latents, means(0, 0, 2)).gradient
-    bound = distilled(gaussian(0.1), replace(options, clamp=0.3), latents, means(0, 0, 2)).gradient
-    torch.testing.assert_close(bound, free.clamp(-0.3, 0.3))
-    assert float(free.abs().max()) > 0.3
-    both = distilled(gaussian(0.1), replace(options, clamp=0.3, clip=0.01), latents, means(0, 0, 2)).gradient
-    torch.testing.assert_close(both.square().mean((1, 2, 3)).sqrt(), torch.full((2,), 0.01))
+    unclamped = distill_step(gaussian(0.1), options, latents, means(0, 0, 2)).gradient
+    clamped = distill_step(gaussian(0.1), replace(options, clamp=0.3), latents, means(0, 0, 2)).gradient
+    torch.testing.assert_close(clamped, unclamped.clamp(-0.3, 0.3))
+    assert float(unclamped.abs().max()) > 0.3
+    clipped = distill_step(
+        gaussian(0.1), replace(options, clamp=0.3, clip=0.01), latents, means(0, 0, 2)
+    ).gradient
+    torch.testing.assert_close(clipped.square().mean((1, 2, 3)).sqrt(), torch.full((2,), 0.01))

@@ -1,4 +1,6 @@
-"""Every loss of configs/objective on teachers known in closed form: its mean gradient against arithmetic, its cost against a count."""
+"""Every loss of configs/objective on closed-form teachers: its mean gradient against arithmetic, its NFE
+counted.
+"""
 
 import itertools
 import math
@@ -12,6 +14,7 @@ import yaml
 from command_line import ROOT
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.core.score import NFECounter, Prediction, ScoreModel
 from distill.objectives.algebra import DistillationOutput, PromptConditionings, ScoreDistillation
@@ -29,13 +32,17 @@ from distill.teacher.mixture import Mixture, MixtureTeacher
 
 CONFIGS = ROOT / "configs" / "objective"
 LOSSES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-SHARE = 0.45  # the t / T of the closed forms
+FRACTION = 0.45  # the t / T of the closed forms
 
 
-def load(name: str, share: float | None = SHARE) -> ObjectiveOptions:
+def load(name: str, fraction: float | None = FRACTION) -> ObjectiveOptions:
     """A config as scripts read it, at one time."""
     options = build(ObjectiveOptions, yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()), name)
-    return options if share is None else replace(options, time=TimestepSampler(share, (share, share)))
+    return (
+        options
+        if fraction is None
+        else replace(options, time=TimestepSampler(fraction, (fraction, fraction)))
+    )
 
 
 def mixture() -> Mixture:
@@ -45,11 +52,11 @@ def mixture() -> Mixture:
     return Mixture(means, stds, torch.tensor([0.3, 0.2, 0.1, 0.4], dtype=torch.float64), ("a", "a", "b", "b"))
 
 
-def states(teacher: MixtureTeacher, count: int) -> PromptConditionings:
-    """Class a, told apart from the whole; class b as negative, reference and other view."""
-    a, b, free = teacher.encode_text(["a"] * count), teacher.encode_text(["b"]), teacher.encode_text([""])
-    rest = {name: b for name in ("negative", "reference", "bad", "other_view_0", "other_view_1", "critic")}
-    return PromptConditionings({"conditional": a, "unconditional": free, **rest})
+def prompts(teacher: MixtureTeacher, count: int) -> PromptConditionings:
+    """Class a as the prompt; class b as negative, reference and Perp-Neg prompt."""
+    a, b, uncond = teacher.encode_text(["a"] * count), teacher.encode_text(["b"]), teacher.encode_text([""])
+    rest = {name: b for name in ("negative", "reference", "bad", "perp_neg_0", "perp_neg_1", "critic")}
+    return PromptConditionings({"conditional": a, "unconditional": uncond, **rest})
 
 
 def line(name: str, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
@@ -64,8 +71,8 @@ def line(name: str, x: np.ndarray, alpha: float, sigma: float) -> np.ndarray:
     return top / bottom
 
 
-def levels(schedule: NoiseSchedule, share: float = SHARE) -> tuple[float, float]:
-    t = torch.tensor([round(share * (schedule.num_train_timesteps - 1))])
+def levels(schedule: NoiseSchedule, fraction: float = FRACTION) -> tuple[float, float]:
+    t = torch.tensor([round(fraction * (schedule.num_train_timesteps - 1))])
     return float(schedule.alpha(t)), float(schedule.sigma(t))
 
 
@@ -73,13 +80,13 @@ def expected(name: str, z: float, alpha: float, sigma: float) -> float:
     """The mean of g over fresh noise, by Gauss-Hermite quadrature of 200 points."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(200)
     x, weights = alpha * z + sigma * nodes, weights / weights.sum()
-    a, b, free = (line(key, x, alpha, sigma) for key in ("a", "b", "all"))
-    guided = {scale: free + scale * (a - free) for scale in (7.5, 10.0, 20.0)}
+    a, b, uncond = (line(key, x, alpha, sigma) for key in ("a", "b", "all"))
+    guided = {scale: uncond + scale * (a - uncond) for scale in (7.5, 10.0, 20.0)}
     total = {
         "sds": sigma**2 * guided[20.0],
         "sjc": guided[10.0],
-        "csd": sigma**2 * (a - free),
-        "nfsd": sigma**2 * (7.5 * (a - free) + free - b),
+        "csd": sigma**2 * (a - uncond),
+        "nfsd": sigma**2 * (7.5 * (a - uncond) + uncond - b),
         "sds_bridge": sigma**2 * guided[10.0],
         "hifa": sigma**2 * guided[10.0],
         "vsd": sigma**2 * (guided[7.5] - b),
@@ -90,65 +97,63 @@ def expected(name: str, z: float, alpha: float, sigma: float) -> float:
 
 @pytest.mark.parametrize("name", ["sds", "sjc", "csd", "nfsd", "sds_bridge", "hifa", "vsd", "diff_instruct"])
 def test_mean_gradient_is_its_closed_form(name: str, schedule: NoiseSchedule) -> None:
-    """40,000 draws of fresh noise against quadrature, within four standard errors that are small beside the value."""
+    """40,000 draws of fresh noise against quadrature, within four standard errors."""
     count, z = 40_000, 0.3
     teacher = MixtureTeacher(mixture(), schedule)
-    conditions = states(teacher, count)
-    if name == "diff_instruct":  # the critic is told the prompt; here it stands for another class
-        conditions = PromptConditionings(
-            {**conditions.states, "conditional": conditions.states["conditional"]}
-        )
-    critic = Switched(teacher, conditions.states["critic"]) if load(name).needs_critic else None
+    conditionings = prompts(teacher, count)
+    # a critic that predicts class b under any prompt
+    critic = FixedPrompt(teacher, conditionings.by_name["critic"]) if load(name).needs_critic else None
     loss = ScoreDistillation(teacher, load(name), critic, decode=lambda latents: latents)
     latents = torch.full((count, 1, 1, 1), z, dtype=torch.float64)
-    told = loss(latents, conditions, 0.0, torch.Generator().manual_seed(0)).gradient
-    error = float(told.std()) / count**0.5
+    output = loss(latents, conditionings, 0.0, torch.Generator().manual_seed(0)).gradient
+    error = float(output.std()) / count**0.5
     value = expected(name, z, *levels(schedule))
-    assert abs(float(told.mean()) - value) < 4 * error
-    assert abs(value) > 10 * error  # another weight or term would be seen
+    assert abs(float(output.mean()) - value) < 4 * error
+    assert abs(value) > 10 * error  # a wrong weight or term would exceed the tolerance
 
 
-class Switched(ScoreModel):
-    """A model that is told one condition whatever it is asked."""
+class FixedPrompt(ScoreModel):
+    """A model that ignores its conditioning in favour of a fixed one."""
 
-    def __init__(self, model: ScoreModel, condition: Tensor) -> None:
-        self.model, self.condition, self.schedule = model, condition, model.schedule
+    def __init__(self, model: ScoreModel, fixed: Conditioning) -> None:
+        self.model, self.fixed, self.schedule = model, fixed, model.schedule
 
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        return self.model.predict(x_t, t, self.condition.expand(len(x_t), -1, -1))
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        return self.model.predict(x_t, t, self.fixed.expand(len(x_t)))
 
 
 def gauss_flow(
     z: float, mean: float, std: float, alpha: float, sigma: float, first: tuple[float, float]
 ) -> float:
-    """Where the probability-flow ODE of N(mean, std^2) carries z from the first level (Song et al. 2021): quantiles stay."""
-    spread = math.sqrt((alpha**2 * std**2 + sigma**2) / (first[0] ** 2 * std**2 + first[1] ** 2))
-    return alpha * mean + spread * (z - first[0] * mean)
+    """z at the first level after the probability-flow ODE of N(mean, std^2), which keeps quantiles."""
+    std_ratio = math.sqrt((alpha**2 * std**2 + sigma**2) / (first[0] ** 2 * std**2 + first[1] ** 2))
+    return alpha * mean + std_ratio * (z - first[0] * mean)
 
 
 def test_inversion_follows_the_exact_flow(gaussian: Any, schedule: NoiseSchedule) -> None:
-    """ISM and SDI rest on it: with many steps x_t and the earlier point are where the ODE of a Gaussian carries them."""
+    """With many steps x_t and the earlier point (ISM, SDI) lie on the exact ODE of a Gaussian."""
     from distill.objectives.inversion import invert
 
     z, mean, std = 1.1, 0.3, 0.5
     t = torch.tensor([700])
-    path = invert(
+    trajectory = invert(
         gaussian(std),
         torch.full((1, 1, 1, 1), z),
         t,
-        {"conditional": torch.full((1, 1, 1), mean)},
+        {"conditional": Conditioning(torch.full((1, 1, 1), mean))},
         1.0,
         600,
         100,
     )
     first = levels(schedule, 0.0)
-    for x, at in ((path.x_t, t), (path.x_s, path.s)):
-        exact = gauss_flow(z, mean, std, float(schedule.alpha(at)), float(schedule.sigma(at)), first)
+    for x, time in ((trajectory.x_t, t), (trajectory.x_s, trajectory.s)):
+        alpha, sigma = float(schedule.alpha(time)), float(schedule.sigma(time))
+        exact = gauss_flow(z, mean, std, alpha, sigma, first)
         assert float(x) == pytest.approx(exact, abs=0.01)
-    assert int(path.s) == 600
+    assert int(trajectory.s) == 600
 
 
-def slow_path(
+def slow_inversion(
     z: float, t: int, steps: int, gap: int, guidance: float, schedule: NoiseSchedule
 ) -> tuple[float, float, int]:
     """DDIM inversion in numpy, step by step: x_t, x_s and s."""
@@ -156,23 +161,23 @@ def slow_path(
     x = before = z
     for now, following in itertools.pairwise(times):
         alpha, sigma = (float(f(torch.tensor([now]))) for f in (schedule.alpha, schedule.sigma))
-        free, bound = (float(line(key, np.array(x), alpha, sigma)) for key in ("all", "a"))
-        eps = free + guidance * (bound - free)
+        uncond, cond = (float(line(key, np.array(x), alpha, sigma)) for key in ("all", "a"))
+        eps = uncond + guidance * (cond - uncond)
         later = [float(f(torch.tensor([following]))) for f in (schedule.alpha, schedule.sigma)]
         before, x = x, later[0] * (x - sigma * eps) / alpha + later[1] * eps
     return x, before, times[-2]
 
 
 @pytest.mark.parametrize("name", ["ism", "sdi"])
-def test_losses_on_an_inversion_path_against_a_slow_one(name: str, schedule: NoiseSchedule) -> None:
+def test_losses_on_an_inversion_trajectory_against_a_slow_one(name: str, schedule: NoiseSchedule) -> None:
     """They have no noise to average: g itself is compared."""
     z, options = 0.3, load(name)
-    t = round(SHARE * (schedule.num_train_timesteps - 1))
+    t = round(FRACTION * (schedule.num_train_timesteps - 1))
     gap = round(0.1 * schedule.num_train_timesteps) if name == "ism" else 0
-    x_t, x_s, s = slow_path(z, t, options.noise.steps, gap, options.noise.guidance, schedule)
+    x_t, x_s, s = slow_inversion(z, t, options.noise.steps, gap, options.noise.guidance, schedule)
     alpha, sigma = levels(schedule)
-    free, bound = (float(line(key, np.array(x_t), alpha, sigma)) for key in ("all", "a"))
-    guided = free + 7.5 * (bound - free)
+    uncond, cond = (float(line(key, np.array(x_t), alpha, sigma)) for key in ("all", "a"))
+    guided = uncond + 7.5 * (cond - uncond)
     if name == "ism":
         early = [float(f(torch.tensor([s]))) for f in (schedule.alpha, schedule.sigma)]
         value = sigma / alpha * (guided - float(line("all", np.array(x_s), *early)))
@@ -180,26 +185,30 @@ def test_losses_on_an_inversion_path_against_a_slow_one(name: str, schedule: Noi
         value = z - (x_t - sigma * guided) / alpha  # the paper's own form
     teacher = MixtureTeacher(mixture(), schedule)
     latents = torch.full((2, 1, 1, 1), z, dtype=torch.float64)
-    told = ScoreDistillation(teacher, options)(latents, states(teacher, 2), 0.0, torch.Generator()).gradient
-    assert told.flatten().tolist() == pytest.approx([value, value], rel=1e-4)
+    output = ScoreDistillation(teacher, options)(
+        latents, prompts(teacher, 2), 0.0, torch.Generator()
+    ).gradient
+    assert output.flatten().tolist() == pytest.approx([value, value], rel=1e-4)
 
 
 def test_recon_is_half_the_squared_distance_to_x0(schedule: NoiseSchedule) -> None:
-    """Without rescale g = z - x0_hat; with all of it x0_hat has the spread of the unguided one."""
+    """Without rescale g = z - x0_hat; with full rescale x0_hat has the standard deviation of the unguided
+    one.
+    """
     teacher = MixtureTeacher(wide_mixture(), schedule)
     z = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    conditions = states(teacher, 3)
+    conditionings = prompts(teacher, 3)
     options = load("recon")
     plain = replace(options, terms=(replace(options.terms[0], rescale=0.0), options.terms[1]))
-    told = run(teacher, plain, z, conditions)
-    guided = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 10.0)
-    torch.testing.assert_close(told.gradient, z - guided.x0, atol=1e-5, rtol=1e-5)
+    output = run(teacher, plain, z, conditionings)
+    guided = output.predictions["unconditional"].extrapolate(output.predictions["conditional"], 10.0)
+    torch.testing.assert_close(output.gradient, z - guided.x0, atol=1e-5, rtol=1e-5)
     whole = replace(options, terms=(replace(options.terms[0], rescale=1.0), options.terms[1]))
-    x0 = z - run(teacher, whole, z, conditions).gradient
-    spread = [value.std((1, 2, 3)) for value in (x0, told.predictions["conditional"].x0, guided.x0)]
-    torch.testing.assert_close(spread[0], spread[1], atol=1e-5, rtol=1e-4)
-    assert float((spread[2] - spread[1]).abs().min()) > 0.01
-    half = z - run(teacher, options, z, conditions).gradient
+    x0 = z - run(teacher, whole, z, conditionings).gradient
+    stds = [value.std((1, 2, 3)) for value in (x0, output.predictions["conditional"].x0, guided.x0)]
+    torch.testing.assert_close(stds[0], stds[1], atol=1e-5, rtol=1e-4)
+    assert float((stds[2] - stds[1]).abs().min()) > 0.01
+    half = z - run(teacher, options, z, conditionings).gradient
     torch.testing.assert_close(half, (x0 + guided.x0) / 2, atol=1e-5, rtol=1e-5)
 
 
@@ -213,121 +222,133 @@ def wide_mixture() -> Mixture:
 
 
 def run(
-    teacher: ScoreModel, options: ObjectiveOptions, z: Tensor, conditions: PromptConditionings, **more: Tensor
+    teacher: ScoreModel,
+    options: ObjectiveOptions,
+    z: Tensor,
+    conditionings: PromptConditionings,
+    **more: Tensor,
 ) -> DistillationOutput:
     return ScoreDistillation(teacher, options, decode=lambda x: x)(
-        z, conditions, 0.0, torch.Generator().manual_seed(0), **more
+        z, conditionings, 0.0, torch.Generator().manual_seed(0), **more
     )
 
 
 def test_perp_neg_by_hand(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = torch.zeros(2, 1, 4, 4, dtype=torch.float64), states(teacher, 2)
-    told = run(teacher, load("sds_perp_neg"), z, conditions)
-    free, bound, other = (
-        told.predictions[name].eps for name in ("unconditional", "conditional", "other_view_0")
+    z, conditionings = torch.zeros(2, 1, 4, 4, dtype=torch.float64), prompts(teacher, 2)
+    output = run(teacher, load("sds_perp_neg"), z, conditionings)
+    uncond, cond, other = (
+        output.predictions[name].eps for name in ("unconditional", "conditional", "perp_neg_0")
     )
-    extrapolate, away = bound - free, other - free
-    flat = (
-        away
-        - (away * extrapolate).sum((1, 2, 3), keepdim=True)
-        / extrapolate.square().sum((1, 2, 3), keepdim=True)
-        * extrapolate
-    )
-    assert (flat * extrapolate).sum((1, 2, 3)).abs().max() < 1e-6 < flat.abs().max()
-    guided = free + 10 * (extrapolate - 0.5 * 2 * flat)  # both other views are class b here
+    direction, repelled = cond - uncond, other - uncond
+    square = direction.square().sum((1, 2, 3), keepdim=True)
+    perpendicular = repelled - (repelled * direction).sum((1, 2, 3), keepdim=True) / square * direction
+    assert (perpendicular * direction).sum((1, 2, 3)).abs().max() < 1e-6 < perpendicular.abs().max()
+    guided = uncond + 10 * (direction - 0.5 * 2 * perpendicular)  # both Perp-Neg prompts are class b here
     torch.testing.assert_close(
-        told.gradient, schedule.sigma(told.t).double() ** 2 * (guided - told.noise), atol=1e-5, rtol=1e-4
+        output.gradient,
+        schedule.sigma(output.t).double() ** 2 * (guided - output.noise),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 
 @pytest.mark.parametrize("guidance", [1.0, 10.0])
 def test_contrast_by_hand(guidance: float, schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = torch.zeros(2, 1, 4, 4, dtype=torch.float64), states(teacher, 2)
+    z, conditionings = torch.zeros(2, 1, 4, 4, dtype=torch.float64), prompts(teacher, 2)
     options = replace(
         load("sds"), terms=(Term("teacher", guidance=guidance, contrast=3.0), Term("noise", -1.0))
     )
-    told = run(teacher, options, z, conditions)
-    bound, other = (
-        told.predictions[name].eps for name in ("conditional", "other_view_0")
-    )  # both other views are class b here
-    free = told.predictions["unconditional"].eps if guidance > 1 else bound
-    wanted = free + guidance * (bound - free) + 3 * (bound - other)
-    assert (bound - other).abs().max() > 1e-3
+    output = run(teacher, options, z, conditionings)
+    cond, other = (
+        output.predictions[name].eps for name in ("conditional", "perp_neg_0")
+    )  # both Perp-Neg prompts are class b
+    uncond = output.predictions["unconditional"].eps if guidance > 1 else cond
+    target = uncond + guidance * (cond - uncond) + 3 * (cond - other)
+    assert (cond - other).abs().max() > 1e-3
     torch.testing.assert_close(
-        told.gradient, schedule.sigma(told.t).double() ** 2 * (wanted - told.noise), atol=1e-5, rtol=1e-4
+        output.gradient,
+        schedule.sigma(output.t).double() ** 2 * (target - output.noise),
+        atol=1e-5,
+        rtol=1e-4,
     )
     with pytest.raises(UserError, match="a term of the noise takes no"):
         Term("noise", contrast=1.0)
 
 
-def test_dds_of_an_image_with_its_own_source_is_nothing(schedule: NoiseSchedule) -> None:
-    """The same image and prompt cancel for every noise; another prompt leaves the difference of two SDS gradients."""
+def test_dds_of_an_image_with_its_own_source_is_zero(schedule: NoiseSchedule) -> None:
+    """The same image and prompt cancel for every noise; another prompt leaves the difference of two SDS
+    gradients.
+    """
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = (
+    z, conditionings = (
         torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
-        states(teacher, 2),
+        prompts(teacher, 2),
     )
-    same = PromptConditionings({**conditions.states, "reference": conditions.states["conditional"]})
+    same = PromptConditionings({**conditionings.by_name, "reference": conditionings.by_name["conditional"]})
     assert float(run(teacher, load("dds"), z, same, reference=z).gradient.abs().max()) < 1e-12
-    told = run(teacher, load("dds"), z, conditions, reference=z + 1).gradient
+    output = run(teacher, load("dds"), z, conditionings, reference=z + 1).gradient
     sds = replace(load("sds"), terms=(Term("teacher", guidance=7.5), Term("noise", -1.0)))
     source = PromptConditionings(
-        {**conditions.states, "conditional": conditions.states["reference"].expand(2, -1, -1)}
+        {**conditionings.by_name, "conditional": conditionings.by_name["reference"].expand(2)}
     )
-    difference = run(teacher, sds, z, conditions).gradient - run(teacher, sds, z + 1, source).gradient
-    torch.testing.assert_close(told, difference)
+    difference = run(teacher, sds, z, conditionings).gradient - run(teacher, sds, z + 1, source).gradient
+    torch.testing.assert_close(output, difference)
     with pytest.raises(UserError, match="give the reference's latents"):
-        run(teacher, load("dds"), z, conditions)
+        run(teacher, load("dds"), z, conditionings)
 
 
-def test_hifa_pulls_the_image_too(schedule: NoiseSchedule) -> None:
+def test_hifa_moves_the_image_too(schedule: NoiseSchedule) -> None:
     """lambda w (alpha / sigma) (x - decoded x0), over the batch, through a decoder that doubles."""
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = torch.zeros(2, 1, 4, 4, dtype=torch.float64), states(teacher, 2)
+    z, conditionings = torch.zeros(2, 1, 4, 4, dtype=torch.float64), prompts(teacher, 2)
     images = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     loss = ScoreDistillation(teacher, load("hifa"), decode=lambda latents: 2 * latents)
-    told = loss(z, conditions, 0.0, torch.Generator().manual_seed(0), images=images)
-    told.loss.backward()
-    x0 = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 10.0).x0
-    alpha, sigma = schedule.alpha(told.t).double(), schedule.sigma(told.t).double()
+    output = loss(z, conditionings, 0.0, torch.Generator().manual_seed(0), images=images)
+    output.loss.backward()
+    x0 = output.predictions["unconditional"].extrapolate(output.predictions["conditional"], 10.0).x0
+    alpha, sigma = schedule.alpha(output.t).double(), schedule.sigma(output.t).double()
     torch.testing.assert_close(
         images.grad, 0.01 * sigma**2 * alpha / sigma * (1 - 2 * x0) / 2, atol=1e-6, rtol=1e-5
     )
 
 
-def test_pixels_have_a_guidance_of_their_own(schedule: NoiseSchedule) -> None:
-    """sds_pixels: the latents' gradient is that of SDS at 20, the pixels are pulled to x0 at 3, from the same two predictions."""
+def test_pixels_have_their_own_guidance(schedule: NoiseSchedule) -> None:
+    """sds_pixels: the latents' gradient is SDS's at 20, the pixels' target x0 at 3, from the same two
+    predictions.
+    """
     teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
-    z, conditions = (
+    z, conditionings = (
         torch.zeros(2, 1, 4, 4, dtype=torch.float64),
-        states(cast(MixtureTeacher, teacher.model), 2),
+        prompts(cast(MixtureTeacher, teacher.model), 2),
     )
     images = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     loss = ScoreDistillation(teacher, load("sds_pixels"), decode=lambda latents: latents)
-    told = loss(z, conditions, 0.0, torch.Generator().manual_seed(0), images=images)
-    told.loss.backward()
-    plain = ScoreDistillation(teacher, load("sds"))(z, conditions, 0.0, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(told.gradient, plain.gradient)
-    x0 = told.predictions["unconditional"].extrapolate(told.predictions["conditional"], 3.0).x0
-    alpha, sigma = schedule.alpha(told.t).double(), schedule.sigma(told.t).double()
+    output = loss(z, conditionings, 0.0, torch.Generator().manual_seed(0), images=images)
+    output.loss.backward()
+    plain = ScoreDistillation(teacher, load("sds"))(z, conditionings, 0.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(output.gradient, plain.gradient)
+    x0 = output.predictions["unconditional"].extrapolate(output.predictions["conditional"], 3.0).x0
+    alpha, sigma = schedule.alpha(output.t).double(), schedule.sigma(output.t).double()
     torch.testing.assert_close(images.grad, 10.0 * sigma * alpha * (1 - x0) / 2, atol=1e-6, rtol=1e-5)
     assert teacher.calls == 2
 
 
 def test_pixels_alone_are_predicted_too(schedule: NoiseSchedule) -> None:
-    """A coefficient of 0 leaves the latents alone; the residual in pixels still asks the teacher, and counts."""
+    """A coefficient of 0 leaves the latents alone; the residual in pixels still needs, and counts, the
+    teacher.
+    """
     options = ObjectiveOptions((Term("teacher", 0.0, guidance=7.5), Term("noise", 0.0)), image=1.0)
     assert options.cost() == 2
     teacher = MixtureTeacher(wide_mixture(), schedule)
     z = torch.zeros(2, 1, 4, 4, dtype=torch.float64)
     images = torch.ones(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     loss = ScoreDistillation(teacher, options, decode=lambda latents: latents)
-    told = loss(z, states(teacher, 2), 0.0, torch.Generator().manual_seed(0), images=images)
-    told.loss.backward()
+    output = loss(z, prompts(teacher, 2), 0.0, torch.Generator().manual_seed(0), images=images)
+    output.loss.backward()
     assert (
-        float(told.gradient.abs().max()) == 0
+        float(output.gradient.abs().max()) == 0
         and images.grad is not None
         and float(images.grad.abs().min()) > 0
     )
@@ -335,59 +356,61 @@ def test_pixels_alone_are_predicted_too(schedule: NoiseSchedule) -> None:
 
 @pytest.mark.parametrize("progress", [0.0, 1.0])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_costs_what_it_says(name: str, progress: float, schedule: NoiseSchedule) -> None:
-    """One batched call of the teacher a step, and one a step of a path; F as `cost` counts it, critic updates apart."""
+def test_stated_nfe_is_the_counted_one(name: str, progress: float, schedule: NoiseSchedule) -> None:
+    """One batched teacher call a step, and one an inversion step; NFE as `cost` counts it without critic
+    updates.
+    """
     plain = MixtureTeacher(wide_mixture(), schedule)
     teacher, critic = NFECounter(plain), NFECounter(plain)
     options = load(name, None)
     loss = ScoreDistillation(teacher, options, critic if options.needs_critic else None, decode=lambda x: x)
     z = torch.zeros(3, 1, 4, 4, dtype=torch.float64)
-    loss(z, states(plain, 3), progress, torch.Generator().manual_seed(0), reference=z)
+    loss(z, prompts(plain, 3), progress, torch.Generator().manual_seed(0), reference=z)
     updates = 0 if options.critic is None else 3 * options.critic.updates
     assert teacher.nfe + critic.nfe == 3 * (options.cost(progress) - updates)
-    path = options.noise.steps + options.noise.has_gap if options.noise.kind == "inversion" else 0
-    assert (teacher.calls, critic.calls) == (1 + path, int(options.needs_critic))
+    inversion = options.noise.steps + options.noise.has_gap if options.noise.kind == "inversion" else 0
+    assert (teacher.calls, critic.calls) == (1 + inversion, int(options.needs_critic))
 
 
-def test_a_loss_that_costs_something_else_stops(
-    schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_stated_nfe_stops_the_run(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    monkeypatch.setattr(LossComponent, "forwards", lambda part, progress: 3)
-    with pytest.raises(RuntimeError, match=r"took 2.0 forward passes a sample where it states 3"):
-        run(teacher, load("sds"), torch.zeros(3, 1, 4, 4, dtype=torch.float64), states(teacher, 3))
+    monkeypatch.setattr(LossComponent, "nfe", lambda part, progress: 3)
+    with pytest.raises(RuntimeError, match=r"took 2.0 NFE a sample but states 3"):
+        run(teacher, load("sds"), torch.zeros(3, 1, 4, 4, dtype=torch.float64), prompts(teacher, 3))
 
 
 def test_stated_costs() -> None:
-    """Facts of the field: SDS is a guided pair, VSD two forwards more and a critic's step, SDI pays for its path."""
+    """SDS is a guided pair, VSD adds one evaluation and a critic update, SDI pays for its inversion."""
     assert [
         load(name).cost() for name in ("sds", "csd", "ism", "sdi", "vsd", "diff_instruct", "sds_perp_neg")
     ] == [2, 2, 8, 22, 6, 5, 4]
     assert [load("sds_bridge").cost(progress) for progress in (0.0, 1.0)] == [2, 2]
 
 
-def test_guidance_one_never_asks_the_unconditional(schedule: NoiseSchedule) -> None:
+def test_guidance_one_does_not_evaluate_the_unconditional(schedule: NoiseSchedule) -> None:
     teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
     plain = replace(load("sds"), terms=(Term("teacher"), Term("noise", -1.0)))
-    told = run(
+    output = run(
         teacher,
         plain,
         torch.zeros(3, 1, 4, 4, dtype=torch.float64),
-        states(cast(MixtureTeacher, teacher.model), 3),
+        prompts(cast(MixtureTeacher, teacher.model), 3),
     )
-    assert teacher.nfe == 3 and set(told.predictions) == {"conditional"}
+    assert teacher.nfe == 3 and set(output.predictions) == {"conditional"}
 
 
 def test_identities(schedule: NoiseSchedule) -> None:
-    """Of the same draws and terms: SJC is SDS / sigma^2, recon without rescale SDS with sigma / alpha, SDS = its conditional part + CSD."""
+    """SJC is SDS / sigma^2; recon without rescale is SDS with sigma / alpha; SDS is its conditional part +
+    CSD.
+    """
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = (
+    z, conditionings = (
         torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64),
-        states(teacher, 3),
+        prompts(teacher, 3),
     )
     guided = (Term("teacher", guidance=10.0), Term("noise", -1.0))
-    sds, sjc = (run(teacher, replace(load(name), terms=guided), z, conditions) for name in ("sds", "sjc"))
-    csd = run(teacher, load("csd"), z, conditions)
+    sds, sjc = (run(teacher, replace(load(name), terms=guided), z, conditionings) for name in ("sds", "sjc"))
+    csd = run(teacher, load("csd"), z, conditionings)
     alpha, sigma = schedule.alpha(sds.t).double(), schedule.sigma(sds.t).double()
     torch.testing.assert_close(sjc.gradient * sigma**2, sds.gradient)
     options = load("recon")
@@ -395,16 +418,16 @@ def test_identities(schedule: NoiseSchedule) -> None:
         teacher,
         replace(options, terms=(replace(options.terms[0], rescale=0.0), options.terms[1])),
         z,
-        conditions,
+        conditionings,
     )
     torch.testing.assert_close(recon.gradient, sds.gradient / sigma**2 * sigma / alpha)
-    bound = run(teacher, replace(load("sds"), terms=(Term("teacher"), Term("noise", -1.0))), z, conditions)
-    torch.testing.assert_close(sds.gradient, bound.gradient + 9 * csd.gradient)
+    cond = run(teacher, replace(load("sds"), terms=(Term("teacher"), Term("noise", -1.0))), z, conditionings)
+    torch.testing.assert_close(sds.gradient, cond.gradient + 9 * csd.gradient)
 
 
-def kl(theta: float, std: float, share: float, schedule: NoiseSchedule) -> float:
+def kl(theta: float, std: float, fraction: float, schedule: NoiseSchedule) -> float:
     """KL(q_t | p_t) of N(theta, std^2) against class a, by quadrature on a fine grid, without any score."""
-    alpha, sigma = levels(schedule, share)
+    alpha, sigma = levels(schedule, fraction)
     x = np.linspace(-8, 8, 40_001)
     v = alpha**2 * std**2 + sigma**2
     q = np.exp(-0.5 * (x - alpha * theta) ** 2 / v) / math.sqrt(2 * math.pi * v)
@@ -415,13 +438,15 @@ def kl(theta: float, std: float, share: float, schedule: NoiseSchedule) -> float
     return float(np.trapezoid(q * (np.log(q + 1e-300) - np.log(p + 1e-300)), x))
 
 
-@pytest.mark.parametrize("share", [0.2, 0.6])
+@pytest.mark.parametrize("fraction", [0.2, 0.6])
 def test_diff_instruct_with_the_exact_critic_is_the_gradient_of_kl(
-    share: float, schedule: NoiseSchedule
+    fraction: float, schedule: NoiseSchedule
 ) -> None:
-    """z = theta + std n: with the generator's own score as critic, (alpha / sigma) E[g] = d KL(q_t | p_t) / d theta."""
+    """z = theta + std n, an exact critic: (alpha / sigma) E[g] = d KL(q_t | p_t) / d theta."""
     theta, std, count, step = 0.1, 0.4, 200_000, 1e-4
-    slope = (kl(theta + step, std, share, schedule) - kl(theta - step, std, share, schedule)) / (2 * step)
+    slope = (kl(theta + step, std, fraction, schedule) - kl(theta - step, std, fraction, schedule)) / (
+        2 * step
+    )
     own = torch.tensor([[[[theta]]]], dtype=torch.float64)
     exact = MixtureTeacher(
         Mixture(own, torch.full_like(own, std), torch.ones(1, dtype=torch.float64), ("own",)), schedule
@@ -429,94 +454,103 @@ def test_diff_instruct_with_the_exact_critic_is_the_gradient_of_kl(
     teacher = MixtureTeacher(mixture(), schedule)
     generator = torch.Generator().manual_seed(0)
     z = theta + std * torch.randn(count, 1, 1, 1, generator=generator, dtype=torch.float64)
-    critic = Switched(exact, exact.encode_text(["own"]))
-    loss = ScoreDistillation(teacher, load("diff_instruct", share), critic)
-    told = loss(z, states(teacher, count), 0.0, generator).gradient
-    alpha, sigma = levels(schedule, share)
-    error = alpha / sigma * float(told.std()) / count**0.5
-    assert abs(alpha / sigma * float(told.mean()) - slope) < 4 * error
+    critic = FixedPrompt(exact, exact.encode_text(["own"]))
+    loss = ScoreDistillation(teacher, load("diff_instruct", fraction), critic)
+    output = loss(z, prompts(teacher, count), 0.0, generator).gradient
+    alpha, sigma = levels(schedule, fraction)
+    error = alpha / sigma * float(output.std()) / count**0.5
+    assert abs(alpha / sigma * float(output.mean()) - slope) < 4 * error
     assert abs(slope) > 30 * error
 
 
-def test_a_critic_that_is_the_teacher_leaves_nothing(schedule: NoiseSchedule) -> None:
+def test_a_critic_equal_to_the_teacher_gives_zero(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions = (
+    z, conditionings = (
         torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
-        states(teacher, 4),
+        prompts(teacher, 4),
     )
-    told = ScoreDistillation(teacher, load("diff_instruct"), teacher)(
-        z, conditions, 0.0, torch.Generator().manual_seed(0)
+    output = ScoreDistillation(teacher, load("diff_instruct"), teacher)(
+        z, conditionings, 0.0, torch.Generator().manual_seed(0)
     )
-    assert float(told.gradient.abs().max()) == 0
+    assert float(output.gradient.abs().max()) == 0
 
 
-def test_two_parts_have_their_own_times_and_share_one_call(schedule: NoiseSchedule) -> None:
-    """Decoupled laws of t: the sum of what each part alone would give."""
+def test_two_components_have_their_own_times_in_one_call(schedule: NoiseSchedule) -> None:
+    """Decoupled timestep samplers: the sum of the gradients of each component alone."""
     teacher = NFECounter(MixtureTeacher(wide_mixture(), schedule))
-    z, conditions = (
+    z, conditionings = (
         torch.zeros(3, 1, 4, 4, dtype=torch.float64),
-        states(cast(MixtureTeacher, teacher.model), 3),
+        prompts(cast(MixtureTeacher, teacher.model), 3),
     )
     fixed = NoiseSource("fixed", seed=5)
     early, late = (
         LossComponent((Term("teacher", c),), "one", TimestepSampler(s, (s, s)), fixed)
         for c, s in ((2.0, 0.2), (-1.0, 0.8))
     )
-    both = run(teacher, ObjectiveOptions(early.terms, "one", early.time, fixed, second=late), z, conditions)
+    joint = run(
+        teacher, ObjectiveOptions(early.terms, "one", early.time, fixed, second=late), z, conditionings
+    )
     assert teacher.calls == 1 and teacher.nfe == 6
     alone = [
-        run(teacher, ObjectiveOptions(part.terms, "one", part.time, fixed), z, conditions).gradient
+        run(teacher, ObjectiveOptions(part.terms, "one", part.time, fixed), z, conditionings).gradient
         for part in (early, late)
     ]
-    torch.testing.assert_close(both.gradient, alone[0] + alone[1])
-    assert len(both.terms) == 2
+    torch.testing.assert_close(joint.gradient, alone[0] + alone[1])
+    assert len(joint.terms) == 2
 
 
 def test_fixed_noise_stays_and_fresh_does_not(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    z, conditions, generator = torch.zeros(2, 1, 4, 4), states(teacher, 2), torch.Generator().manual_seed(0)
+    z, conditionings, generator = (
+        torch.zeros(2, 1, 4, 4),
+        prompts(teacher, 2),
+        torch.Generator().manual_seed(0),
+    )
     for kind, same in (("fixed", True), ("fresh", False)):
         loss = ScoreDistillation(teacher, replace(load("sds"), noise=NoiseSource(kind, seed=1)))  # type: ignore[arg-type]
-        noises = [loss(z, conditions, 0.0, generator).noise for _ in range(2)]
+        noises = [loss(z, conditionings, 0.0, generator).noise for _ in range(2)]
         assert torch.equal(*noises) is same
 
 
-def test_normalised_samples_weigh_alike(schedule: NoiseSchedule) -> None:
-    """Each sample's g divided by its mean |z - x0|: with w = sigma / alpha and no critic that is g / mean |g|."""
+def test_normalised_samples_have_equal_weight(schedule: NoiseSchedule) -> None:
+    """g is divided by mean |z - x0|: with w = sigma / alpha and no critic that is g / mean |g|."""
     teacher = MixtureTeacher(wide_mixture(), schedule)
     z = torch.tensor([0.1, 1.0, 30.0], dtype=torch.float64)[:, None, None, None].expand(3, 1, 4, 4)
     options = replace(
         load("sds"), terms=(Term("teacher"), Term("noise", -1.0)), weight="sigma_over_alpha", normalise=True
     )
-    told = run(teacher, options, z, states(teacher, 3)).gradient
+    output = run(teacher, options, z, prompts(teacher, 3)).gradient
     torch.testing.assert_close(
-        told.abs().mean((1, 2, 3)), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=1e-5
+        output.abs().mean((1, 2, 3)), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=1e-5
     )
 
 
-def test_ramps_and_windows() -> None:
+def test_schedules_and_inactive_terms() -> None:
     ramp = LinearSchedule(0.0, -1.0, 0.2, 0.6)
-    assert [ramp.at(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, -0.5, -1, -1])
+    assert [ramp.value(p) for p in (0.0, 0.2, 0.4, 0.6, 1.0)] == pytest.approx([0, 0, -0.5, -1, -1])
     part = LossComponent((Term("teacher", ramp, "negative"), Term("teacher")))
-    assert part.asked("teacher", 0.0) == (
-        ("now", "conditional"),
-    )  # a term that counts nothing is not evaluated
-    assert len(part.asked("teacher", 0.5)) == 2
+    assert part.queries("teacher", 0.0) == (("now", "conditional"),)  # an inactive term is not evaluated
+    assert len(part.queries("teacher", 0.5)) == 2
 
 
-def test_terms_count_in_their_times_only(schedule: NoiseSchedule) -> None:
+def test_terms_are_active_in_their_t_range_only(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
-    options = ObjectiveOptions((Term("teacher", times=(0.2, 1.0)),), "one", TimestepSampler(0.0, (1.0, 1.0)))
-    told = run(teacher, options, torch.zeros(200, 1, 4, 4, dtype=torch.float64), states(teacher, 200))
-    size = told.gradient.abs().amax((1, 2, 3))
-    assert torch.equal(size > 0, told.t >= 200) and 20 < int((told.t < 200).sum()) < 60
+    options = ObjectiveOptions(
+        (Term("teacher", t_range=(0.2, 1.0)),), "one", TimestepSampler(0.0, (1.0, 1.0))
+    )
+    output = run(teacher, options, torch.zeros(200, 1, 4, 4, dtype=torch.float64), prompts(teacher, 200))
+    size = output.gradient.abs().amax((1, 2, 3))
+    assert torch.equal(size > 0, output.t >= 200) and 20 < int((output.t < 200).sum()) < 60
 
 
 @pytest.mark.parametrize(
     "given, words",
     [
         ({"terms": [{"predict": "noise", "guidance": 3.0}]}, "takes no guidance"),
-        ({"terms": [{"predict": "teacher", "at": "earlier"}]}, "give noise.kind=inversion and a noise.gap"),
+        (
+            {"terms": [{"predict": "teacher", "eval_point": "earlier"}]},
+            "give noise.kind=inversion and a noise.gap",
+        ),
         ({"terms": [{"predict": "noise"}], "normalise": True}, "no term of the teacher"),
         (
             {
@@ -545,7 +579,7 @@ def test_mistakes(given: dict[str, Any], words: str) -> None:
         build(ObjectiveOptions, given, "objective")
 
 
-def test_what_a_driver_must_give(schedule: NoiseSchedule) -> None:
+def test_missing_critic_decoder_and_prompt_raise(schedule: NoiseSchedule) -> None:
     teacher = MixtureTeacher(wide_mixture(), schedule)
     with pytest.raises(UserError, match="give a critic"):
         ScoreDistillation(teacher, load("vsd"))
@@ -566,19 +600,22 @@ def test_what_a_driver_must_give(schedule: NoiseSchedule) -> None:
 def test_a_critic_four_times_as_fast_never_overshoots(
     ratio: float, overshoots: bool, gaussian: Any, schedule: NoiseSchedule
 ) -> None:
-    """Two time scales on Gaussian means: m' = -eta c f, f' = rho (m - f) swings past the teacher's mean iff rho < 4 eta c."""
-    share = 0.5
-    alpha, sigma = levels(schedule, share)
+    """Two time scales on Gaussian means: m' = -eta c f, f' = rho (m - f) overshoots iff rho < 4 eta c."""
+    fraction = 0.5
+    alpha, sigma = levels(schedule, fraction)
     slope = (
         sigma * alpha / (alpha**2 * 0.25 + sigma**2)
     )  # c: g per unit of the critic's mean, the teacher's being 0
     mean, belief, eta = torch.ones(1, 1, 1, 1), 1.0, 0.02
-    teacher, conditions = gaussian(0.5), PromptConditionings({"conditional": torch.zeros(1, 1, 1)})
+    teacher, conditionings = (
+        gaussian(0.5),
+        PromptConditionings({"conditional": Conditioning(torch.zeros(1, 1, 1))}),
+    )
     lowest = 1.0
     for _ in range(1500):
-        critic = Switched(gaussian(0.5), torch.full((1, 1, 1), belief))
-        g = ScoreDistillation(teacher, load("diff_instruct", share), critic)(
-            mean, conditions, 0.0, torch.Generator()
+        critic = FixedPrompt(gaussian(0.5), Conditioning(torch.full((1, 1, 1), belief)))
+        g = ScoreDistillation(teacher, load("diff_instruct", fraction), critic)(
+            mean, conditionings, 0.0, torch.Generator()
         ).gradient
         assert float(g) == pytest.approx(slope * belief, abs=1e-5)
         belief += ratio * eta * slope * (float(mean) - belief)
