@@ -9,7 +9,7 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from distill.control.adapter import Control, controlled, controlled_student
-from distill.control.conditions import as_input
+from distill.control.conditions import adapter_input
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.folders import CaptionedImages
@@ -47,15 +47,16 @@ class ControlEvaluationOptions:
 def adapter_sampler(
     teacher: LatentDiffusionTeacher,
     adapter: ControlNetModel,
-    pictures: Tensor,
+    condition_images: Tensor,
     options: ControlEvaluationOptions,
 ) -> Sampler:
-    """The teacher through an adapter, by guided DDIM; uint8 pictures (N, 1 or 3, H, W), one per caption."""
+    """The teacher through an adapter, by guided DDIM; a condition image (1 or 3, H, W) uint8 per caption."""
     base = teacher_sampler(teacher, options.steps, options.guidance)
     uncond = teacher.encode_text([""])
 
     def sample(batch: SamplingBatch) -> Tensor:
-        control = Control(adapter, as_input(pictures[batch.indices]).to(teacher.device), options.weight)
+        images = adapter_input(condition_images[batch.indices]).to(teacher.device)
+        control = Control(adapter, images, options.weight)
         model = Guided(controlled(teacher, [control]), uncond, options.guidance)
         return sample_ode(model, teacher.scheduler, batch.conditioning, batch.noise, options.steps)
 
@@ -63,15 +64,16 @@ def adapter_sampler(
 
 
 def student_adapter_sampler(
-    student: Student, adapter: ControlNetModel, pictures: Tensor, options: ControlEvaluationOptions
+    student: Student, adapter: ControlNetModel, condition_images: Tensor, options: ControlEvaluationOptions
 ) -> Sampler:
-    """A student through an adapter of its teacher; pictures as in `adapter_sampler`."""
+    """A student through an adapter of its teacher; condition images as in `adapter_sampler`."""
 
     def sample(batch: SamplingBatch) -> Tensor:
-        control = Control(adapter, as_input(pictures[batch.indices]).to(batch.noise.device), options.weight)
+        images = adapter_input(condition_images[batch.indices]).to(batch.noise.device)
+        control = Control(adapter, images, options.weight)
         return controlled_student(student, [control])(batch.noise, batch.conditioning, batch.generator)
 
-    return Sampler("student, adapter", sample, len(student.times), adapter)
+    return Sampler("student, adapter", sample, len(student.timesteps), adapter)
 
 
 def evaluate_control(
@@ -80,7 +82,7 @@ def evaluate_control(
     adapter: ControlNetModel,
     condition: str,
     data: CaptionedImages,
-    pictures: Tensor,
+    condition_images: Tensor,
     probe: Probe,
     graders: Graders,
     options: ControlEvaluationOptions,
@@ -92,14 +94,14 @@ def evaluate_control(
     rows that `labels.exclude_if` leaves.
     """
     count = min(options.samples, len(data))
-    data, pictures = data.select(range(count)), pictures[:count]
+    data, condition_images = data.select(range(count)), condition_images[:count]
     samplers = {
         "teacher": teacher_sampler(teacher, options.steps, options.guidance),
-        "teacher, adapter": adapter_sampler(teacher, adapter, pictures, options),
+        "teacher, adapter": adapter_sampler(teacher, adapter, condition_images, options),
     }
     if student is not None:
         samplers["student"] = student_sampler("student", student)
-        samplers["student, adapter"] = student_adapter_sampler(student, adapter, pictures, options)
+        samplers["student, adapter"] = student_adapter_sampler(student, adapter, condition_images, options)
 
     images = {"true images": data.composite(slice(None))}
     for name, sampler in samplers.items():
@@ -109,7 +111,7 @@ def evaluate_control(
     labelled_rows = [data.rows[i] for i in indices]
     rows = []
     for name, samples in images.items():
-        figures = fidelity(condition, samples, pictures, probe)
+        figures = fidelity(condition, samples, condition_images, probe)
         labelled = {f"{key}_labelled": values[indices] for key, values in figures.items()}
         accuracy = graders.accuracy(samples[indices], labelled_rows, labels)
         rows.append({"generator": name, **means(figures | labelled), **accuracy})

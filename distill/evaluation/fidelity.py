@@ -40,15 +40,15 @@ def line_f1(prediction: Tensor, target: Tensor, tolerance: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def fidelity(condition: str, samples: Tensor, pictures: Tensor, probe: Probe) -> dict[str, Tensor]:
-    """Figures (B,) of samples (B, 3, H, W) in [0, 1] against their uint8 condition pictures.
+def fidelity(condition: str, samples: Tensor, condition_images: Tensor, probe: Probe) -> dict[str, Tensor]:
+    """Figures (B,) of samples (B, 3, H, W) in [0, 1] against their condition images, uint8.
 
     silhouette and normals: `silhouette_iou`; depth: that and `depth_correlation`, where both sample and
     condition have an object; edges and scribble: `line_f1`. Other conditions have no figure.
     """
     if condition in ("edges", "scribble"):
         extract, tolerance = (edges, 1) if condition == "edges" else (scribbles, 2)
-        return {"line_f1": line_f1(extract(samples) > 0, pictures[:, :1] > 0, tolerance)}
+        return {"line_f1": line_f1(extract(samples) > 0, condition_images[:, :1] > 0, tolerance)}
     if condition not in ("silhouette", "depth", "normals"):
         return {}
     parts = [probe(part) for part in samples.split(128)]
@@ -56,10 +56,10 @@ def fidelity(condition: str, samples: Tensor, pictures: Tensor, probe: Probe) ->
         torch.cat([logits for logits, _ in parts]) > 0,
         torch.cat([depth for _, depth in parts]),
     )
-    target = pictures.amax(1, keepdim=True) > (127 if condition == "silhouette" else 0)
+    target = condition_images.amax(1, keepdim=True) > (127 if condition == "silhouette" else 0)
     figures = {"silhouette_iou": mask_iou(silhouette, target)}
     if condition == "depth":
-        figures["depth_correlation"] = rank_correlation(depth, pictures.float(), target & silhouette)
+        figures["depth_correlation"] = rank_correlation(depth, condition_images.float(), target & silhouette)
     return figures
 
 

@@ -47,7 +47,7 @@ def teacher_sampler(teacher: Teacher, steps: int, guidance: float) -> Sampler:
         return sample_ode(model, teacher.scheduler, batch.conditioning, batch.noise, steps)
 
     name = f"teacher, {steps} steps, guidance {guidance:g}"
-    return Sampler(name, sample, steps * (1 if guidance == 1 else 2), teacher.unet)
+    return Sampler(name, sample, steps * (1 if guidance == 1 else 2), teacher.denoiser.network)
 
 
 def student_sampler(name: str, student: Student) -> Sampler:
@@ -56,7 +56,7 @@ def student_sampler(name: str, student: Student) -> Sampler:
     def sample(batch: SamplingBatch) -> Tensor:
         return student(batch.noise, batch.conditioning, batch.generator)
 
-    return Sampler(name, sample, len(student.times), student)
+    return Sampler(name, sample, len(student.timesteps), student)
 
 
 @dataclass(frozen=True)

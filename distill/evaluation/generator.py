@@ -81,7 +81,7 @@ def evaluate_generator(
         "precision": precision,
         "recall": recall,
         **{f"judge_{name}": value for name, value in accuracy.items()},
-        "sample_diversity": diversity(sampler, teacher, real, options),
+        "diversity": diversity(sampler, teacher, real, options),
         "unet_seconds": samples.unet_seconds / options.samples,
         "decoder_seconds": samples.decoder_seconds / options.samples,
         **real.graders.clip_figures(samples.images, captions),

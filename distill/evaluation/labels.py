@@ -1,4 +1,4 @@
-"""Metadata columns as labels: which of them a data set has, in which rows they count, and accuracy on them."""
+"""Metadata columns as labels: which of them a data set has, where they count, and accuracy on them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,16 @@ from distill.evaluation.judge import Judge, label_of, predict
 from distill.runtime.errors import UserError
 
 Row = Mapping[str, Any]
+
+
+def template_columns(template: str) -> list[str]:
+    """The columns that a caption template names in braces."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def fill_caption(template: str, values: Mapping[str, str]) -> str:
+    """A template filled in; "a" before a vowel becomes "an"."""
+    return re.sub(r"\ba(?= [aeiou])", "an", template.format(**values))
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,3 @@ def fractions(figures: Mapping[str, Iterable[bool | None]]) -> dict[str, float]:
     """The fraction of True among the values that are not None; a name without such values is left out."""
     counted = {name: [value for value in values if value is not None] for name, values in figures.items()}
     return {name: sum(values) / len(values) for name, values in counted.items() if values}
-
-
-def template_columns(template: str) -> list[str]:
-    """The columns that a caption template names in braces."""
-    return [name for _, name, _, _ in Formatter().parse(template) if name]
-
-
-def fill_caption(template: str, values: Mapping[str, str]) -> str:
-    """A template filled in; "a" before a vowel becomes "an"."""
-    return re.sub(r"\ba(?= [aeiou])", "an", template.format(**values))

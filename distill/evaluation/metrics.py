@@ -76,15 +76,15 @@ def _cubic(a: Tensor, b: Tensor) -> Tensor:
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 2) of features (N, D), (M, D).
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 2).
 
-    Precision: the fraction of generated points within the k-nearest-neighbour radius of some real point;
-    recall: the reverse. Raises `UserError` for k points or fewer.
+    Of features (N, D) and (M, D). Precision: the fraction of generated points within the k-nearest-neighbour
+    radius of some real point; recall: the reverse. Raises `UserError` for k points or fewer.
     """
     real, generated = _checked(real), _checked(generated)
     if min(len(real), len(generated)) <= k:
         raise UserError(
-            f"precision with k = {k} needs more than {k} points each: {len(real)} and {len(generated)} are given"
+            f"precision with k = {k} needs more than {k} points: {len(real)} and {len(generated)} given"
         )
     return _covered_fraction(generated, real, k), _covered_fraction(real, generated, k)
 

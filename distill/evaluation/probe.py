@@ -41,7 +41,7 @@ class ProbeOptions:
 
 @final
 class Probe(nn.Module):
-    """Silhouette logits and depth (B, 1, H, W) of images (B, 3, H, W) in [0, 1] with sides in multiples of 8."""
+    """Silhouette logits and depth (B, 1, H, W) of images (B, 3, H, W) in [0, 1], H and W multiples of 8."""
 
     def __init__(self, options: ProbeOptions) -> None:
         super().__init__()
@@ -78,14 +78,12 @@ def train_probe(run: Run, data: CaptionedImages, near: Tensor, options: ProbeOpt
     optimizer = torch.optim.AdamW(probe.parameters(), lr=options.learning_rate, weight_decay=0.01)
     schedule = one_cycle(optimizer, run.options.steps, warmup=0.1)
     run.track(model=probe, optimizer=optimizer, schedule=schedule)
+
     for step in run.steps():
         index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = data.composite(index, grey_levels(len(index), run.generator))
-        images = (
-            add_noise(color_jitter(blur_sharpen(images, run.generator), run.generator), run.generator, 0.02)
-            .clamp(0, 1)
-            .to(run.device)
-        )
+        images = color_jitter(blur_sharpen(images, run.generator), run.generator)
+        images = add_noise(images, run.generator, 0.02).clamp(0, 1).to(run.device)
         mask = data.images[index, 3:].float().to(run.device) / 255
         logits, depth = probe(images)
         silhouette_loss = F.binary_cross_entropy_with_logits(logits, mask)
@@ -103,7 +101,7 @@ def _pair_mask(mask: Tensor, dim: int) -> Tensor:
 
 
 def depth_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean absolute error of depths (B, 1, H, W) within a mask after each image's mean shift, plus gradient error.
+    """Mean absolute error of depth (B, 1, H, W) in a mask after each image's mean shift, plus gradient error.
 
     The shift itself has the weight 0.1: distance and size of an object are ambiguous, and ranks do not depend
     on it (shift-invariant error: Eigen et al. 2014, arXiv:1406.2283, section 3.2). Gradient error as in MiDaS

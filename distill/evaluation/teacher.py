@@ -30,8 +30,10 @@ class EvaluationOptions:
     batch: int = 50
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.steps, self.batch) < 1 or not self.guidance:
-            raise UserError("samples, steps and batch must be positive and guidance needs at least one scale")
+        if self.samples < 2 or min(self.steps, self.batch) < 1 or not self.guidance:
+            raise UserError(
+                "samples must be at least 2, steps and batch must be positive, guidance not empty"
+            )
 
 
 def evaluate_teacher(
@@ -44,13 +46,12 @@ def evaluate_teacher(
     """All figures of a teacher on a test split, and samples (S, 3, H, W) at the best guidance scale.
 
     The best scale has the highest joint accuracy, else the lowest Frechet distance. Raises `UserError`
-    where `labels.exclude_if` leaves fewer than two rows, or the graders have no features.
+    where `labels.exclude_if` leaves fewer than four rows, or the graders have no features.
     """
     data = data.select(labels.labelled(data.rows))
-    if len(data) < 2:
-        raise UserError(
-            f"{len(data)} rows of the test split are without {labels.exclude_if}: at least 2 are needed"
-        )
+    if len(data) < 4:
+        excluded = f" without {labels.exclude_if}" if labels.exclude_if else ""
+        raise UserError(f"the test split has {len(data)} rows{excluded}: at least 4 are needed")
 
     images = data.composite(slice(None))
     restored = reconstruct(teacher, images)
@@ -120,7 +121,7 @@ def zero_shot(
 def class_accuracy(
     clip: ClipScorer, features: Tensor, rows: Sequence[Mapping[str, Any]], labels: LabelOptions
 ) -> dict[str, float]:
-    """Zero-shot accuracy of image features (N, D) by column; empty where the data lacks the caption's columns.
+    """Zero-shot accuracy of image features (N, D) by column; empty where the data lacks the columns.
 
     A class is a combination of the caption's columns that occurs. Its feature is the mean over its captions
     without and with each detail (prompt ensembling, arXiv:2103.00020, section 3.1.4); the detail is

@@ -21,7 +21,7 @@ def run_images(cell: Cell, teacher: Teacher, graders: Graders, options: Optimise
     save_png(preview_path(cell), image_grid(images, min(len(images), 8)))
     figures = {
         **grade_images(images, [cell.prompt] * len(images), graders),
-        "pixel_diversity": pixel_diversity(images),
+        "diversity": pixel_diversity(images),
         "seconds": seconds,
     }
     run.finish(figures)

@@ -9,8 +9,8 @@ from diffusers import DDIMScheduler
 from distill.core.noise import NoiseSchedule
 from distill.evaluation.ablation.report import save_report
 from distill.evaluation.rows import cached_row
+from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import MixtureStudy, PointOptions, run_points
-from distill.one_step.trainer import MethodOptions
 from distill.runtime.machine import machine_info
 from distill.teacher.mixture import MixtureTeacher, ring
 
@@ -23,7 +23,7 @@ def distill_points(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     )
     mixture = ring(options.modes, std=options.std, classes=options.classes)
-    study = MixtureStudy(MixtureTeacher(mixture, NoiseSchedule(scheduler.alphas_cumprod)), options.fitting)
+    study = MixtureStudy(MixtureTeacher(mixture, NoiseSchedule(scheduler.alphas_cumprod)), options.init_steps)
     folder, rows = Path(folder), []
     for name, method in methods.items():
         for seed in seeds:

@@ -1,4 +1,4 @@
-"""The bench of losses: equal compute, intervals by hand, resuming, the report; and what theory says of losses on a mixture."""
+"""Ablations: equal NFE, intervals by hand, resuming, the report; losses on a mixture against theory."""
 
 import base64
 import csv
@@ -41,12 +41,12 @@ def load(name: str) -> ObjectiveOptions:
     return build(ObjectiveOptions, yaml.safe_load((OBJECTIVES / f"{name}.yaml").read_text()), name)
 
 
-def test_every_loss_gets_the_same_compute(tmp_path: Path) -> None:
+def test_every_loss_has_the_same_nfe(tmp_path: Path) -> None:
     losses = {name: load(name) for name in ("sds", "ism", "sdi", "vsd", "sds_bridge")}
     cells = list(plan(AblationOptions(("a cube", "b"), seeds=(0, 1), budget=440), losses, tmp_path))
     assert len(cells) == 5 * 2 * 2 and len({cell.directory for cell in cells}) == 20
-    spent = [sum(cell.objective.cost(i / cell.steps) for i in range(cell.steps)) for cell in cells]
-    assert min(spent) >= 438 and max(spent) <= 442
+    nfe = [sum(cell.objective.cost(i / cell.steps) for i in range(cell.steps)) for cell in cells]
+    assert min(nfe) >= 438 and max(nfe) <= 442
     assert {cell.loss: cell.steps for cell in cells} == {
         "sds": 220,
         "ism": 55,
@@ -56,7 +56,7 @@ def test_every_loss_gets_the_same_compute(tmp_path: Path) -> None:
     }
 
 
-def test_guidance_is_varied_where_there_is_some() -> None:
+def test_guidance_scales_replace_those_of_guided_terms() -> None:
     changed = with_guidance(load("sds"), 30.0)
     assert [term.guidance for term in changed.terms] == [30.0, 1.0] and with_guidance(
         load("sds"), None
@@ -72,12 +72,12 @@ def test_interval_by_hand() -> None:
     assert math.isnan(interval([1.0])[1])
 
 
-def test_done_cells_are_not_run_again(tmp_path: Path) -> None:
-    ran: list[str] = []
+def test_finished_cells_are_not_run_again(tmp_path: Path) -> None:
+    calls: list[str] = []
 
     def bench(cell: Cell) -> dict[str, float]:
-        ran.append(cell.directory.name)
-        if len(ran) == 2:
+        calls.append(cell.directory.name)
+        if len(calls) == 2:
             raise RuntimeError("power cut")
         return {"score": float(cell.seed)}
 
@@ -85,9 +85,9 @@ def test_done_cells_are_not_run_again(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="power cut"):
         run_cells(cells, bench)
     rows = run_cells(cells, bench)
-    assert ran == ["a-seed3", "a-seed4", "a-seed4", "a-seed5"]
+    assert calls == ["a-seed3", "a-seed4", "a-seed4", "a-seed5"]
     assert [row["score"] for row in rows] == [3, 4, 5]
-    assert [(row["steps"], row["forwards"]) for row in rows] == [(5, 10)] * 3
+    assert [(row["steps"], row["nfe"]) for row in rows] == [(5, 10)] * 3
 
 
 def test_the_report_holds_every_row(tmp_path: Path) -> None:
@@ -101,15 +101,15 @@ def test_the_report_holds_every_row(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
     with (tmp_path / "rows.csv").open() as file:
         assert [row["score"] for row in csv.DictReader(file)] == ["3", "5", "3", "5"]
-    told = (tmp_path / "table.md").read_text()
-    assert "| sds | own | 2 | 5 | 4 ± 13 |" in told and "| csd | 3 | 2 | 5 | 4 ± 13 |" in told
+    table = (tmp_path / "table.md").read_text()
+    assert "| sds | own | 2 | 5 | 4 ± 13 |" in table and "| csd | 3 | 2 | 5 | 4 ± 13 |" in table
     page = (tmp_path / "index.html").read_text()
     assert page.count("<img") == 3 and "A &lt;bench&gt;" in page and "a &amp; b" in page
-    assert markdown(summarise(rows)) == told
+    assert markdown(summarise(rows)) == table
 
 
-def test_a_figure_that_some_lack_has_a_dash(tmp_path: Path) -> None:
-    """A torus has no front to be told from behind: its rows lack a figure, and its loss's mean is over the others."""
+def test_a_missing_figure_is_a_dash(tmp_path: Path) -> None:
+    """A mean is over the rows that have the figure: a torus has no front, and so no Janus rate."""
     names = {"guidance": None, "prompt": "a", "seed": 0, "steps": 5}
     rows: list[dict[str, object]] = [
         {"loss": "sds", **names, "score": 1.0},
@@ -133,8 +133,8 @@ def test_distances_by_hand() -> None:
         wasserstein_2(a, a[:1])
 
 
-def test_divergence_is_that_of_normals() -> None:
-    """KL(N(1, 1) | N(0, 1)) in two dimensions is 1/2 an axis moved."""
+def test_divergence_of_normals() -> None:
+    """KL(N((1, 0), 1) | N(0, 1)) in two dimensions is 1/2."""
     points = torch.randn(
         3000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     ) + torch.tensor([1.0, 0.0])
@@ -146,12 +146,12 @@ def test_coverage_by_hand() -> None:
     means = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     weights = torch.tensor([0.5, 0.5, 0.0])
     points = torch.cat([means[:1].expand(90, 2), means[2:].expand(10, 2)])
-    assert coverage(points, means, 0.1, weights) == 0.5  # one of the two that count; the third does not
+    assert coverage(points, means, 0.1, weights) == 0.5  # one of the two modes with a weight
     assert coverage(means[:2], means, 0.1, weights) == 1.0
 
 
-def test_sds_collapses_where_a_critic_spreads(tmp_path: Path, schedule: NoiseSchedule) -> None:
-    """SDS seeks modes: particles fall onto points; VSD's critic of the particles keeps their spread (ProlificDreamer, section 3.3)."""
+def test_sds_seeks_modes_and_a_critic_covers_the_density(tmp_path: Path, schedule: NoiseSchedule) -> None:
+    """SDS collapses particles to points; a critic preserves their variance (ProlificDreamer, section 3.3)."""
     options = ParticleOptions(particles=64)
     rows = {}
     for name, budget in (("sds", 600), ("diff_instruct", 3000)):
@@ -162,10 +162,10 @@ def test_sds_collapses_where_a_critic_spreads(tmp_path: Path, schedule: NoiseSch
     assert float(str(rows["diff_instruct"]["w2"])) < float(str(rows["sds"]["w2"]))
 
 
-def test_long_labels_are_whole_in_a_plot() -> None:
-    words = "a green cone next to a yellow cylinder, as a caption may say"
+def test_long_labels_fit_into_a_plot() -> None:
+    caption = "a green cone next to a yellow cylinder, as long as captions are"
     page = bars(
-        "F-score", [f"{words} {number}" for number in range(26)], [0.1 * number for number in range(26)]
+        "F-score", [f"{caption} {number}" for number in range(26)], [0.1 * number for number in range(26)]
     )
     (data,) = re.findall(r"base64,([^']+)", page)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("L"))

@@ -1,4 +1,4 @@
-"""Feature extractors by name: the judge, a teacher's CLIP, a TorchScript file, a transformers model; and what is none of them."""
+"""Feature extractors by name: a judge, a teacher's CLIP, a TorchScript file, a transformers model."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_a_torchscript_inception(tmp_path: Path) -> None:
         extractor(str(tmp_path / "broken.pt"))
 
 
-def test_a_transformers_model_sees_what_its_folder_says(tmp_path: Path) -> None:
+def test_a_transformers_model_gets_the_preprocessing_of_its_folder(tmp_path: Path) -> None:
     config = ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,

@@ -1,4 +1,4 @@
-"""The judge: learns a separable folder, masks rows that do not count, survives its file."""
+"""The judge: learns a separable folder, masks rows that do not count, saves and loads."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,6 @@ from distill.evaluation.judge import (
     IGNORE,
     Judge,
     JudgeOptions,
-    accuracy,
     augment,
     collect_labels,
     judge_features,
@@ -24,11 +23,12 @@ from distill.evaluation.judge import (
     save_judge,
     train_judge,
 )
+from distill.evaluation.labels import judge_accuracy
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 
 LABELS = {"object": ("bar", "disc"), "colour": ("blue", "red"), "view": ("back", "front")}
-TINY = JudgeOptions(width=8, batch=32)
+TINY = JudgeOptions(tuple(LABELS), (("view", "has_front"),), width=8, batch=32)
 
 
 def row(view: str | None = "front", has_front: bool | None = True) -> dict[str, Any]:
@@ -57,13 +57,17 @@ def logits_of(judge: Judge, images: Tensor) -> dict[str, Tensor]:
         return judge(images)
 
 
+def accuracy(judge: Judge, data: CaptionedImages) -> dict[str, float]:
+    return judge_accuracy(judge, data.composite(slice(None)), data.rows)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     options = RunOptions(str(tmp_path_factory.mktemp("judge")), 80, trackers=(), preview_every=80)
     return train_judge(Run(options, {}, "judge"), toy(400, 0), TINY)
 
 
-def test_a_short_training_tells_a_separable_folder_apart(trained: Judge) -> None:
+def test_a_short_training_separates_a_separable_folder(trained: Judge) -> None:
     figures = accuracy(trained, toy(200, 1))
     assert figures.keys() == {"object", "colour", "view"}
     assert min(figures.values()) > 0.95, figures
@@ -74,14 +78,14 @@ def test_accuracy_counts_only_rows_that_count(trained: Judge) -> None:
     data = toy(60, 2)
     for each in data.rows:
         if not each["has_front"]:
-            each["view"] = "neither"  # wrong at any answer, were it counted
+            each["view"] = "neither"  # wrong whatever is predicted, were it counted
         each["colour"] = None
     figures = accuracy(trained, data)
     assert figures["view"] > 0.95
     assert "colour" not in figures
 
 
-def test_saved_judges_answer_the_same_after_loading(trained: Judge, tmp_path: Path) -> None:
+def test_saved_judges_predict_the_same_after_loading(trained: Judge, tmp_path: Path) -> None:
     images = torch.rand(5, 3, 32, 32)
     save_judge(trained, tmp_path, {"test": {"object": 1.0}})
     loaded = load_judge(tmp_path)
@@ -97,7 +101,7 @@ def test_saved_judges_answer_the_same_after_loading(trained: Judge, tmp_path: Pa
 def test_the_default_judge_is_small(tmp_path: Path) -> None:
     judge = Judge(
         {"object": [str(i) for i in range(23)], "colour": list("abcdefgh"), "view": list("abcd")},
-        JudgeOptions(),
+        JudgeOptions(("object", "colour", "view")),
     )
     assert sum(value.numel() for value in judge.parameters()) <= 700_000
     save_judge(judge, tmp_path, {})
@@ -112,18 +116,17 @@ def test_a_row_that_does_not_count_leaves_no_gradient_in_its_head(bad: dict[str,
     assert all(value.grad.count_nonzero() == 0 for value in judge.heads["view"].parameters())
     assert judge.heads["object"].weight.grad.count_nonzero() > 0
     # beside a row that counts, it does not dilute that row's loss either
-    both, alone = (label_table(rows, LABELS, TINY) for rows in ([row(), bad], [row()]))
-    fixed = {name: torch.randn(2, 2) for name in LABELS}
-    only_view = {"view": fixed["view"]}
-    first = judge_loss({"view": fixed["view"][:1]}, alone[:, 2:], 0.05)
-    torch.testing.assert_close(judge_loss(only_view, both[:, 2:], 0.05), first)
+    mixed, single = (label_table(rows, LABELS, TINY) for rows in ([row(), bad], [row()]))
+    logits = torch.randn(2, 2)
+    first = judge_loss({"view": logits[:1]}, single[:, 2:], 0.05)
+    torch.testing.assert_close(judge_loss({"view": logits}, mixed[:, 2:], 0.05), first)
 
 
-def test_the_rule_is_an_option_and_labels_come_from_rows_that_count() -> None:
+def test_the_condition_is_an_option_and_labels_come_from_rows_that_count() -> None:
     rows = [row("front"), row("back"), row("odd", has_front=False)]
     assert collect_labels([*rows, {**row(), "object": "bar", "colour": "blue"}], TINY) == LABELS
-    free = JudgeOptions(attributes=("view",), only_if=())
-    assert collect_labels(rows, free) == {"view": ("back", "front", "odd")}
+    unconditional = JudgeOptions(attributes=("view",), only_if=())
+    assert collect_labels(rows, unconditional) == {"view": ("back", "front", "odd")}
     assert label_table([row(None), row("back")], LABELS, TINY)[:, 2].tolist() == [IGNORE, 0]
 
 
@@ -131,11 +134,11 @@ def test_augmentation_keeps_range_hue_and_sides() -> None:
     left_red = torch.full((64, 3, 32, 32), 0.5)
     left_red[:, 1:, :, 4:14] = 0.1
     left_red[:, 0, :, 4:14] = 0.7
-    seen = augment(left_red, torch.Generator().manual_seed(0))
-    assert seen.min() >= 0 and seen.max() <= 1 and not torch.equal(seen, left_red)
-    redness = (seen[:, 0] - seen[:, 1]).mean(1)  # (64, 32) over columns
+    augmented = augment(left_red, torch.Generator().manual_seed(0))
+    assert augmented.min() >= 0 and augmented.max() <= 1 and not torch.equal(augmented, left_red)
+    redness = (augmented[:, 0] - augmented[:, 1]).mean(1)  # (64, 32) over columns
     assert (redness[:, :16].sum(1) > redness[:, 16:].sum(1)).all()
-    assert torch.equal(seen, augment(left_red, torch.Generator().manual_seed(0)))
+    assert torch.equal(augmented, augment(left_red, torch.Generator().manual_seed(0)))
 
 
 def test_foreign_folders_and_bad_values_are_refused(trained: Judge, tmp_path: Path) -> None:

@@ -1,9 +1,16 @@
-"""Frechet distances against closed forms."""
+"""Distances between sets of features and figures of images, against closed forms."""
 
 import pytest
 import torch
 
-from distill.evaluation.metrics import Moments, frechet_distance, moments
+from distill.evaluation.metrics import (
+    Moments,
+    frechet_distance,
+    moments,
+    pixel_diversity,
+    sample_diversity,
+    saturation,
+)
 from distill.runtime.errors import UserError
 
 
@@ -36,10 +43,10 @@ def test_frechet_distance_is_zero_on_equal_sets_and_symmetric_even_when_rank_def
 
 def test_moments_are_those_of_torch_in_double() -> None:
     features = torch.rand(40, 5) * 100
-    found = moments(features)
-    assert found.mean.dtype == found.covariance.dtype == torch.float64
-    torch.testing.assert_close(found.mean, features.double().mean(0))
-    torch.testing.assert_close(found.covariance, torch.cov(features.double().T))
+    result = moments(features)
+    assert result.mean.dtype == result.covariance.dtype == torch.float64
+    torch.testing.assert_close(result.mean, features.double().mean(0))
+    torch.testing.assert_close(result.covariance, torch.cov(features.double().T))
 
 
 def test_bad_features_are_refused() -> None:
@@ -49,3 +56,17 @@ def test_bad_features_are_refused() -> None:
         moments(torch.tensor([[0.0], [float("nan")]]))
     with pytest.raises(UserError, match="3 and 2"):
         frechet_distance(moments(torch.rand(9, 3)), moments(torch.rand(9, 2)))
+
+
+def test_saturation_and_pixel_diversity_by_hand() -> None:
+    pixels = torch.tensor([[1.0, 0.5, 0.0], [0.5, 0.5, 0.5]])
+    images = pixels[:, :, None, None].expand(2, 3, 4, 4)
+    assert saturation(images).tolist() == [1.0, 0.0]
+    assert pixel_diversity(images) == pytest.approx((0.5 / 3) ** 0.5, rel=1e-5)  # differences .5, 0, .5
+    assert pixel_diversity(images[:1]) == 0
+
+
+def test_sample_diversity_is_within_captions() -> None:
+    """Two captions far apart; samples at distance 1 and 3 from their caption's mean."""
+    features = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [100.0, -3.0], [100.0, 3.0]])
+    assert sample_diversity(features, 2) == pytest.approx(5**0.5)
