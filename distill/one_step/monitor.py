@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.evaluation.metrics import Moments, frechet_distance, moments
+from distill.evaluation.metrics import Moments, frechet_distance, moments, sample_diversity
 from distill.runtime.errors import UserError
 
 
@@ -53,11 +53,9 @@ class Monitor:
             return {"frechet": math.nan, "diversity": math.nan, "saturation": math.nan}
         images = self.decode(latents)
         features = self.features(images)
-        groups = features.reshape(-1, self.options.samples_per_caption, features.shape[1])
-        deviation = (groups - groups.mean(1, keepdim=True)).square().sum(2).mean().sqrt()
         return {
             "frechet": frechet_distance(moments(features), self.real),
-            "diversity": float(deviation),
+            "diversity": sample_diversity(features, self.options.samples_per_caption),
             "saturation": self.saturation(images),
         }
 
