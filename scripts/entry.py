@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -51,11 +51,20 @@ def named(arguments: list[str], positional: str | None) -> list[str]:
     return [argument for argument in arguments if argument not in bare] + [f"{positional}=[{texts}]"]
 
 
-def forced(argument: str) -> str:
-    """`key=value` as `++key=value`, which a key that no YAML holds needs; hydra's own and groups stay."""
+def forced(argument: str, chosen: Container[str]) -> str:
+    """`key=value` as `++key=value`, as a key that no YAML holds needs; hydra's and `chosen` groups stay."""
     key, equals, _ = argument.partition("=")
-    own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key.split("@")[0] in groups()
+    own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key in chosen
     return argument if own or not equals else f"++{argument}"
+
+
+def chosen_groups(name: str) -> list[str]:
+    """The groups that a config chooses from."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        choices = compose(name, return_hydra_config=True).hydra.runtime.choices
+    return [group for group in groups() if group in choices]
 
 
 def load_group(group: str, name: str, options: type[Options]) -> Options:
@@ -126,15 +135,14 @@ def _option(cls: type, path: str, *, _root_: Any) -> Any:
     return value
 
 
-def _print_help(cls: type, name: str, overrides: list[str]) -> None:
+def _print_help(cls: type, name: str, overrides: list[str], chosen: list[str]) -> None:
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(compose_config(name, overrides))
     print(f"{sys.modules[cls.__module__].__doc__}\n")
     print("usage: python", sys.argv[0], "[key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n")
-    chosen = {group: names for group, names in groups().items() if group in fields_of(cls)}
-    for group, names in chosen.items():
-        print(f"{group}: {', '.join(names)}")
+    for group in chosen:
+        print(f"{group}: {', '.join(groups()[group])}")
     print(*help_lines(cls, values), sep="\n")  # type: ignore[arg-type]
     print("\nRuns resume when the same command is given again.")
 
@@ -157,7 +165,8 @@ def entry(
     config_name = name if (CONFIGS / f"{name}.yaml").is_file() else "base"
     OmegaConf.register_new_resolver("slug", slug, replace=True)
     OmegaConf.register_new_resolver("option", partial(_option, cls), replace=True)
-    sys.argv[1:] = [forced(quoted(argument)) for argument in named(sys.argv[1:], positional)]
+    chosen = chosen_groups(config_name)
+    sys.argv[1:] = [forced(quoted(argument), chosen) for argument in named(sys.argv[1:], positional)]
     overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
 
     def run(config: DictConfig) -> None:
@@ -171,7 +180,7 @@ def entry(
 
     try:
         if {"--help", "-h"} & set(sys.argv):
-            return _print_help(cls, config_name, overrides)
+            return _print_help(cls, config_name, overrides, chosen)
         if not {"--multirun", "-m"} & set(sys.argv):
             compose_config(config_name, overrides)
         hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(run)()

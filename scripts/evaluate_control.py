@@ -9,8 +9,8 @@ from pathlib import Path
 from entry import entry
 
 from distill.control.adapter import load_adapter
-from distill.control.conditions import as_input
-from distill.control.train import strip
+from distill.control.conditions import adapter_input
+from distill.control.train import interleave
 from distill.data.folders import load_split
 from distill.evaluation.control import ControlEvaluationOptions, evaluate_control
 from distill.evaluation.generator import format_row
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     facts = {"condition": condition, "samples": options.samples, "machine": machine_info()}
     write_json(path, {**facts, "rows": rows})
     columns = 1 + len(images)
-    grid = image_grid(strip(as_input(pictures), *images)[: 12 * columns], 2 * columns)
+    grid = image_grid(interleave(adapter_input(pictures), *images)[: 12 * columns], 2 * columns)
     save_png(path.with_suffix(".png"), grid)
     print(f"written: {path}, {path.with_suffix('.png')}")
 

@@ -19,32 +19,32 @@ from distill.teacher.latent import load_teacher
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A folder of images and the labels to choose from."""
+    """A folder of images and the captions to choose from."""
 
     teacher: str = "shapes64"
     clip: str | None = None  # a CLIP model of transformers; null: the teacher's own
     folder: str
-    labels: tuple[str, ...]  # or arguments without a name
+    captions: tuple[str, ...]  # the labels, as captions; or arguments without a name
     output: str = "outputs/labels.json"
     device: str = "auto"
 
 
 def main(config: Config) -> None:
     teacher = load_teacher(config.teacher, pick_device(config.device))
-    for label in config.labels:
-        teacher.check_prompt(label)
+    for caption in config.captions:
+        teacher.check_prompt(caption)
     clip = load_clip_scorer(config.teacher, config.clip, teacher.device)
     if clip is None:
         raise UserError(f"{config.teacher} holds no CLIP: give clip= a CLIP model of transformers")
     files = image_files(Path(config.folder))
     images = torch.cat([load_image(path, teacher.resolution) for path in files])
-    probabilities = clip.label_probabilities(images, config.labels)
+    probabilities = clip.label_probabilities(images, config.captions)
     for path, row in zip(files, probabilities, strict=True):
-        print(f"{path.name:32} {config.labels[int(row.argmax())]:32} {float(row.max()):.3f}")
-    rows = (dict(zip(config.labels, row.tolist(), strict=True)) for row in probabilities)
+        print(f"{path.name:32} {config.captions[int(row.argmax())]:32} {float(row.max()):.3f}")
+    rows = (dict(zip(config.captions, row.tolist(), strict=True)) for row in probabilities)
     write_json(config.output, {path.name: row for path, row in zip(files, rows, strict=True)})
     print(f"written: {config.output}")
 
 
 if __name__ == "__main__":
-    entry("label_images", Config, main, positional="labels")
+    entry("label_images", Config, main, positional="captions")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from entry import entry
 
 from distill.control.adapter import save_adapter
-from distill.control.train import AdapterOptions, AdapterTraining, HeldOut
+from distill.control.train import AdapterOptions, AdapterTrainer, HeldOut
 from distill.data.folders import load_split
 from distill.data.latents import load_latents
 from distill.evaluation.control import finish
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     )
     run = Run(config.run, as_mapping(config), f"{condition} adapter")
     latents = load_latents(teacher, config.data)
-    training = AdapterTraining(run, teacher, latents, pictures, condition, config.adapter)
+    training = AdapterTrainer(run, teacher, latents, pictures, condition, config.adapter)
     adapter = training.train(held_out, probe)
     metrics = finish(run)
     save_adapter(run.directory / "adapter", adapter, condition, metrics)

@@ -6,7 +6,7 @@ world.random_light=true world.pairs=0 world.hold_out=false
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from entry import entry
 
@@ -23,7 +23,7 @@ class Config:
 
     run: RunOptions
     data: str = "outputs/judge_world"
-    judge: JudgeOptions = field(default_factory=JudgeOptions)
+    judge: JudgeOptions
 
 
 def main(config: Config) -> None:

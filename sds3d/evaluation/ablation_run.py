@@ -34,7 +34,7 @@ class AblationRecipe:
         None  # a transformers CLIP model for the CLIP score; null: the teacher's own, where it has one
     )
     output: str
-    ablation: AblationOptions = field(default_factory=AblationOptions)
+    ablation: AblationOptions
     particles: ParticleOptions = field(default_factory=ParticleOptions)
     optimise_image: OptimiseImageOptions
     text_to_3d: TextTo3dOptions
