@@ -1,7 +1,7 @@
 """Multi-resolution grid encoding of positions (Mueller et al. 2022, "Instant Neural Graphics Primitives").
 
-Two implementations: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch). They share the
-options and the layout of the table, so a table saved by one loads into the other.
+Two implementations: `TinyCudaEncoding` (tinycudann's kernels, CUDA) and `HashEncoding` (torch). They share
+options and layout of the table, so a table saved by one loads into the other.
 """
 
 import importlib.util
@@ -116,11 +116,11 @@ class _Interpolate(torch.autograd.Function):
 
 
 class HashEncoding(nn.Module):
-    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level; in torch.
+    """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level.
 
     As in tinycudann a level's nodes are half a cell from the border (`x * scale + 0.5`); unlike there, the
-    outermost half cell repeats its border value instead of wrapping around. Positions get no gradient: normals
-    are finite differences of density.
+    outermost half cell repeats its border value instead of wrapping around. Positions get no gradient:
+    normals are finite differences of density.
     """
 
     def __init__(self, options: HashEncodingOptions) -> None:

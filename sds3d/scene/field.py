@@ -1,5 +1,6 @@
 """The scene as a function of position: density and albedo from an encoded point by a tiny MLP."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -100,23 +101,6 @@ class Field(nn.Module):
         # log1p keeps the direction and bounds slopes of thousands at a hard surface.
         return functional.normalize(-torch.log1p(density) @ taps, dim=-1, eps=1e-8)
 
-    def surface_colours(self, points: Tensor, normals: Tensor, step: float) -> Tensor:
-        """Colours (N, 3) of surface points (N, 3), on the CPU: rendered along short rays against the normals.
-
-        Each ray is `RAY_STEPS` steps of length `step`. Points and normals (N, 3) are on the CPU.
-        """
-        offsets = torch.arange(RAY_STEPS)[:, None, None] * step
-        colours = []
-        chunks = (value.split(CHUNK // RAY_STEPS) for value in (points, normals))
-        for origin, normal in zip(*chunks, strict=True):
-            samples = (origin - offsets * normal).clamp(-1, 1).reshape(-1, 3)
-            density, albedo = self(samples.to(self.rotation.device))
-            thickness = density.reshape(RAY_STEPS, -1, 1).float().cpu() * step
-            weights = torch.exp(thickness - thickness.cumsum(0)) * (1 - torch.exp(-thickness)) + 1e-6
-            colour = (weights * albedo.reshape(RAY_STEPS, -1, 3).float().cpu()).sum(0)
-            colours.append(colour / weights.sum(0))
-        return torch.cat(colours).clamp(0, 1)
-
     def rotate(self, quarter_turns: int) -> None:
         """Rotate the scene about the vertical by 90 degrees a quarter turn, which maps the box to itself."""
         quarter = self.rotation.new_tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -135,3 +119,27 @@ class Field(nn.Module):
         value = raw + (blob + options.density_bias)
         density = functional.softplus(value) if options.activation == "softplus" else _TruncExp.apply(value)
         return density * (positions.abs().amax(dim=-1) <= 1)
+
+
+def surface_colours(
+    field: Callable[[Tensor], tuple[Tensor, Tensor]],
+    points: Tensor,
+    normals: Tensor,
+    step: float,
+    device: torch.device,
+) -> Tensor:
+    """Colours (N, 3) of surface points (N, 3) with outward normals (N, 3), rendered along short inward rays.
+
+    Each ray is `RAY_STEPS` steps of length `step`. The field is evaluated on `device`, all else on the CPU.
+    """
+    offsets = torch.arange(RAY_STEPS)[:, None, None] * step
+    colours = []
+    chunks = (value.split(CHUNK // RAY_STEPS) for value in (points, normals))
+    for origin, normal in zip(*chunks, strict=True):
+        samples = (origin - offsets * normal).clamp(-1, 1).reshape(-1, 3)
+        density, albedo = field(samples.to(device))
+        thickness = density.reshape(RAY_STEPS, -1, 1).float().cpu() * step
+        weights = torch.exp(thickness - thickness.cumsum(0)) * (1 - torch.exp(-thickness)) + 1e-6
+        colour = (weights * albedo.reshape(RAY_STEPS, -1, 3).float().cpu()).sum(0)
+        colours.append(colour / weights.sum(0))
+    return torch.cat(colours).clamp(0, 1)

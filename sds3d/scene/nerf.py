@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras
-from sds3d.scene.field import Field, FieldOptions
+from sds3d.scene.field import Field, FieldOptions, surface_colours
 from sds3d.scene.occupancy import OccupancyGrid
 from sds3d.scene.protocol import ParameterGroup, RenderedViews, Scene3D, SceneOptions
 from sds3d.scene.regularizers import RegularizerOptions, opacity_regularization, ray_regularization
@@ -170,7 +170,7 @@ class NeRF(Scene3D):
     @torch.no_grad()
     def surface_colours(self, points: Tensor, normals: Tensor, spacing: float) -> Tensor:
         """Colours along short rays against the normals, in steps of `spacing`."""
-        return self.field.surface_colours(points, normals, spacing)
+        return surface_colours(self.field, points, normals, spacing, self.device)
 
     def render(
         self,

@@ -175,7 +175,7 @@ def test_saved_scene_loads_identically(kind: str, tmp_path: Path) -> None:
 
 
 def test_scene_of_format_1_loads(tmp_path: Path) -> None:
-    """Without the class of its options, with the buffers' former names, and written before fields could rotate."""
+    """It has no class of options, former names of the grid's buffers, and no rotation of the field."""
     scene = small_scene()
     scene.update(0, generator())
     scene.save(tmp_path)
