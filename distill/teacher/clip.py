@@ -13,6 +13,7 @@ from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
 from distill.teacher.hard_negatives import HardNegatives
+from distill.teacher.vocabulary import check_length
 
 MEAN = (0.5, 0.5, 0.5)  # pixel normalisation, in the image processor's files too
 STD = (0.25, 0.25, 0.25)
@@ -34,9 +35,7 @@ class ClipOptions:
     weight_decay: float = 0.05
     image_to_text: float = 0.5  # loss weight of image-to-text; 1 minus it of text-to-image
     negatives: int = 256  # further random captions an image is contrasted with
-    mirror: bool = (
-        True  # mirror half of the images in the first stage; false where captions say left or right
-    )
+    mirror: bool = True  # half of the images, in the first stage; false where captions say left or right
     hard_negatives: int = 4  # in the second stage: captions one word apart, per image
     hard_negative_learning_rate: float = 1e-3
 
@@ -100,9 +99,9 @@ def contrastive_loss(
     """
     logits = log_scale.exp() * image @ text.T
     paired = slice(0, len(image))
-    to_text, to_image = (
-        target / target.sum(1, keepdim=True) for target in (positives, positives[:, paired])
-    )  # the paired part is symmetric
+    # The paired part of the positives is symmetric, so that its rows serve both directions.
+    targets = (positives, positives[:, paired])
+    to_text, to_image = (target / target.sum(1, keepdim=True) for target in targets)
     forward, backward = F.cross_entropy(logits, to_text), F.cross_entropy(logits[:, paired].T, to_image)
     return image_to_text * forward + (1 - image_to_text) * backward
 
@@ -188,7 +187,8 @@ def _train(
 def caption_features(
     model: CLIPModel, tokenizer: CLIPTokenizer, captions: Sequence[str], batch: int = 512
 ) -> Tensor:
-    """Unit features (N, D) of captions."""
+    """Unit features (N, D) of captions; one longer than the context is truncated, with a warning."""
+    check_length(tokenizer, captions, truncate=True)
     ids = tokenize(tokenizer, captions).to(model.device)
     return torch.cat([text_features(model, part) for part in ids.split(batch)])
 

@@ -18,9 +18,7 @@ class VaeOptions:
 
     factor: int = 8  # image side over latent side: 4 with three levels of channels, 8 with four
     channels: tuple[int, ...] = (16, 32, 64, 128)  # one a resolution level; each level costs about the same
-    latent_channels: int = (
-        16  # 8x8x16: the size of 16x16x4 at a quarter of the U-Net's cost; 8 loses wheels and eyes
-    )
+    latent_channels: int = 16  # 8x8x16: at a quarter of the U-Net's cost of 16x16x4; 8 loses wheels, eyes
     layers: int = 1
     batch: int = 16
     learning_rate: float = 2e-3

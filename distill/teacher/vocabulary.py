@@ -116,8 +116,3 @@ def check_length(
         if not truncate:
             raise UserError(f"{message}: {remedy}")
         print(f"warning: {message}, the rest is ignored", file=sys.stderr)
-
-
-def phrase(colour: str, name: str) -> str:
-    """`an orange car`."""
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {name}"

@@ -22,9 +22,12 @@ from distill.teacher.latent import load_teacher
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
+from distill.teacher.vocabulary import words_of
 
 ROOT = str(Path(__file__).parents[3])
 PARTS = ("clip", "hard_negatives", "vae", "unet")
+# words enough that a tokenizer with random ties would differ in every process
+CAPTION = "a {} square on top of an orange teapot from the other side"
 COLOURS = {"red": (230, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 230)}
 
 
@@ -39,7 +42,7 @@ def write_folder(folder: Path) -> Path:
             image = Image.new("RGBA", (16, 16))
             image.paste((*COLOURS[name], 255), (4, 2 + number % 4, 12, 12))
             image.save(path / f"{number}.png")
-            rows.append({"file_name": f"{number}.png", "text": f"a {name} square"})
+            rows.append({"file_name": f"{number}.png", "text": CAPTION.format(name)})
         (path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -104,7 +107,7 @@ def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> Non
     assert [result["run"]["steps"] for result in results.values()] == [3, 4, 4, 5]
     teacher = load_teacher(str(out / "teacher"))
     assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
-    assert teacher.vocabulary == {"a", "red", "green", "blue", "square"}
+    assert teacher.vocabulary == {*COLOURS, *words_of(CAPTION)}
     assert teacher.vae.config.scaling_factor == pytest.approx(results["vae"]["scaling_factor"])
     assert teacher.encode_text(["a red square", ""]).embedding.shape == (2, 24, 16)
 
@@ -209,14 +212,14 @@ def test_a_caption_longer_than_the_context_raises(
     rows.write_text(rows.read_text().replace("a red square", "a red square" + " square" * 25, 1))
     long = replace(chosen, data=str(tmp_path / "data"))
     with pytest.raises(
-        UserError, match=r"'a red square square .* has 30 tokens .* reads 24: .*context_length"
+        UserError, match=r"'a red square square .* has 40 tokens .* reads 24: .*context_length"
     ):
         train_teacher(run_options(tmp_path / "out"), long)
     assert not (tmp_path / "out").exists()
 
-    wide = replace(long, clip=replace(long.clip, context_length=30))
+    wide = replace(long, clip=replace(long.clip, context_length=40))
     teacher = load_teacher(str(train_teacher(run_options(tmp_path / "out"), wide)))
-    assert teacher.encode_text(["a red square"]).embedding.shape == (1, 30, 16)
+    assert teacher.encode_text(["a red square"]).embedding.shape == (1, 40, 16)
 
 
 def test_another_config_in_the_same_directory_is_refused(trained: tuple[Path, TeacherOptions]) -> None:
@@ -255,7 +258,7 @@ def test_reuse_of_an_unsuitable_folder_raises(trained: tuple[Path, TeacherOption
     rows = Path(chosen.data) / "train" / "metadata.jsonl"
     shutil.copytree(rows.parent, tmp_path / "data" / "train")
     reused = replace(chosen, data=str(tmp_path / "data"), reuse=str(out / "parts"))
-    for noun, message in (("lozenge", "lozenge"), ("square " * 30, r"has 34 tokens .* without reuse")):
+    for noun, message in (("lozenge", "lozenge"), ("square " * 30, r"has 44 tokens .* without reuse")):
         text = rows.read_text().replace("square", noun)
         (tmp_path / "data" / "train" / "metadata.jsonl").write_text(text)
         with pytest.raises(UserError, match=message):

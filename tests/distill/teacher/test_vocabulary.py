@@ -6,6 +6,7 @@ import pytest
 from transformers import CLIPTokenizer
 
 from distill.runtime.errors import UserError
+from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.vocabulary import (
     build_tokenizer,
     check_length,
@@ -112,6 +113,21 @@ def test_long_texts_raise_or_warn(capsys: pytest.CaptureFixture[str]) -> None:
     check_length(tokenizer, ["a red car", "a red red red car"], truncate=True)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: 'a red red red car' has 7 tokens")
+
+
+def test_a_teacher_checks_the_length_of_prompts(
+    tiny_teacher: LatentDiffusionTeacher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error where there is a vocabulary; without one (Stable Diffusion) truncation with a warning."""
+    long = "a red cube" + " cube" * 20
+    with pytest.raises(UserError, match=r"'a red cube cube .* has 25 tokens .* reads 24: shorten it"):
+        tiny_teacher.encode_text(["a red cube", long])
+    tiny_teacher.encode_text([long.removesuffix(" cube")])
+    tiny_teacher.vocabulary = None
+    assert len(tiny_teacher.encode_text([long, "a red cube", long])) == 3
+    tiny_teacher.encode_text([long])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: 'a red cube cube")
 
 
 def test_captions_without_words_are_refused() -> None:
