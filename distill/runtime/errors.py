@@ -20,7 +20,8 @@ def allocation_error(error: BaseException) -> UserError | None:
     """
     if not isinstance(error, MemoryError) and not _ALLOCATION_MESSAGES.search(str(error)):
         return None
-    reason = next(iter(str(error).splitlines()), "") or "out of memory"
+    size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    reason = size[0] if size else next(iter(str(error).splitlines()), "out of memory")
     return UserError(
         f"not enough memory for these options ({reason}): lower a count, a batch or a resolution"
     )
