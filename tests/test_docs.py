@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
 import shlex
 import shutil
@@ -39,6 +40,7 @@ CARDS = sorted((ROOT / "distill" / "weights").rglob("README.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 PLACEHOLDERS = {"CYCLES": "100", "objective=NAME": "objective=sds", "method=NAME": "method=dmd2"}
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 
 
 def page_id(path: Path) -> str:
@@ -60,6 +62,10 @@ def heredocs(text: str) -> dict[str, str]:
     return dict(re.findall(r"cat > (\S+) <<'YAML'\n(.*?)\nYAML\n", text, re.DOTALL))
 
 
+# The Python files of the extending page, by name.
+MODULES = {block[2:].split(".py\n")[0]: block for block in blocks(EXTENDING, "python")}
+
+
 def commands(text: str) -> list[list[str]]:
     """The words of every command of a script, with values for placeholders."""
     shell = re.sub(r"<<'YAML'\n.*?\nYAML\n", "\n", "\n".join(blocks(text, "bash")), flags=re.DOTALL)
@@ -76,16 +82,21 @@ def commands(text: str) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The config folder with the files that the pages tell the reader to write."""
-    folder = shutil.copytree(ROOT / "configs", tmp_path_factory.mktemp("docs") / "configs")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the configs, and the files that the pages tell the reader to write; importable."""
+    folder = tmp_path_factory.mktemp("checkout")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     for page in PAGES:
         for path, content in heredocs(page.read_text()).items():
-            (folder.parent / path).parent.mkdir(exist_ok=True)
-            (folder.parent / path).write_text(content + "\n")
+            (folder / path).write_text(content + "\n")
+    for name, code in MODULES.items():
+        (folder / f"{name}.py").write_text(code)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(entry, "CONFIGS", folder)
+        patch.setattr(entry, "CONFIGS", folder / "configs")
+        patch.syspath_prepend(folder)
         yield folder
+    for name in MODULES:
+        sys.modules.pop(name, None)
 
 
 @cache
@@ -117,7 +128,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_command_is_accepted_by_its_script(
-    command: str, configs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = shlex.split(command)
     script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
@@ -150,6 +161,9 @@ def has_option(hint: Any, default: Any, keys: list[str]) -> bool:
     if isinstance(default, Mapping):
         return has_option(type(default[keys[0]]), default[keys[0]], keys[1:])
     candidates = [type(default), hint, *typing.get_args(hint)]
+    candidates += [
+        subclass for cls in candidates if inspect.isabstract(cls) for subclass in cls.__subclasses__()
+    ]
     for cls in [cls for cls in candidates if dataclasses.is_dataclass(cls) and isinstance(cls, type)]:
         fields = fields_of(cls)
         if keys[0] in fields:
@@ -241,28 +255,18 @@ def test_python_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "teapot.png").is_file() and (tmp_path / "teapot" / "result.json").is_file()
 
 
-EXTENDING = (ROOT / "docs" / "extending.md").read_text()
-
-
 @pytest.fixture
-def extensions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The Python files of the extending page, importable; the YAML files that it writes, by name."""
-    files = {re.match(r"# (\w+)\.py\n", block)[1]: block for block in blocks(EXTENDING, "python")}  # type: ignore[index]
-    for name, code in files.items():
-        (tmp_path / f"{name}.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield {Path(path).stem: yaml.safe_load(content) for path, content in heredocs(EXTENDING).items()}
-    for name in files:
-        sys.modules.pop(name, None)
+def examples(checkout: Path) -> dict[str, Any]:
+    """The YAML files of the extending page, by name; its Python files are importable."""
+    return {Path(path).stem: yaml.safe_load(content) for path, content in heredocs(EXTENDING).items()}
 
 
 def example_run(folder: Path, steps: int) -> Run:
     return Run(RunOptions(str(folder), steps=steps, trackers=()), {}, "example")
 
 
-def test_example_scene(extensions: dict[str, Any], tmp_path: Path) -> None:
-    scene = build_scene_options(extensions["my_scene"]).build()
+def test_example_scene(examples: dict[str, Any], tmp_path: Path) -> None:
+    scene = build_scene_options(examples["my_scene"]).build()
     with torch.no_grad():
         for grid in scene.parameters():
             grid.add_(torch.randn(grid.shape, generator=torch.Generator().manual_seed(0)))
@@ -275,14 +279,14 @@ def test_example_scene(extensions: dict[str, Any], tmp_path: Path) -> None:
     assert scene.extract_mesh(MeshOptions(resolution=32, views=4)).watertight
 
 
-def test_example_teacher_scene_and_stage(extensions: dict[str, Any], tmp_path: Path) -> None:
+def test_example_teacher_scene_and_stage(examples: dict[str, Any], tmp_path: Path) -> None:
     """Score distillation turns the grey ball red, as the teacher's closed-form score demands."""
     teacher = importlib.import_module("my_teacher").ColourTeacher()
     symmetry = {"_target_": "my_stage.SymmetryOptions", "every": 5}
     values = {"prompt": "red", "views": 2, "stages": {"symmetry": symmetry, "sdedit_refinement": None}}
     options = build(TextTo3dOptions, values)
     objective = build(ObjectiveOptions, yaml.safe_load((ROOT / "configs/objective/sds.yaml").read_text()))
-    scene_options = build_scene_options({**extensions["my_scene"], "resolution": 16})
+    scene_options = build_scene_options({**examples["my_scene"], "resolution": 16})
     scene = TextTo3d(example_run(tmp_path / "run", 30), teacher, scene_options, objective, options).train()
 
     views = scene.render(ring(4))
@@ -290,7 +294,7 @@ def test_example_teacher_scene_and_stage(extensions: dict[str, Any], tmp_path: P
     assert red > green + 0.1 and red > blue + 0.1
 
 
-def test_example_teacher_trains_and_samples(extensions: dict[str, Any]) -> None:
+def test_example_teacher_trains_and_samples(examples: dict[str, Any]) -> None:
     teacher = importlib.import_module("my_teacher").ColourTeacher()
     noise = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     conditioning = teacher.encode_text(["blue"] * 8)
@@ -303,19 +307,17 @@ def test_example_teacher_trains_and_samples(extensions: dict[str, Any]) -> None:
     assert not any(value.requires_grad for value in teacher.denoiser.parameters())
 
 
-def test_example_loss(
-    extensions: dict[str, Any], tiny_teacher: LatentDiffusionTeacher, tmp_path: Path
-) -> None:
-    objective = build(ObjectiveOptions, extensions["my_loss"])
+def test_example_loss(examples: dict[str, Any], tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
+    objective = build(ObjectiveOptions, examples["my_loss"])
     options = OptimiseImageOptions("a red teapot", particles=2)
     images = OptimiseImage(example_run(tmp_path / "run", 2), tiny_teacher, objective, options).train()
     assert images.shape == (2, 3, 64, 64) and objective.cost() == 3
 
 
-def test_example_data_set(extensions: dict[str, Any], tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "my_dataset.py"], check=True)
+def test_example_data_set(checkout: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, checkout / "my_dataset.py"], cwd=tmp_path, check=True)
     options = TeacherOptions(
-        "outputs/my_data",
+        str(tmp_path / "outputs" / "my_data"),
         steps=Steps(clip=1, hard_negatives=1, vae=1, unet=1),
         clip=ClipOptions(width=16, layers=1, text_width=16, text_layers=1, projection=8, batch=6),
         vae=VaeOptions(channels=(8, 8, 8, 8), latent_channels=3, batch=4),
