@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.apps.text_to_image import Sampler, TextToImageOptions, compare_samplers, text_to_image
-from distill.control.adapter import controlled, controlled_student
-from distill.control.pictures import ControlPicture, make_control
-from distill.one_step.comparison import StudentSampleOptions, sample_student, sheet, table
+from distill.apps.comparisons import compare_formulations, compare_samplers, parse_sampler
+from distill.apps.text_to_image import TextToImageOptions, text_to_image
+from distill.control.adapter import ControlOptions, controlled, controlled_student
+from distill.core.sampling import Formulation
+from distill.one_step.comparison import StudentSampleOptions, comparison_grid, sample_student, timing_table
 from distill.one_step.folder import load_student
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
@@ -21,44 +22,52 @@ TEACHER_OPTIONS = (  # disabled while empty
     "negative_prompt",
     "sweep",
     "compare_samplers",
+    "formulations",
     "image",
     "mask",
     "weights",
     "interpolate",
     "animation",
 )
+NOISE_ONLY = ("compare_samplers", "sweep", "image", "animation")  # not combined with formulations
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(TextToImageOptions):
     """Images of prompts from a teacher, or from a student."""
 
-    teacher: str = (
-        "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
-    )
-    student: str | None = (
-        None  # shapes64, or a folder of distill_one_step.py: all its steps, without guidance
-    )
+    # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+    teacher: str = "shapes64"
+    # shapes64, or a folder of distill_one_step.py: all its steps, without guidance
+    student: str | None = None
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
-    compare_samplers: tuple[Sampler, ...] = ()  # [ddim, ddpm, dpm]: the same images by each, timed
-    # adapters: [{adapter: silhouette, picture: outline.png, weight: 1.0, start: 0.0, end: 1.0}]
-    controls: tuple[ControlPicture, ...] = ()
+    # the same images by each sampler, timed: [ddim, dpm], or each in steps of its own, [ddim:25, ddpm:500]
+    compare_samplers: tuple[str, ...] = ()
+    # the same images by Heun's method in each formulation of the ODE, [vp, ve, flow], and their differences
+    formulations: tuple[Formulation, ...] = ()
+    # adapters: [{adapter: silhouette, image: outline.png, weight: 1.0, start: 0.0, end: 1.0}]
+    controls: tuple[ControlOptions, ...] = ()
     output: str = "outputs/samples"
     device: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in TEACHER_OPTIONS if vars(self)[name]]
-        given += ["candidates"] * (self.candidates != 1)
+        for sampler in self.compare_samplers:
+            parse_sampler(sampler, self.steps)
+        multiple = ["candidates"] * (self.candidates != 1)
+        given = [name for name in TEACHER_OPTIONS if vars(self)[name]] + multiple
         if self.student is not None and given:
             raise UserError(
-                f"{', '.join(given)}: a student samples from noise and a prompt in one pass; leave student= out "
-                "for the teacher to do it"
+                f"{', '.join(given)}: a student generates from noise and a prompt only; "
+                "leave student= out for the teacher to do it"
             )
+        given = [name for name in NOISE_ONLY if vars(self)[name]] + multiple
+        if self.formulations and given:
+            raise UserError(f"{', '.join(given)}: not available with formulations; leave one of them out")
 
 
 def run_sample(options: SampleOptions) -> Path:
-    """Sample, print tables of times where something is compared, and write samples.png and an image each."""
+    """Sample, print the tables of comparisons, and write samples.png and a file for each image."""
     sample = sample_with_teacher if options.student is None else sample_with_student
     folder = Path(options.output)
     grid, images, columns = sample(options)
@@ -69,26 +78,30 @@ def run_sample(options: SampleOptions) -> Path:
 
 
 def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
-    """A grid (3, H', W'), its images (N, 3, H, W) and its columns; an animation goes to the output folder."""
+    """A grid (3, H', W'), its images (N, 3, H, W) and its columns; animations go to the output folder."""
     teacher = load_teacher(options.teacher, pick_device(options.device))
-    controls = [make_control(control, teacher) for control in options.controls]
+    controls = [control.build(teacher) for control in options.controls]
     model = controlled(teacher, controls) if controls else teacher
     columns = options.count * max(len(options.sweep), 1)
-    if options.compare_samplers:
-        rows, times = compare_samplers(model, options, options.compare_samplers)
-        print(times)
+    if options.compare_samplers or options.formulations:
+        if options.formulations:
+            rows, table = compare_formulations(model, options, options.formulations)
+        else:
+            rows, table = compare_samplers(model, options, options.compare_samplers)
+        print(table)
         return image_grid(torch.cat(rows), columns), torch.cat(rows), columns
+
     images, frames = text_to_image(model, options)
-    if frames is not None:
-        save_animation(frames, Path(options.output) / "denoising.gif", 8)
+    for name, grids in frames.items():
+        save_animation(grids, Path(options.output) / f"denoising_{name}.gif", 8)
     return image_grid(images, columns), images, columns
 
 
 def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
-    """As `sample_with_teacher`, by the student; the grid also shows the teacher where both are compared."""
+    """As `sample_with_teacher`, by the student; the grid also shows the teacher where they are compared."""
     device = pick_device(options.device)
     student, parts = load_student(str(options.student), device)
-    controls = [make_control(control, parts) for control in options.controls]
+    controls = [control.build(parts) for control in options.controls]
     student = controlled_student(student, controls) if controls else student
     chosen = StudentSampleOptions(
         options.prompts, options.count, options.seed, options.compare, options.guidance
@@ -96,5 +109,5 @@ def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     teacher = load_teacher(options.teacher, device) if options.compare else None
     rows = sample_student(student, parts, teacher, chosen)
     if options.compare:
-        print(table(rows))
-    return sheet(rows, chosen), rows[0].images, options.count
+        print(timing_table(rows))
+    return comparison_grid(rows, chosen), rows[0].images, options.count

@@ -1,1 +1,1 @@
-"""Adapters: a frozen teacher told where things are by a picture, through zero convolutions."""
+"""Adapters (ControlNet): a frozen teacher or student conditioned on images."""

@@ -1,13 +1,13 @@
-"""A teacher seen through adapters: `diffusers.ControlNetModel`s whose zero convolutions add to its U-Net's skips.
+"""Adapters: `diffusers.ControlNetModel`s whose zero convolutions add to the skips of a frozen U-Net.
 
 Zhang, Rao, Agrawala 2023, arXiv:2302.05543: y = F(x; frozen) + Z(F(x + Z(c); copy)), section 3.1.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from diffusers import ControlNetModel
@@ -15,38 +15,45 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from distill.core.noise import NoiseSchedule
+from distill.core.teacher import Denoiser, Teacher
+from distill.data.images import load_image
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
-from distill.runtime.files import read_json, replaced_folder, write_json
-from distill.runtime.shipped import known, located
-from distill.teacher.latent import Teacher, UNetDenoiser
+from distill.runtime.files import atomic_folder, read_json, write_json
+from distill.runtime.shipped import names, resolve
+from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.latent import LatentDiffusionTeacher
 
-MARK = "condition.json"  # beside the weights: what the adapter takes
-# Of the condition's own convolutions, each but the first at half the resolution before; diffusers' own end at 256.
-WIDTHS = (16, 32, 48, 64)
+AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
+CONDITION_FILE = "condition.json"  # marks an adapter's folder and names its condition
+# Channels of the condition encoder, each after the first at half the resolution; diffusers' own end at 256,
+# for images of 512 pixels.
+CONDITION_CHANNELS = (16, 32, 48, 64)
 
 
-def make_adapter(teacher: Teacher) -> ControlNetModel:
-    """A copy of the lower half of the teacher's U-Net that takes a picture, silent until it is trained."""
-    halvings = (teacher.resolution // teacher.latent_shape[1]).bit_length()
-    if halvings > len(WIDTHS):
+def make_adapter(teacher: LatentDiffusionTeacher) -> ControlNetModel:
+    """An untrained adapter: a copy of the encoder half of the teacher's U-Net, with zero convolutions."""
+    levels = (teacher.resolution // teacher.latent_shape[1]).bit_length()
+    if levels > len(CONDITION_CHANNELS):
         raise UserError(
-            f"the VAE makes a latent of 1 in {2 ** (halvings - 1)} pixels a side: at most {2 ** (len(WIDTHS) - 1)} is expected"
+            f"the VAE downsamples by {2 ** (levels - 1)}: adapters are made for a factor of at most "
+            f"{2 ** (len(CONDITION_CHANNELS) - 1)}"
         )
-    made = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=WIDTHS[:halvings])
-    return made.float().to(teacher.device, memory_format=torch.channels_last)
+    channels = CONDITION_CHANNELS[:levels]
+    adapter = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=channels)
+    return adapter.float().to(teacher.device, memory_format=torch.channels_last)
 
 
 @dataclass(frozen=True)
 class Control:
-    """An adapter, its pictures (N, 3, H, W) in [0, 1], its weight, and the share of the denoising it acts in.
+    """An adapter with its images (N, 3, H, W) in [0, 1], its weight, and its range of the denoising.
 
-    Pictures belong to the items of a batch in turn: a batch of k N, such as guidance asks, repeats them. At time t the share
-    done is 1 - (t + 1) / T, so that `start` and `end` mean what they mean in `StableDiffusionControlNetPipeline`.
+    `start` and `end` are fractions of the denoising, which at time t is 1 - (t + 1) / T, as in
+    `StableDiffusionControlNetPipeline`. A batch of k N samples, as of guidance, repeats the images.
     """
 
     adapter: ControlNetModel
-    pictures: Tensor
+    images: Tensor
     weight: float = 1.0
     start: float = 0.0
     end: float = 1.0
@@ -54,114 +61,166 @@ class Control:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= 1:
             raise UserError(
-                f"a control acts from {self.start} to {self.end}: two shares of the denoising are expected, 0 <= start < end <= 1"
+                f"a control from {self.start} to {self.end}: "
+                "expected fractions of the denoising, 0 <= start < end <= 1"
             )
 
-    def weights(self, t: Tensor, steps: int) -> Tensor:
-        """Its weight at times t (B,): (B, 1, 1, 1), 0 where it does not act."""
-        done = 1 - (t + 1).double() / steps
-        acts = (done >= self.start - 1e-6) & (done < self.end - 1e-6)
-        return (self.weight * acts).float()[:, None, None, None]
+    def weights(self, t: Tensor, num_train_timesteps: int) -> Tensor:
+        """The weight (B, 1, 1, 1) at times t (B,): 0 outside its range."""
+        fraction = 1 - (t + 1).double() / num_train_timesteps
+        active = (fraction >= self.start - 1e-6) & (fraction < self.end - 1e-6)
+        return (self.weight * active).float()[:, None, None, None]
 
-    def seen(self, count: int) -> Tensor:
-        """The pictures for a batch of `count`. Raises `UserError` where it is no multiple of theirs."""
-        if count % len(self.pictures):
+    def batch_images(self, count: int) -> Tensor:
+        """Images (count, 3, H, W). Raises `UserError` where count is not a multiple of their number."""
+        if count % len(self.images):
             raise UserError(
-                f"{len(self.pictures)} control pictures cannot serve a batch of {count}: give one, or one an image"
+                f"{len(self.images)} control images for a batch of {count}: expected one, or one a sample"
             )
-        return self.pictures.repeat(count // len(self.pictures), 1, 1, 1)
+        return self.images.repeat(count // len(self.images), 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class ControlOptions:
+    """An adapter, the file of its condition image, and where it acts."""
+
+    adapter: str  # silhouette, depth, or a folder of train_controlnet.py
+    image: str  # the condition, for example a white silhouette on black
+    weight: float = 1.0
+    start: float = 0.0  # the range of the denoising, as fractions; 0 is pure noise
+    end: float = 1.0
+
+    def build(self, teacher: Teacher) -> Control:
+        """The control, loaded. Raises `UserError` for an invalid adapter or image."""
+        adapter, _ = load_adapter(self.adapter, teacher.device)
+        image = load_image(self.image, teacher.resolution).to(teacher.device)
+        return Control(adapter, image, self.weight, self.start, self.end)
 
 
 def residuals(
-    controls: Sequence[Control], x_t: Tensor, t: Tensor, condition: Tensor, steps: int
-) -> tuple[list[Tensor], Tensor] | None:
-    """What controls add to the skips and to the middle of a U-Net, summed; None where none acts."""
-    total: tuple[list[Tensor], Tensor] | None = None
+    controls: Sequence[Control], x_t: Tensor, t: Tensor, embedding: Tensor, num_train_timesteps: int
+) -> list[Tensor]:
+    """Sums over the controls to be added to a U-Net's skips and, last, to its middle block.
+
+    Empty where no control is active at t.
+    """
+    total: list[Tensor] = []
     for control in controls:
-        weights = control.weights(t, steps).to(x_t.device)
+        weights = control.weights(t, num_train_timesteps).to(x_t.device)
         if not weights.any():
             continue
-        net = control.adapter
-        seen = control.seen(len(x_t)).to(x_t.device, net.dtype)
-        told = net(x_t.to(net.dtype), t, encoder_hidden_states=condition.to(net.dtype), controlnet_cond=seen)
-        down, middle = told.down_block_res_samples, told.mid_block_res_sample
-        scale = weights.to(middle.dtype)
-        down, middle = [value * scale for value in down], middle * scale
-        total = (
-            (down, middle)
-            if total is None
-            else ([a + b for a, b in zip(total[0], down, strict=True)], total[1] + middle)
-        )
+        adapter, dtype = control.adapter, control.adapter.dtype
+        images = control.batch_images(len(x_t)).to(x_t.device, dtype)
+        output = adapter(x_t.to(dtype), t, encoder_hidden_states=embedding.to(dtype), controlnet_cond=images)
+        outputs = [*output.down_block_res_samples, output.mid_block_res_sample]
+        weighted = [value * weights.to(value.dtype) for value in outputs]
+        total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
     return total
 
 
 @final
 class ControlledUnet(nn.Module):
-    """A U-Net with controls, called as the U-Net is; where none acts it is the U-Net, bit for bit."""
+    """A U-Net with controls, called as the U-Net is, and equal to it bit for bit where none is active.
+
+    The controls are no part of the module: its parameters, a copy and a LoRA are the U-Net's alone, and a
+    copy shares the adapters.
+    """
 
     def __init__(self, unet: Any, schedule: NoiseSchedule, controls: Sequence[Control]) -> None:
         super().__init__()
         self.unet, self.schedule, self.controls = unet, schedule, list(controls)
+        self.config = unet.config
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ControlledUnet":
+        return ControlledUnet(copy.deepcopy(self.unet, memo), self.schedule, self.controls)
 
     @property
     def dtype(self) -> torch.dtype:
         """That of the U-Net."""
         return self.unet.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """That of the U-Net."""
+        return self.unet.device
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """The U-Net's LoRAs by name; empty without any."""
+        return getattr(self.unet, "peft_config", {})
+
+    def add_adapter(self, config: Any, adapter_name: str) -> None:
+        """Add a LoRA to the U-Net."""
+        self.unet.add_adapter(config, adapter_name=adapter_name)
+
+    def delete_adapters(self, adapter_name: str) -> None:
+        """Delete a LoRA of the U-Net."""
+        self.unet.delete_adapters(adapter_name)
+
+    def enable_adapters(self) -> None:
+        """Activate the U-Net's LoRA."""
+        self.unet.enable_adapters()
+
+    def disable_adapters(self) -> None:
+        """Deactivate the U-Net's LoRA."""
+        self.unet.disable_adapters()
+
     def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
-        """x_t (B, C, h, w), t (B,), text states (B, L, D)."""
+        """x_t (B, C, h, w), t (B,), text embeddings (B, L, D)."""
         added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.num_train_timesteps)
-        if added is None:
+        if not added:
             return self.unet(x_t, t, encoder_hidden_states=encoder_hidden_states)
+        *down, middle = (value.to(self.dtype) for value in added)
         return self.unet(
             x_t,
             t,
             encoder_hidden_states=encoder_hidden_states,
-            down_block_additional_residuals=tuple(value.to(self.dtype) for value in added[0]),
-            mid_block_additional_residual=added[1].to(self.dtype),
+            down_block_additional_residuals=tuple(down),
+            mid_block_additional_residual=middle,
         )
 
 
-def controlled(teacher: Teacher, controls: Sequence[Control]) -> Teacher:
-    """The teacher seen through its controls: the same parts, another score. It obeys the teacher protocol, so every objective takes it."""
-    seen = copy.copy(teacher)
-    seen.score = UNetDenoiser(
-        ControlledUnet(teacher.unet, teacher.schedule, controls),
-        teacher.schedule,
-        teacher.score.prediction_type,
-    )
-    return seen
+def controlled(teacher: AnyTeacher, controls: Sequence[Control]) -> AnyTeacher:
+    """A teacher of the same parts, whose predictions are conditioned on the controls too.
+
+    Raises `UserError` for a teacher without a U-Net.
+    """
+    controlled_teacher = copy.copy(teacher)
+    controlled_teacher.denoiser = _controlled_denoiser(teacher.denoiser, controls)
+    return controlled_teacher
 
 
 def controlled_student(student: Student, controls: Sequence[Control]) -> Student:
-    """A student seen through adapters of its teacher, whose U-Net it began as."""
-    return Student(
-        ControlledUnet(student.unet, student.schedule, controls),
-        student.schedule,
-        student.prediction_type,
-        student.times,
-    )
+    """A student conditioned on adapters of its teacher, from whose U-Net it was initialised."""
+    return Student(_controlled_denoiser(student.denoiser, controls), student.timesteps)
+
+
+def _controlled_denoiser(denoiser: Denoiser, controls: Sequence[Control]) -> UNetDenoiser:
+    if not isinstance(denoiser, UNetDenoiser):
+        raise UserError(f"adapters need a U-Net, not a {type(denoiser).__name__}: leave the controls out")
+    return denoiser.with_network(ControlledUnet(denoiser.network, denoiser.schedule, controls))
 
 
 def save_adapter(
     folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]
 ) -> None:
-    """Write `ControlNetModel`'s own folder in fp16, and what it is conditioned on; an older adapter in its place is replaced."""
-    with replaced_folder(folder, MARK, "an adapter") as temporary:
+    """Write `ControlNetModel`'s own folder in fp16, with its condition; an older adapter is replaced."""
+    with atomic_folder(folder, CONDITION_FILE, "an adapter") as temporary:
         copy.deepcopy(adapter).half().save_pretrained(temporary)
-        write_json(temporary / MARK, {"condition": condition, "figures": figures})
+        write_json(temporary / CONDITION_FILE, {"condition": condition, "figures": figures})
 
 
-def load_adapter(name: Path | str, device: torch.device | str = "cpu") -> tuple[ControlNetModel, str]:
-    """A shipped adapter or one of a folder, float32 and frozen, and what it is conditioned on; a folder of another's making says "".
+def load_adapter(name_or_path: Path | str, device: torch.device | str = "cpu") -> tuple[ControlNetModel, str]:
+    """A shipped adapter or one of a folder, float32 and frozen, and its condition ("" where unknown).
 
     Raises `UserError` where there is none.
     """
-    folder = located("adapter", name)
+    folder = resolve("adapter", name_or_path)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{name} is no adapter: give {known('adapter')}, or a folder that train_controlnet.py wrote"
+            f"{name_or_path} is no adapter: give {names('adapter')}, or a folder of train_controlnet.py"
         )
     adapter = ControlNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    condition = read_json(folder / MARK)["condition"] if (folder / MARK).is_file() else ""
+    path = folder / CONDITION_FILE
+    condition = read_json(path)["condition"] if path.is_file() else ""
     return adapter.to(device, memory_format=torch.channels_last), condition
