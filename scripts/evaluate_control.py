@@ -48,17 +48,17 @@ def main(config: Config) -> None:
     adapter, condition = load_adapter(config.adapter, teacher.device)
     student = None if config.student is None else load_student(config.student, teacher.device)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
-    pictures = conditioning_images(config.data, "test", condition, data)
+    conditions = conditioning_images(config.data, "test", condition, data)
     probe, graders = load_probe(config.probe), load_graders(config.teacher, config.judge)
     rows, images = evaluate_control(
-        teacher, student, adapter, condition, data, pictures, probe, graders, options, config.labels
+        teacher, student, adapter, condition, data, conditions, probe, graders, options, config.labels
     )
     print(*map(format_row, rows), sep="\n")
     path = Path(config.output) / f"{slug(config.adapter)}.json"
     facts = {"condition": condition, "samples": options.samples, "machine": machine_info()}
     write_json(path, {**facts, "rows": rows})
     columns = 1 + len(images)
-    grid = image_grid(interleave(adapter_input(pictures), *images)[: 12 * columns], 2 * columns)
+    grid = image_grid(interleave(adapter_input(conditions), *images)[: 12 * columns], 2 * columns)
     save_png(path.with_suffix(".png"), grid)
     print(f"written: {path}, {path.with_suffix('.png')}")
 

@@ -41,7 +41,7 @@ def main(config: Config) -> None:
     train, validation = (
         load_split(config.data, split, teacher.resolution) for split in ("train", "validation")
     )
-    pictures = conditioning_images(config.data, "train", condition, train)
+    conditions = conditioning_images(config.data, "train", condition, train)
     held_out = HeldOut(
         validation.texts,
         conditioning_images(config.data, "validation", condition, validation),
@@ -49,8 +49,8 @@ def main(config: Config) -> None:
     )
     run = Run(config.run, as_mapping(config), f"{condition} adapter")
     latents = load_latents(teacher, config.data)
-    training = AdapterTrainer(run, teacher, latents, pictures, condition, config.adapter)
-    adapter = training.train(held_out, probe)
+    trainer = AdapterTrainer(run, teacher, latents, conditions, condition, config.adapter)
+    adapter = trainer.train(held_out, probe)
     metrics = finish(run)
     save_adapter(run.directory / "adapter", adapter, condition, metrics)
     print(f"written: {run.directory}/adapter, fidelity.png", *(f"{k} {v:.3f}" for k, v in metrics.items()))

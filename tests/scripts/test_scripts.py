@@ -1,10 +1,11 @@
-"""Every script and every config, as a user runs them, small; and what a user's mistakes look like."""
+"""Every script as a user runs it, on small sizes, and the messages of a user's mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from command_line import ROOT, script
+from command_line import script
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def run_directory(tiny_teacher_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def test_text_to_3d_leaves_everything(run_directory):
+def test_text_to_3d_writes_all_files(run_directory):
     for name in (
         "mesh.glb",
         "mesh.obj",
@@ -41,14 +42,14 @@ def test_text_to_3d_leaves_everything(run_directory):
         assert (run_directory / name).stat().st_size > 0, name
     result = json.loads((run_directory / "result.json").read_text())
     assert (
-        result["prompt"] == "a red teapot" and result["seed"] == 0 and result["forwards"] == 16 + 2 * 480
-    )  # steps, and twice facing
+        result["prompt"] == "a red teapot" and result["seed"] == 0 and result["nfe"] == 16 + 2 * 480
+    )  # steps, and two checks of the orientation
     assert -1 <= result["clip_score"] <= 1 and result["config"]["objective"]["terms"][1]["predict"] == "noise"
     assert result["run"]["steps"] == 2 and result["run"]["seconds"] > 0
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "directory"),
+    ("name", "arguments", "directory"),
     [
         (
             "optimise_image",
@@ -59,8 +60,8 @@ def test_text_to_3d_leaves_everything(run_directory):
         ("text_to_3d", ["prompt=a blue torus"], "outputs/text_to_3d/a-blue-torus-seed0"),
     ],
 )
-def test_runs_are_named_after_what_they_do(name, given, directory):
-    assert f"directory: {directory}\n" in script(name, *given, "--cfg", "job", "--resolve")
+def test_run_directories_name_the_experiment(name, arguments, directory):
+    assert f"directory: {directory}\n" in script(name, *arguments, "--cfg", "job", "--resolve")
 
 
 def test_export_again(run_directory, tmp_path):
@@ -117,15 +118,15 @@ def test_world_judge_and_evaluation(tiny_teacher_folder, tmp_path):
         "judge.batch=16",
     )
     small = ["evaluation.samples=4", "evaluation.steps=2", "evaluation.guidance=[2]"]
-    where = [
+    folders = [
         f"teacher={tiny_teacher_folder}",
         f"judge={tmp_path / 'judge' / 'judge'}",
         f"data={world}",
         f"output={tmp_path / 'e'}",
     ]
-    script("evaluate_teacher", *where, *small)
-    figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert 0 <= figures["samples"][0]["object_and_colour"] <= 1 and figures["frechet"]["real_halves"] > 0
+    script("evaluate_teacher", *folders, *small)
+    metrics = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert 0 <= metrics["samples"][0]["object_and_colour"] <= 1 and metrics["frechet"]["real_halves"] > 0
 
 
 MISTAKES = [
@@ -139,36 +140,47 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=[told for _, told in MISTAKES])
-def test_a_mistake_is_one_sentence(tiny_teacher_folder, tmp_path, arguments, told):
-    where = [f"teacher={tiny_teacher_folder}", f"run.directory={tmp_path / 'run'}"]
-    assert told in script("text_to_3d", *where, *arguments, code=2)
-    assert not (tmp_path / "run").exists()  # nothing is left behind
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_is_one_sentence(tiny_teacher_folder, tmp_path, arguments, message):
+    folders = [f"teacher={tiny_teacher_folder}", f"run.directory={tmp_path / 'run'}"]
+    assert message in script("text_to_3d", *folders, *arguments, code=2)
+    assert not (tmp_path / "run").exists()  # no directory is left
 
 
-def test_help_is_readable():
-    told = script("text_to_3d", "--help")
-    assert "objective: csd, " in told and ", sds, " in told and "coarse_until" in told
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("guidance=inf", "guidance is inf: expected a finite number"),
+        ("guidance=nan", "guidance is nan: expected a finite number"),
+        ("sweep=[1, .inf]", "sweep[1] is inf: expected a finite number"),
+        ("steps=2000", "steps is 2000: expected 1 to 1000"),
+        ("sampler=ddpm steps=1001", "steps is 1001: expected 1 to 1000"),
+        ("sampler=dpm steps=1001", "steps is 1001: expected 1 to 1000"),
+        ("count=1000000000000", "not enough memory"),
+        ("student=shapes64 sweep=[1]", "sweep: a student"),
+        ("compare_samplers=[euler]", "compare_samplers[0] is 'euler'"),
+    ],
+)
+def test_sampling_mistakes(tiny_teacher_folder, tmp_path, argument, message):
+    folders = [f"teacher={tiny_teacher_folder}", f"output={tmp_path / 'samples'}"]
+    arguments = [argument] if ", " in argument else argument.split()
+    assert message in script("sample", "a red teapot", *folders, *arguments, code=2)
+    assert not (tmp_path / "samples").exists()
 
 
-def test_configs_build_the_options_they_name():
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+def test_help_lists_groups_and_options():
+    text = script("text_to_3d", "--help")
+    assert "objective: csd, " in text and ", sds, " in text and "coarse_until" in text
+    changed = script("text_to_3d", "objective=csd", "run.steps=7", "--help")
+    assert re.search(r"run.steps +=\s+7 ", changed) and re.search(r"objective.image +=\s+0.0 ", changed)
 
-    from distill.evaluation.judge import JudgeOptions
-    from distill.runtime.config import build
-    from distill.teacher.train import TeacherOptions
-    from sds3d.world.world import WorldOptions
 
-    cases = {
-        "make_shapes": ("world", WorldOptions),
-        "train_teacher": ("teacher", TeacherOptions),
-        "train_judge": ("judge", JudgeOptions),
-    }
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        for name, (group, options) in cases.items():
-            values = OmegaConf.to_container(compose(name))
-            build(options, values[group], group)
-            assert set(values[group]) == set(options.__dataclass_fields__), (
-                f"{name}.yaml must show every option"
-            )
+def test_snapshot_holds_every_option_and_resumes(run_directory, tiny_teacher_folder):
+    config = json.loads((run_directory / "config.json").read_text())
+    assert config["scene"]["_target_"] == "sds3d.scene.nerf.NerfOptions"
+    assert config["text_to_3d"]["camera"]["centre_jitter"] == 0.05 and config["export"]["fps"] == 24
+    arguments = ["prompt=a red teapot", f"teacher={tiny_teacher_folder}", f"run.directory={run_directory}"]
+    small = ["export.frames=4", "export.resolution=32", "export.mesh.resolution=32", "run.trackers=[]"]
+    script("text_to_3d", *arguments, *small, "run.steps=3")
+    message = script("text_to_3d", *arguments, *small, "text_to_3d.views=2", code=2)
+    assert "text_to_3d.views (4 -> 2)" in message
