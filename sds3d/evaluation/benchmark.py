@@ -198,7 +198,7 @@ def grade_run(directory: Path, prompt: str, resolution: int, graders: Graders) -
         images = render_mesh(load_textured(directory / "mesh.glb"), cameras, GREY).rgb
         of_mesh, _ = grade_views(images, prompt, graders, "janus_rate" in figures)
         figures |= {f"mesh_{name}": value for name, value in of_mesh.items()}
-        figures["mesh_to_nerf_psnr"] = result["mesh"]["psnr_to_nerf"]
+        figures["mesh_to_scene_psnr"] = result["mesh"]["psnr_to_scene"]
     run = result["run"]
     figures |= {"seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"]}
     figures["nfe"] = float(result["nfe"])

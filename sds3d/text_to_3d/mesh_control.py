@@ -9,7 +9,7 @@ import torch
 import trimesh
 
 from distill.control.adapter import Control, ControlledUnet, controlled, load_adapter
-from distill.control.conditions import as_input
+from distill.control.conditions import adapter_input
 from distill.runtime.errors import UserError
 from distill.teacher.latent import LatentDiffusionTeacher
 from sds3d.export.files import TO_FILE, read_scene
@@ -82,6 +82,7 @@ class MeshControl:
 
     def set_cameras(self, cameras: Cameras) -> None:
         """Condition the teacher on the mesh from cameras (B), in the order of its next batches."""
-        pictures = as_input(mesh_conditioning_images(self.mesh, self.condition, cameras))
-        assert isinstance(self.teacher.score.unet, ControlledUnet)
-        self.teacher.score.unet.controls = [replace(self.control, pictures=pictures.to(self.teacher.device))]
+        images = adapter_input(mesh_conditioning_images(self.mesh, self.condition, cameras))
+        network = self.teacher.denoiser.network
+        assert isinstance(network, ControlledUnet)
+        network.controls = [replace(self.control, images=images.to(self.teacher.device))]

@@ -1,151 +1,150 @@
-"""The second stage: rounds and their cost, views drawn over towards what the teacher knows, a scene fitted to them, resumed midway."""
+"""SDEdit refinement: rounds and their NFE, resampled views, the fitted scene, resume within the stage."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
-from test_text_to_3d import OPTIONS, SMALL, OneImage, disc, options
-from torch import Tensor
+from scene_fixtures import OPTIONS, SDS, SMALL, ZERO_GRADIENT, OneImageTeacher, disc, run_options, with_stages
 
-from distill.core.score import Prediction
-from distill.objectives.options import ObjectiveOptions, Term
+from distill.objectives.options import ObjectiveOptions
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from sds3d.scene.cameras import orbit, ring
+from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.stages.orientation import OrientationCheck, OrientationOptions
-from sds3d.text_to_3d.stages.sdedit_refinement import RefinedViews, SDEditRefinementOptions
-from sds3d.text_to_3d.trainer import TextTo3d
+from sds3d.text_to_3d.stages.sdedit_refinement import (
+    RefinedViews,
+    SDEditRefinementOptions,
+    SDEditRefinementStage,
+)
+from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
-STILL = ObjectiveOptions((Term("noise", 0.0),))  # an objective that moves nothing
-REDRAW = SDEditRefinementOptions((1.0, 0.5), begin=0.5, views=6, steps=10, guidance=1.0)
-
-
-class Painter(OneImage):
-    """The teacher of one image, with the sampler of its schedule; it counts what it is asked."""
-
-    def __init__(self) -> None:
-        super().__init__(disc())
-        alphas = self.schedule.alpha(torch.arange(1000)).double().square().flatten()
-        betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-        self.scheduler = DDIMScheduler(
-            trained_betas=betas.tolist(), clip_sample=False, prediction_type="epsilon"
-        )
-        self.nfe = 0
-
-    def predict(self, x_t: Tensor, t: Tensor, condition: Tensor) -> Prediction:
-        self.nfe += len(x_t)
-        return super().predict(x_t, t, condition)
+REFINEMENT = SDEditRefinementOptions((1.0, 0.5), start=0.5, views=6, steps=10, guidance=1.0)
+REFINED = with_stages(OPTIONS, sdedit_refinement=REFINEMENT)
 
 
-def made(
-    directory: Path, steps: int, redraw: SDEditRefinementOptions = REDRAW, objective: ObjectiveOptions = STILL
+def trainer(
+    directory: Path,
+    steps: int,
+    objective: ObjectiveOptions = ZERO_GRADIENT,
+    options: TextTo3dOptions = REFINED,
 ) -> TextTo3d:
-    return TextTo3d(
-        Run(options(directory, steps), {}, "t"), Painter(), SMALL, objective, replace(OPTIONS, redraw=redraw)
-    )  # type: ignore[arg-type]
+    run = Run(run_options(directory, steps), {}, "t")
+    return TextTo3d(run, OneImageTeacher(disc()), SMALL, objective, options)
 
 
-def test_rounds_share_what_is_left_of_a_run() -> None:
-    assert SDEditRefinementOptions((0.6, 0.5, 0.4), begin=0.7).rounds(600) == {420: 0.6, 480: 0.5, 540: 0.4}
-    assert SDEditRefinementOptions().rounds(600) == {} and SDEditRefinementOptions().cost(600) == 0
-    assert SDEditRefinementOptions((0.6, 0.25), views=3, steps=20).cost(600) == 3 * 2 * (12 + 5)
-    assert SDEditRefinementOptions((0.6, 0.5, 0.4), begin=0.5).rounds(2) == {1: 0.4}  # too short for more
-    assert SDEditRefinementOptions((0.6, 0.5), begin=0.8).rounds(2) == {}
-    for wrong in (
+def test_rounds_divide_the_rest_of_a_run() -> None:
+    def rounds(steps: int, start: float, *strengths: float) -> dict[int, float]:
+        return SDEditRefinementOptions(strengths, start=start).rounds(steps)
+
+    assert rounds(600, 0.7, 0.6, 0.5, 0.4) == {420: 0.6, 480: 0.5, 540: 0.4}
+    assert rounds(600, 0.8) == {} and SDEditRefinementOptions(()).nfe(600) == 0
+    assert SDEditRefinementOptions((0.6, 0.25), views=3, steps=20).nfe(600) == 3 * 2 * (12 + 5)
+    assert rounds(2, 0.5, 0.6, 0.5, 0.4) == {1: 0.4}  # too short for more
+    assert rounds(2, 0.8, 0.6, 0.5) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
         {"strengths": (1.5,)},
         {"strengths": (0.01,)},
         {"strengths": (0.5,), "steps": 0},
-        {"begin": 1.0},
+        {"start": 1.0},
         {"views": 0},
         {"weight": 0.0},
-    ):
-        with pytest.raises(UserError, match="redraw"):
-            SDEditRefinementOptions(**wrong)  # type: ignore[arg-type]
+    ],
+)
+def test_options_out_of_range_raise(wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="sdedit_refinement"):
+        replace(REFINEMENT, **wrong)
+
+
+def test_mistakes_raise_before_the_run() -> None:
     with pytest.raises(UserError, match=r"camera elevation is \[50, 10\]"):
-        replace(OPTIONS, redraw=SDEditRefinementOptions(elevation=(50, 10)))
-    with pytest.raises(UserError, match="must not turn"):
-        replace(OPTIONS, redraw=REDRAW, facing=OrientationOptions((OrientationCheck(0.6),)))
+        SDEditRefinementOptions(elevation=(50, 10))
+    with pytest.raises(UserError, match="refinement relies on the pose"):
+        with_stages(REFINED, orientation=OrientationOptions((OrientationCheck(0.6),)))
 
 
-def test_views_are_drawn_towards_what_the_teacher_knows(tmp_path: Path) -> None:
-    """At full strength the picture is the teacher's; at less it keeps something of the scene; each view has its own words."""
-    task = made(tmp_path, 10)
-    off = {}
+def test_resampled_views_approach_the_teacher(tmp_path: Path) -> None:
+    """At strength 1 the image is the teacher's, below it keeps parts of the scene; prompts are by view."""
+    task = trainer(tmp_path, 10)
+    stage = task.stages["sdedit_refinement"]
+    error = {}
     for strength in (1.0, 0.1):
-        task.redraw(strength)
-        off[strength] = float((task.redrawn.images - disc()).abs().mean())
-    assert off[1.0] < 0.04 < off[0.1]
-    assert any("back view" in prompt for prompt in task.teacher.asked) and "" in task.teacher.asked  # type: ignore[attr-defined]
+        stage.resample_views(strength)
+        error[strength] = float((stage.refined.images - disc()).abs().mean())
+    assert error[1.0] < 0.04 < error[0.1]
+    prompts = task.teacher.prompts
+    assert any("back view" in prompt for prompt in prompts) and "" in prompts
     assert (tmp_path / "previews").is_dir()
 
 
-def test_the_scene_is_fitted_and_the_work_is_as_stated(tmp_path: Path) -> None:
-    task = made(tmp_path, 120, objective=ObjectiveOptions((Term("teacher"), Term("noise", -1.0))))
-    assert task.distilled == 60
+def test_scene_is_fitted_with_the_stated_nfe(tmp_path: Path) -> None:
+    task = trainer(tmp_path, 120, SDS)
+    assert task.updates["score_distillation"] == range(60)
     scene = task.train()
-    front = scene.render(
-        orbit(*(torch.tensor([v]) for v in (0.0, 0.0, 3.0, 35.0)), 16), torch.full((1, 3), 0.5)
-    ).rgb
+    camera = orbit(*(torch.tensor([v]) for v in (0.0, 0.0, 3.0, 35.0)), 16)
+    front = scene.render(camera, torch.full((1, 3), 0.5)).rgb
     assert (front - disc()).abs().mean() < 0.05
-    assert task.teacher.nfe == task.nfe == 2 * 60 + 6 * (10 + 5)  # type: ignore[attr-defined]
+    assert task.teacher.nfe == task.nfe == 2 * 60 + 6 * (10 + 5)
 
 
-def test_what_is_asked_of_a_facing_is_asked_in_the_run_and_stated(tmp_path: Path) -> None:
-    task = made(tmp_path, 20)
-    task.options = replace(
-        task.options,
-        facing=OrientationOptions((OrientationCheck(0.1), OrientationCheck(0.3, draws=3)), views=4),
-    )
-    assert task.turning_points == {2: OrientationCheck(0.1), 6: OrientationCheck(0.3, draws=3)}
+def test_orientation_checks_run_with_the_stated_nfe(tmp_path: Path) -> None:
+    checks = (OrientationCheck(0.1), OrientationCheck(0.3, draws=3))
+    options = with_stages(REFINED, orientation=OrientationOptions(checks, views=4))
+    task = trainer(tmp_path, 20, options=options)
+    assert task.stages["orientation"].checks == dict(zip((2, 6), checks, strict=True))
     task.train()
-    assert task.teacher.nfe == task.nfe == 4 * 5 * 3 * (2 + 3) + 6 * (10 + 5)  # type: ignore[attr-defined]
+    assert task.teacher.nfe == task.nfe == 4 * 5 * 3 * (2 + 3) + 6 * (10 + 5)
 
 
-def test_only_the_second_stage_moves_a_scene_that_is_left_alone(tmp_path: Path) -> None:
-    task = made(tmp_path, 40)
-    before = task.scene.field.mlp[0].weight.detach().clone()
-    task.step(0.1, 0)
-    assert torch.equal(task.scene.field.mlp[0].weight, before)
-    task.redraw(1.0)
+def test_with_a_zero_gradient_only_refinement_changes_the_scene(tmp_path: Path) -> None:
+    task = trainer(tmp_path, 40)
+    weight = task.scene.field.mlp[0].weight
+    before = weight.detach().clone()
+    task.stages["score_distillation"].sds_step(0, 0.1)
+    assert torch.equal(weight, before)
+    stage = task.stages["sdedit_refinement"]
+    stage.resample_views(1.0)
     for step in range(30):
-        last = task.fit(step)
-    assert not torch.equal(task.scene.field.mlp[0].weight, before)
-    assert (last.rgb - disc()).abs().mean() < 0.08
+        views = stage.refine_step(step)
+    assert not torch.equal(weight, before)
+    assert (views.rgb - disc()).abs().mean() < 0.08
 
 
-def test_a_run_broken_in_the_second_stage_resumes_to_the_same_scene(
+def test_run_interrupted_in_refinement_resumes_to_same_scene(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = made(tmp_path / "whole", 12).train()
-    fit = TextTo3d.fit
+    expected = trainer(tmp_path / "whole", 12).train()
+    refine_step = SDEditRefinementStage.refine_step
 
-    def breaks(self: TextTo3d, step: int) -> object:
+    def fail_at_step_10(self: SDEditRefinementStage, step: int) -> RenderedViews:
         if step == 10:
             raise RuntimeError("power cut")
-        return fit(self, step)
+        return refine_step(self, step)
 
-    monkeypatch.setattr(TextTo3d, "fit", breaks)
+    monkeypatch.setattr(SDEditRefinementStage, "refine_step", fail_at_step_10)
     with pytest.raises(RuntimeError, match="power cut"):
-        made(tmp_path / "broken", 12).train()
-    monkeypatch.setattr(TextTo3d, "fit", fit)
-    again = made(tmp_path / "broken", 12).train()
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+        trainer(tmp_path / "interrupted", 12).train()
+    monkeypatch.setattr(SDEditRefinementStage, "refine_step", refine_step)
+    resumed = trainer(tmp_path / "interrupted", 12).train()
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
 
 
-def test_views_are_kept_with_their_cameras() -> None:
-    kept, cameras = RefinedViews(5, 8), ring(5, 20.0, 8)
+def test_views_are_stored_with_their_cameras() -> None:
+    stored, cameras = RefinedViews(5, 8), ring(5, 20.0, 8)
     images = torch.rand(5, 3, 8, 8)
-    kept.take(cameras, torch.rand(5, 3), images)
-    chosen, behind, some = kept.some(3, torch.Generator().manual_seed(0))
-    for place in range(3):
-        at = int((images == some[place]).all(-1).all(-1).all(-1).nonzero())
-        assert chosen.azimuth[place] == cameras.azimuth[at] and torch.equal(
-            chosen.rays()[0][place], cameras.rays()[0][at]
-        )
-        assert torch.equal(behind[place], kept.behind[at])
-    again = RefinedViews(5, 8)
-    again.load_state_dict(kept.state_dict())
-    assert torch.equal(again.images, images)
+    stored.replace(cameras, torch.rand(5, 3), images)
+    sampled, background, chosen = stored.sample(3, torch.Generator().manual_seed(0))
+    for row in range(3):
+        index = int((images == chosen[row]).all(-1).all(-1).all(-1).nonzero())
+        assert sampled.azimuth[row] == cameras.azimuth[index]
+        assert torch.equal(sampled.rays()[0][row], cameras.rays()[0][index])
+        assert torch.equal(background[row], stored.background[index])
+    loaded = RefinedViews(5, 8)
+    loaded.load_state_dict(stored.state_dict())
+    assert torch.equal(loaded.images, images)
