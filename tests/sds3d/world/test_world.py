@@ -1,4 +1,4 @@
-"""The world's records, captions and folders."""
+"""The world's rows, captions, images and folders."""
 
 import json
 import os
@@ -19,17 +19,15 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from distill.runtime.errors import UserError
-from distill.teacher.vocabulary import phrase
-from sds3d.scene.cameras import CameraOptions
+from distill.runtime.files import read_json, write_json
+from sds3d.scene.cameras import Cameras
 from sds3d.text_to_3d.prompts import VIEWS, margin, view_of
 from sds3d.world import world
-from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, make_shape
-from sds3d.world.world import SIMPLE, WorldOptions, draw, held_out, make_world
+from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, make_shape, noun_phrase
+from sds3d.world.world import SIMPLE, WorldOptions, held_out, make_world, sample_row
 
 OPTIONS = WorldOptions()
-SMALL = WorldOptions(
-    train=6, validation=2, test=3, seed=2, pairs=0.4, camera=CameraOptions(resolution=16)
-)  # a pair in each split
+SMALL = WorldOptions(6, 2, 3, seed=2, pairs=0.4, resolution=16)  # with a pair in each split
 BLOCK = 4
 READ = """
 import json, sys
@@ -37,13 +35,14 @@ from datasets import load_dataset
 for folder, cache in zip(sys.argv[1::2], sys.argv[2::2]):
     data = load_dataset("imagefolder", data_dir=folder, cache_dir=cache)
     row = data["train"][1]
-    print(json.dumps({"counts": {k: len(v) for k, v in data.items()}, "text": row["text"], "mode": row["image"].mode,
-                      "size": row["image"].size, "corner": row["image"].getpixel((0, 0)), "columns": data["train"].column_names}))
+    image, columns = row["image"], data["train"].column_names
+    print(json.dumps({"counts": {k: len(v) for k, v in data.items()}, "text": row["text"], "columns": columns,
+                      "mode": image.mode, "size": image.size, "corner": image.getpixel((0, 0))}))
 """
 
 
 class InProcess:
-    """Stands for the pool of workers, so that most tests start none."""
+    """In place of the pool of workers, so that most tests start no process."""
 
     def __init__(self, workers: int, mp_context: object) -> None:
         assert workers == 1
@@ -65,7 +64,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small world, written by two worker processes, geometry with it."""
+    """A small world with geometry, written by two worker processes."""
     folder = tmp_path_factory.mktemp("world") / "small"
     make_world(folder, replace(SMALL, geometry=True), workers=2, block=BLOCK)
     return folder
@@ -79,7 +78,11 @@ def _bytes(folder: Path, without: str = "") -> dict[str, bytes]:
 
 @lru_cache
 def _rows(split: str, count: int) -> list[dict[str, Any]]:
-    return [draw(OPTIONS, split, index) for index in range(count)]
+    return [sample_row(OPTIONS, split, index)[0] for index in range(count)]
+
+
+def _row(options: WorldOptions, split: str, index: int) -> dict[str, Any]:
+    return sample_row(options, split, index)[0]
 
 
 def _combinations(rows: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
@@ -88,29 +91,24 @@ def _combinations(rows: Iterable[dict[str, Any]]) -> set[tuple[str, str]]:
     return {(row["object"], row["colour"]) for row in rows} | second
 
 
-def _view_told(text: str) -> str | None:
-    told = [
-        v
-        for v in VIEWS
-        if text.endswith((f", {v} view", f" from the {v}")) or text.startswith(f"{v} view of ")
-    ]
-    return told[0] if told else None
+def _view_word(text: str) -> str | None:
+    def has_view(view: str) -> bool:
+        return text.endswith((f", {view} view", f" from the {view}")) or text.startswith(f"{view} view of ")
+
+    return next(filter(has_view, VIEWS), None)
 
 
-def test_a_record_is_a_function_of_seed_split_and_index() -> None:
+def test_row_is_a_function_of_seed_split_and_index() -> None:
     state = torch.get_rng_state()
-    camera = draw(OPTIONS, "test", 7)["_camera"]
-    assert torch.get_rng_state().equal(state), "the global generator is left alone"
-    rows = [
-        {**draw(options, "test", 7), "_camera": None}
-        for options in (OPTIONS, replace(OPTIONS, train=3, test=9))
-    ]
-    assert rows[0] == rows[1] == {**_rows("test", 10)[7], "_camera": None}
-    assert camera.position.equal(_rows("test", 10)[7]["_camera"].position)
+    camera: Cameras = sample_row(OPTIONS, "test", 7)[1]
+    assert torch.get_rng_state().equal(state), "the global generator is not used"
+    rows = [_row(options, "test", 7) for options in (OPTIONS, replace(OPTIONS, train=3, test=9))]
+    assert rows[0] == rows[1] == _rows("test", 10)[7]
+    assert camera.position.equal(sample_row(OPTIONS, "test", 7)[1].position)
     others = [
-        draw(replace(OPTIONS, seed=1), "test", 7),
-        draw(OPTIONS, "validation", 7),
-        draw(OPTIONS, "test", 8),
+        _row(replace(OPTIONS, seed=1), "test", 7),
+        _row(OPTIONS, "validation", 7),
+        _row(OPTIONS, "test", 8),
     ]
     assert len({row["seed"] for row in (*others, rows[0])}) == 4
 
@@ -120,14 +118,16 @@ def test_every_object_has_one_held_out_colour() -> None:
     assert len({colour for name in OBJECTS for colour in COLOURS if held_out(name, colour)}) == len(COLOURS)
 
 
-def test_training_shows_all_but_the_held_out_combinations() -> None:
-    shown = _combinations(_rows("train", 3000))
-    assert shown == {(name, colour) for name in OBJECTS for colour in COLOURS if not held_out(name, colour)}
+def test_training_split_has_all_but_the_held_out_combinations() -> None:
+    combinations = _combinations(_rows("train", 3000))
+    assert combinations == {
+        (name, colour) for name in OBJECTS for colour in COLOURS if not held_out(name, colour)
+    }
     assert not any(row["held_out"] for row in _rows("train", 3000))
 
 
-def test_a_judge_may_be_shown_every_combination() -> None:
-    rows = [draw(replace(OPTIONS, hold_out=False, pairs=0.0), "train", index) for index in range(3000)]
+def test_without_hold_out_training_has_every_combination() -> None:
+    rows = [_row(replace(OPTIONS, hold_out=False, pairs=0.0), "train", index) for index in range(3000)]
     assert {(row["object"], row["colour"]) for row in rows} == {
         (name, colour) for name in OBJECTS for colour in COLOURS
     }
@@ -135,7 +135,7 @@ def test_a_judge_may_be_shown_every_combination() -> None:
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_half_of_the_graded_objects_are_held_out(split: str) -> None:
+def test_half_of_the_evaluation_objects_are_held_out(split: str) -> None:
     single = [row for row in _rows(split, 1500) if not row["relation"]]
     assert np.mean([row["held_out"] for row in single]) == pytest.approx(0.5, abs=0.05)
     assert all(row["held_out"] == held_out(row["object"], row["colour"]) for row in single)
@@ -143,65 +143,70 @@ def test_half_of_the_graded_objects_are_held_out(split: str) -> None:
     assert {name for name, _ in held} == set(OBJECTS)
 
 
-def test_pairs_are_simple_and_as_frequent_as_asked() -> None:
+def test_pairs_are_of_simple_objects_at_the_given_fraction() -> None:
     pairs = [row for row in _rows("train", 3000) if row["relation"]]
     assert len(pairs) / 3000 == pytest.approx(OPTIONS.pairs, abs=0.02)
     assert {row["relation"] for row in pairs} == set(RELATIONS)
     assert {row["object"] for row in pairs} == {row["second_object"] for row in pairs} == set(SIMPLE)
     assert not any(
-        row["relation"] for row in (draw(replace(OPTIONS, pairs=0), "train", i) for i in range(50))
+        row["relation"] for row in (_row(replace(OPTIONS, pairs=0), "train", i) for i in range(50))
     )
-    assert all(row["relation"] for row in (draw(replace(OPTIONS, pairs=1), "train", i) for i in range(50)))
+    assert all(row["relation"] for row in (_row(replace(OPTIONS, pairs=1), "train", i) for i in range(50)))
 
 
-def test_captions_tell_what_is_drawn_with_the_right_article() -> None:
+def test_captions_name_the_objects_with_the_right_article() -> None:
     for row in _rows("train", 3000):
         things = [f"{row['colour']} {row['object']}"]
         if row["relation"]:
-            things.append(f"{row['relation']} {phrase(row['second_colour'], row['second_object'])}")
+            things.append(f"{row['relation']} {noun_phrase(row['second_colour'], row['second_object'])}")
         assert " ".join(things) in row["text"], row["text"]
         assert all(
             (article == "an") == (word[0] in "aeiou")
             for article, word in re.findall(r"\b(an?) (\w+)", row["text"])
         )
-    assert phrase("orange", "car") == "an orange car" and phrase("red", "car") == "a red car"
+    assert noun_phrase("orange", "car") == "an orange car" and noun_phrase("red", "car") == "a red car"
 
 
-def test_views_are_told_by_the_rule_and_dropped_as_often_as_asked() -> None:
+def test_view_words_follow_the_camera_and_are_dropped_at_the_given_fraction() -> None:
     rows = _rows("train", 3000)
     for row in rows:
         azimuth, elevation = row["azimuth"], row["elevation"]
         if abs(margin(azimuth, elevation) - OPTIONS.view_margin) > 1e-2:  # angles are rounded in the row
             clear = margin(azimuth, elevation) > OPTIONS.view_margin
             assert row["view"] == (view_of(azimuth, elevation) if clear else "")
-        assert _view_told(row["text"]) in (None, row["view"] or None)
+        assert _view_word(row["text"]) in (None, row["view"] or None)
     named = [row for row in rows if row["view"]]
     assert {row["view"] for row in named} == set(VIEWS) and len(named) < 0.9 * len(rows)
-    dropped = np.mean([_view_told(row["text"]) is None for row in named])
+    dropped = np.mean([_view_word(row["text"]) is None for row in named])
     assert dropped == pytest.approx(OPTIONS.drop_view, abs=0.03)
 
 
-def test_fronts_are_those_of_the_shapes() -> None:
+def test_has_front_is_that_of_the_shape() -> None:
     for row in _rows("train", 300):
         assert row["has_front"] == (not row["relation"] and make_shape(row["object"]).has_front)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pairs": 1.5}, {"drop_view": -0.1}, {"train": -1}, {"supersample": 0}, {"pairs": float("nan")}],
+    [
+        {"pairs": 1.5},
+        {"drop_view": -0.1},
+        {"train": -1},
+        {"supersample": 0},
+        {"resolution": 4},
+        {"pairs": float("nan")},
+    ],
 )
-def test_impossible_options_are_refused(changes: dict[str, float]) -> None:
+def test_options_out_of_range_raise(changes: dict[str, float]) -> None:
     with pytest.raises(UserError):
         WorldOptions(**changes)
 
 
-def test_images_lie_beside_their_rows(written: Path) -> None:
+def test_folder_has_an_image_for_each_row(written: Path) -> None:
     for split, count in (("train", 6), ("validation", 2), ("test", 3)):
         lines = (written / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-        expected = [draw(SMALL, split, index) for index in range(count)]
-        assert [json.loads(line) for line in lines] == [
-            {k: v for k, v in row.items() if k != "_camera"} for row in expected
-        ]
+        expected = [_row(SMALL, split, index) for index in range(count)]
+        assert [json.loads(line) for line in lines] == expected
         names = sorted(path.name for path in (written / split).iterdir())
         assert names == sorted([row["file_name"] for row in expected] + ["metadata.jsonl"])
         for row in expected:
@@ -210,8 +215,8 @@ def test_images_lie_beside_their_rows(written: Path) -> None:
             assert image.getpixel((0, 0))[3] == 0 and np.asarray(image)[..., 3].mean() > 10
 
 
-def test_a_picture_shows_the_colour_it_names(tmp_path: Path, in_process: None) -> None:
-    options = replace(SMALL, train=8, validation=0, test=0, pairs=0, camera=CameraOptions(resolution=32))
+def test_images_have_the_colour_of_their_caption(tmp_path: Path, in_process: None) -> None:
+    options = replace(SMALL, train=8, validation=0, test=0, pairs=0, resolution=32)
     make_world(tmp_path / "w", options, workers=1)
     for line in (tmp_path / "w" / "train" / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -222,14 +227,16 @@ def test_a_picture_shows_the_colour_it_names(tmp_path: Path, in_process: None) -
         assert (hue > 0.99).mean() > 0.1, row["text"]
 
 
-def test_the_number_of_workers_changes_nothing(written: Path, tmp_path: Path, in_process: None) -> None:
+def test_content_is_independent_of_workers_and_blocks(
+    written: Path, tmp_path: Path, in_process: None
+) -> None:
     make_world(tmp_path / "again", SMALL, workers=1)  # another block size, and no geometry
     assert _bytes(tmp_path / "again", "world.json") == _bytes(written, "world.json|geometry/")
     make_world(tmp_path / "other", replace(SMALL, seed=5), workers=1)
     assert _bytes(tmp_path / "other")["train/000000.png"] != _bytes(written)["train/000000.png"]
 
 
-def test_light_turned_at_random_changes_colours_not_outlines(
+def test_random_light_changes_colours_but_not_silhouettes(
     written: Path, tmp_path: Path, in_process: None
 ) -> None:
     make_world(tmp_path / "lit", replace(SMALL, train=3, validation=0, test=0, random_light=True), workers=1)
@@ -240,7 +247,7 @@ def test_light_turned_at_random_changes_colours_not_outlines(
         assert (lit[..., 3] == plain[..., 3]).all() and (lit[..., :3] != plain[..., :3]).any()
 
 
-def test_an_interrupted_writing_is_taken_up(tmp_path: Path, in_process: None) -> None:
+def test_interrupted_writing_resumes(tmp_path: Path, in_process: None) -> None:
     folder, options = tmp_path / "w", replace(SMALL, geometry=True)
     make_world(folder, options, workers=1, block=BLOCK)
     before = _bytes(folder)
@@ -252,20 +259,34 @@ def test_an_interrupted_writing_is_taken_up(tmp_path: Path, in_process: None) ->
         "geometry/train-000004.safetensors",
     ):
         (folder / name).unlink()
-    kept = (folder / "train" / "000002.png").stat().st_mtime_ns
+    time = (folder / "train" / "000002.png").stat().st_mtime_ns
     make_world(folder, options, workers=1, block=BLOCK)
     assert _bytes(folder) == before
-    assert (folder / "train" / "000002.png").stat().st_mtime_ns == kept, "what is there is not rendered again"
+    assert (folder / "train" / "000002.png").stat().st_mtime_ns == time, (
+        "existing images are not rendered again"
+    )
 
 
-def test_a_world_grows_into_the_larger_one(written: Path, tmp_path: Path, in_process: None) -> None:
+def test_world_extends_to_a_larger_one(written: Path, tmp_path: Path, in_process: None) -> None:
     folder, options = tmp_path / "w", replace(SMALL, geometry=True)
     make_world(folder, replace(options, train=2, test=0), workers=1, block=BLOCK)
     make_world(folder, options, workers=1, block=BLOCK)
     assert _bytes(folder) == _bytes(written)
 
 
-def test_another_world_in_the_same_folder_is_refused(written: Path) -> None:
+def test_world_with_the_resolution_among_its_camera_options_extends(tmp_path: Path, in_process: None) -> None:
+    """As world.json of earlier versions has it."""
+    make_world(tmp_path / "w", replace(SMALL, train=2), workers=1)
+    values = read_json(tmp_path / "w" / "world.json")
+    values["camera"]["resolution"] = values.pop("resolution")
+    write_json(tmp_path / "w" / "world.json", values)
+    with pytest.raises(UserError, match="another resolution"):
+        make_world(tmp_path / "w", replace(SMALL, resolution=32), workers=1)
+    make_world(tmp_path / "w", SMALL, workers=1)
+    assert len(list((tmp_path / "w" / "train").glob("*.png"))) == 6
+
+
+def test_other_options_in_the_same_folder_raise(written: Path) -> None:
     before = _bytes(written)
     for options, word in ((SMALL, "geometry"), (replace(SMALL, geometry=True, seed=1), "seed")):
         with pytest.raises(UserError, match=word):
@@ -273,14 +294,14 @@ def test_another_world_in_the_same_folder_is_refused(written: Path) -> None:
     assert _bytes(written) == before
 
 
-def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_content_raises_and_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="not empty"):
         make_world(tmp_path, SMALL, workers=1)
     assert _bytes(tmp_path) == {"thesis.txt": b"mine"}
 
 
-def test_no_workers_are_refused(tmp_path: Path) -> None:
+def test_no_workers_raise(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="workers"):
         make_world(tmp_path / "w", SMALL, workers=0)
     assert not (tmp_path / "w").exists()
@@ -292,42 +313,41 @@ def test_geometry_agrees_with_the_images(written: Path) -> None:
         parts = [load_file(written / "geometry" / f"{split}-{first:06d}.safetensors") for first in firsts]
         depth, normal = (np.concatenate([part[key] for part in parts]) for key in ("depth", "normal"))
         images = [Image.open(path) for path in sorted((written / split).glob("*.png"))]
-        seen = np.stack([np.asarray(image)[..., 3] for image in images]) > 0
-        assert depth.shape == seen.shape and depth.dtype == np.float16
-        assert normal.shape == (*seen.shape, 3) and normal.dtype == np.int8
-        np.testing.assert_array_equal(depth > 0, seen)
-        assert depth[seen].min() > 2.75 - 0.9 and depth.max() < 3.25 + 0.9
+        hit = np.stack([np.asarray(image)[..., 3] for image in images]) > 0
+        assert depth.shape == hit.shape and depth.dtype == np.float16
+        assert normal.shape == (*hit.shape, 3) and normal.dtype == np.int8
+        np.testing.assert_array_equal(depth > 0, hit)
+        assert depth[hit].min() > 2.75 - 0.9 and depth.max() < 3.25 + 0.9
         length = np.linalg.norm(normal.astype(np.float32) / 127, axis=-1)
-        assert (np.abs(length[seen] - 1) < 0.02).all() and (length[~seen] == 0).all()
+        assert (np.abs(length[hit] - 1) < 0.02).all() and (length[~hit] == 0).all()
     assert len(list((written / "geometry").iterdir())) == 4
 
 
 @pytest.mark.parametrize("pairs", [0.0, 1.0])
-def test_no_column_is_ever_null(pairs: float) -> None:
-    """`datasets` cannot tell the type of a column of nulls, and a judge's world has no pairs."""
+def test_columns_have_no_nulls(pairs: float) -> None:
+    """`datasets` cannot infer the type of a column of nulls, as without pairs."""
     for i in range(40):
-        assert None not in draw(replace(OPTIONS, pairs=pairs), "train", i).values()
+        assert None not in _row(replace(OPTIONS, pairs=pairs), "train", i).values()
 
 
 @pytest.mark.skipif(find_spec("datasets") is None, reason="datasets is not installed (pip install datasets)")
 def test_datasets_reads_the_folder(written: Path, tmp_path: Path, in_process: None) -> None:
-    """As the ecosystem sees it: with geometry beside the images, and without, a killed writer's leftover in it."""
+    """With geometry, and without it but with the temporary file of a killed writer."""
     make_world(tmp_path / "plain", SMALL, workers=1)
     (tmp_path / "plain" / "train" / ".000001.123.png").write_bytes(b"torn")
-    places = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     folders = [str(path) for path in (written, tmp_path / "cache1", tmp_path / "plain", tmp_path / "cache2")]
     done = subprocess.run(
-        [sys.executable, "-c", READ, *folders], env={**os.environ, **places}, capture_output=True, text=True
+        [sys.executable, "-c", READ, *folders],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    row = draw(SMALL, "train", 1)
+    row = _row(SMALL, "train", 1)
     for line in done.stdout.splitlines()[-2:]:
-        seen = json.loads(line)
-        assert seen["counts"] == {"train": 6, "validation": 2, "test": 3}
-        assert (seen["text"], seen["mode"], seen["size"], seen["corner"][3]) == (
-            row["text"],
-            "RGBA",
-            [16, 16],
-            0,
-        )
-        assert {"image", "text", "object", "view", "azimuth"} <= set(seen["columns"])
+        loaded = json.loads(line)
+        assert loaded["counts"] == {"train": 6, "validation": 2, "test": 3}
+        assert (loaded["text"], loaded["mode"], loaded["size"]) == (row["text"], "RGBA", [16, 16])
+        assert loaded["corner"][3] == 0
+        assert {"image", "text", "object", "view", "azimuth"} <= set(loaded["columns"])
