@@ -1,1 +1,1 @@
-"""Captioned image folders and what is computed from them."""
+"""Captioned image folders, image files, augmentation and cached latents."""

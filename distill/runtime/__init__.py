@@ -1,1 +1,1 @@
-"""Running an experiment: one run, checkpoints, configuration, files, processes."""
+"""Infrastructure of every experiment: runs, checkpoints, options, files, processes, optimisation, media."""
