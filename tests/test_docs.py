@@ -22,7 +22,13 @@ import yaml
 
 from distill.apps.optimise_image import OptimiseImage, OptimiseImageOptions
 from distill.core.sampling import sample_ode
+from distill.data.latents import LatentCache
+from distill.evaluation.graders import Graders
 from distill.objectives.options import ObjectiveOptions
+from distill.one_step.methods.base import MethodOptions
+from distill.one_step.monitor import MonitorOptions
+from distill.one_step.recipe import image_monitor
+from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime.config import build, defaults_of, fields_of
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
@@ -30,7 +36,9 @@ from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
+from sds3d.export.export import ExportOptions
 from sds3d.export.mesh import MeshOptions
+from sds3d.export.texture import TextureOptions
 from sds3d.scene.cameras import ring
 from sds3d.scene.protocol import build_scene_options, load_scene
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
@@ -246,12 +254,15 @@ def test_the_example_loss_is_valid() -> None:
 
 
 def test_python_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer steps and a coarse export."""
     (example,) = blocks((ROOT / "README.md").read_text(), "python")
-    for old, new in {"steps=750": "steps=2", "steps=25": "steps=2", '"outputs/': f'"{tmp_path}/'}.items():
+    changes = {"steps=750": "steps=2", "steps=25": "steps=2", '"outputs/': f'"{tmp_path}/'}
+    for old, new in {**changes, "objective=objective)": "objective=objective, export=coarse)"}.items():
         assert old in example
         example = example.replace(old, new)
+    coarse = ExportOptions(MeshOptions(24, views=4), TextureOptions(64), frames=2, resolution=16)
     monkeypatch.chdir(ROOT)
-    exec(compile(example, "README.md", "exec"), {})
+    exec(compile(example, "README.md", "exec"), {"coarse": coarse})
     assert (tmp_path / "teapot.png").is_file() and (tmp_path / "teapot" / "result.json").is_file()
 
 
@@ -305,6 +316,29 @@ def test_example_teacher_trains_and_samples(examples: dict[str, Any]) -> None:
     copy.denoising_loss(teacher.encode_images(images), noise, times, conditioning).backward()
     assert all(value.grad is not None for value in copy.trainable_parameters())
     assert not any(value.requires_grad for value in teacher.denoiser.parameters())
+
+
+def test_example_method(examples: dict[str, Any], tmp_path: Path) -> None:
+    """The student's error to the guided teacher's samples falls."""
+    module = importlib.import_module("my_teacher")
+    teacher, names = module.ColourTeacher(), list(module.COLOURS)
+    caption = torch.arange(12) % len(names)
+    conditioning = teacher.encode_text([*names, ""])
+    noise = torch.randn(12, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    latents = teacher.denoiser.network(conditioning.select(caption).embedding)[..., None, None] + 0.1 * noise
+    cache = LatentCache(latents, conditioning, caption)
+
+    graders = Graders(extract=lambda images: images.mean((2, 3)))
+    options = OneStepOptions(learning_rate=0.05, warmup=1, monitor=MonitorOptions(every=20, captions=6))
+    monitor = image_monitor(teacher, graders, cache, options.monitor, count=12)
+    method = build(MethodOptions, examples["my_method"])
+    trainer = OneStep(example_run(tmp_path / "run", 20), teacher, cache, method, options, monitor)
+
+    batch, generator = trainer.micro_batch(0, 0)
+    before = trainer.method.loss(trainer.student, batch, 0.0, generator).loss
+    averaged, student = trainer.train()
+    assert trainer.method.loss(student, batch, 1.0, generator).loss < before / 2
+    assert trainer.method.cost(0.0) == 35 and averaged.timesteps == student.timesteps
 
 
 def test_example_loss(examples: dict[str, Any], tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
