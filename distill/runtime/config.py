@@ -91,7 +91,7 @@ def target_class(
         raise UserError(
             f"{join(name, TARGET)} is {path!r}, which cannot be imported: {error.value}"
         ) from None
-    if not (isinstance(target, type) and issubclass(target, cls) and dataclasses.is_dataclass(target)):
+    if not (isinstance(target, type) and dataclasses.is_dataclass(target) and issubclass(target, cls)):
         raise UserError(
             f"{join(name, TARGET)} is {path!r}: expected package.module.Class, a kind of {cls.__name__}"
         )
