@@ -30,7 +30,7 @@ class PairOptions:
 
     count: int = 5000
     steps: int = 25
-    guidance: float = 3.0
+    guidance: float = 2.0
     seed: int = 0
     shard: int = 500
     batch: int = 50

@@ -120,10 +120,7 @@ class OneStep:
         """Run to the end; returns the averaged student and the raw one."""
         run, options = self.run, self.options
         for step in run.steps(keep_start=True):
-            decay = cosine_decay(step, options.final_rate, run.options.steps)
-            factor = decay * min((step + 1) / options.warmup, 1.0) * 0.5**run.rollbacks
-            scale_learning_rates(self._groups, self._rates, factor)
-
+            self.set_learning_rates(step)
             metrics, finite = self.cycle(step)
             if not finite:
                 self._roll_back("the loss or a weight is not finite")
@@ -139,6 +136,12 @@ class OneStep:
                 self._measure_critic(step)
         self.ema.copy_to(self.averaged)
         return self.averaged, self.student
+
+    def set_learning_rates(self, step: int) -> None:
+        """Warm-up, cosine decay, and half for every roll-back, on the rates of all optimizers."""
+        decay = cosine_decay(step, self.options.final_rate, self.run.options.steps)
+        factor = decay * min((step + 1) / self.options.warmup, 1.0) * 0.5**self.run.rollbacks
+        scale_learning_rates(self._groups, self._rates, factor)
 
     def cycle(self, step: int) -> tuple[dict[str, float | Tensor], bool]:
         """One update of the student, then of its critic; the metrics, and whether all is finite."""

@@ -1,4 +1,6 @@
-"""The student: when it is asked, what rounding does to it, that it starts as the teacher, and its folder through stock diffusers."""
+"""The student: its timesteps, rounding, initialisation from the teacher, and its folder in stock
+diffusers.
+"""
 
 import json
 from pathlib import Path
@@ -9,108 +11,114 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 from distill.core.noise import NoiseSchedule
 from distill.one_step.folder import load_student, save_student
-from distill.one_step.student import Student, StudentOptions, chosen_time, rounding_error, student_times
+from distill.one_step.student import (
+    Student,
+    StudentOptions,
+    describe_timestep,
+    rounding_error,
+    student_timesteps,
+)
 from distill.runtime.errors import UserError
-from distill.teacher.latent import Teacher
+from distill.teacher.latent import LatentDiffusionTeacher
 
 
-def noise(teacher: Teacher, count: int, seed: int = 0) -> torch.Tensor:
+def noise(teacher: LatentDiffusionTeacher, count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, *teacher.latent_shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_times_are_told_by_the_level(schedule: NoiseSchedule) -> None:
-    (t,) = student_times(schedule, StudentOptions(level=2.5))
-    place = torch.tensor([t])
-    assert (
-        float(schedule.sigma(place) / schedule.alpha(place)) == pytest.approx(2.5, rel=0.01) and 600 < t < 650
-    )
-    assert student_times(schedule, StudentOptions(level=None, steps=4)) == (999, 749, 499, 249)
-    with pytest.raises(UserError, match="give a higher level or fewer steps"):
-        student_times(schedule, StudentOptions(level=0.1, steps=50))
-    with pytest.raises(UserError, match="a level above 0"):
-        StudentOptions(level=0.0)
+def test_timesteps_follow_from_sigma_max(schedule: NoiseSchedule) -> None:
+    (t,) = student_timesteps(schedule, StudentOptions(sigma_max=2.5))
+    index = torch.tensor([t])
+    ratio = float(schedule.sigma(index) / schedule.alpha(index))
+    assert ratio == pytest.approx(2.5, rel=0.01) and 600 < t < 650
+    assert student_timesteps(schedule, StudentOptions(sigma_max=None, steps=4)) == (999, 749, 499, 249)
+    with pytest.raises(UserError, match="give a higher sigma_max or fewer steps"):
+        student_timesteps(schedule, StudentOptions(sigma_max=0.1, steps=50))
+    with pytest.raises(UserError, match="a sigma_max above 0"):
+        StudentOptions(sigma_max=0.0)
 
 
-def test_rounding_is_what_was_measured_on_stable_diffusion(schedule: NoiseSchedule) -> None:
-    """shared/facts/score-losses.md: x0 = (x - sigma eps) / alpha errs by .024 in bf16 at t = 999, by .004 at 625."""
+def test_rounding_error_on_stable_diffusions_schedule(schedule: NoiseSchedule) -> None:
+    """x0 = (x - sigma eps) / alpha has an error of .024 in bf16 at t = 999, of .004 at 625."""
     assert rounding_error(schedule, 999, "epsilon", torch.bfloat16) == pytest.approx(0.024, rel=0.1)
     assert rounding_error(schedule, 625, "epsilon", torch.bfloat16) == pytest.approx(0.004, rel=0.1)
     assert rounding_error(schedule, 999, "v_prediction", torch.bfloat16) < 0.002
-    said = chosen_time(schedule, StudentOptions(), "epsilon")
-    assert "sigma / alpha 2.5" in said and "in bf16" in said and "in fp16" in said
+    message = describe_timestep(schedule, StudentOptions(), "epsilon")
+    assert "sigma / alpha 2.5" in message and "in bf16" in message and "in fp16" in message
 
 
-def test_it_starts_as_the_teacher_bit_for_bit(tiny_teacher: Teacher) -> None:
-    student = Student.of(tiny_teacher, StudentOptions())
-    x, states = noise(tiny_teacher, 2), tiny_teacher.encode_text(["a red cube", "a blue duck"])
-    t = torch.full((2,), student.times[0])
-    assert torch.equal(student.clean(x, 0, states), tiny_teacher.predict(x, t, states).x0)
-    last = Student.of(tiny_teacher, StudentOptions(level=None, parameterisation="sample"))
-    whole = tiny_teacher.predict(x, torch.full((2,), 999), states).x0  # alpha is 0 there: x0 is -v
-    torch.testing.assert_close(last.clean(x, 0, states), whole, atol=1e-5, rtol=1e-4)
-    assert last.kind == "sample"
-    student.unet.conv_out.weight.data.zero_()
+def test_it_starts_equal_to_the_teacher_bit_for_bit(tiny_teacher: LatentDiffusionTeacher) -> None:
+    student = Student.from_teacher(tiny_teacher, StudentOptions())
+    x, text = noise(tiny_teacher, 2), tiny_teacher.encode_text(["a red cube", "a blue duck"])
+    t = torch.full((2,), student.timesteps[0])
+    assert torch.equal(student.predict_x0(x, 0, text), tiny_teacher.predict(x, t, text).x0)
+    last = Student.from_teacher(tiny_teacher, StudentOptions(sigma_max=None, parameterisation="sample"))
+    x0 = tiny_teacher.predict(x, torch.full((2,), 999), text).x0  # alpha is 0 there: x0 is -v
+    torch.testing.assert_close(last.predict_x0(x, 0, text), x0, atol=1e-5, rtol=1e-4)
+    assert last.denoiser.prediction_type == "sample"
+    student.denoiser.network.conv_out.weight.data.zero_()
     assert float(tiny_teacher.unet.conv_out.weight.abs().sum()) > 0  # a copy
 
 
-def test_two_steps_are_its_own_answer_made_noisy_again(tiny_teacher: Teacher) -> None:
-    student = Student.of(tiny_teacher, StudentOptions(steps=2))
-    x, states = noise(tiny_teacher, 2), tiny_teacher.encode_text(["a red cube", "a blue duck"])
+def test_two_steps_noise_its_own_x0_again(tiny_teacher: LatentDiffusionTeacher) -> None:
+    student = Student.from_teacher(tiny_teacher, StudentOptions(steps=2))
+    x, text = noise(tiny_teacher, 2), tiny_teacher.encode_text(["a red cube", "a blue duck"])
     with torch.no_grad():
-        made = student(x, states, torch.Generator().manual_seed(3))
-        first = student.predict(x, torch.full((2,), student.times[0]), states).x0
-        t = torch.full((2,), student.times[1])
+        output = student(x, text, torch.Generator().manual_seed(3))
+        first = student.predict(x, torch.full((2,), student.timesteps[0]), text).x0
+        t = torch.full((2,), student.timesteps[1])
         again = tiny_teacher.schedule.add_noise(first, noise(tiny_teacher, 2, 3), t)
-        assert torch.equal(made, student.predict(again, t, states).x0)
-        assert not torch.allclose(made, first)
+        assert torch.equal(output, student.predict(again, t, text).x0)
+        assert not torch.allclose(output, first)
 
 
 @pytest.mark.parametrize(
-    "options", [StudentOptions(), StudentOptions(steps=2), StudentOptions(level=None, steps=4)], ids=str
+    "options", [StudentOptions(), StudentOptions(steps=2), StudentOptions(sigma_max=None, steps=4)], ids=str
 )
-def test_stock_diffusers_draws_the_same_image(
-    options: StudentOptions, tiny_teacher: Teacher, tmp_path: Path
+def test_stock_diffusers_samples_the_same_image(
+    options: StudentOptions, tiny_teacher: LatentDiffusionTeacher, tmp_path: Path
 ) -> None:
-    student = Student.of(tiny_teacher, options)
+    student = Student.from_teacher(tiny_teacher, options)
     with torch.no_grad():
-        student.unet.conv_out.weight.mul_(1.5)  # no longer the teacher
+        student.denoiser.network.conv_out.weight.mul_(1.5)  # no longer the teacher
     folder = tmp_path / "student"
     save_student(folder, student, tiny_teacher)
     again, parts = load_student(folder)
-    assert again.times == student.times
+    assert again.timesteps == student.timesteps
     x, prompts = noise(tiny_teacher, 2), ["a red cube"] * 2
-    source = torch.Generator().manual_seed(0)
-    torch.randn(
-        2, *tiny_teacher.latent_shape, generator=source
-    )  # the pipeline draws its latents from it first
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(2, *tiny_teacher.latent_shape, generator=generator)  # the pipeline's latents come first
     with torch.no_grad():
-        ours = parts.decode(again(x, parts.encode_text(prompts), source))
+        ours = parts.decode(again(x, parts.encode_text(prompts), generator))
     own = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
     stock = StableDiffusionPipeline.from_pretrained(folder)
-    for pipeline, asked in (
+    for pipeline, options_ in (
         (own, {}),
         (stock, {"num_inference_steps": options.steps, "guidance_scale": 1.0}),
     ):
         pipeline.set_progress_bar_config(disable=True)
-        told = pipeline(prompts, generator=torch.Generator().manual_seed(0), output_type="pt", **asked).images
-        torch.testing.assert_close(told.float(), ours, atol=2e-5, rtol=0)
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline(prompts, generator=generator, output_type="pt", **options_).images
+        torch.testing.assert_close(images.float(), ours, atol=2e-5, rtol=0)
     assert float(ours.std()) > 0.01
 
 
 def test_a_folder_of_something_else_is_left_alone(
-    tiny_teacher: Teacher, tiny_teacher_folder: Path, tmp_path: Path
+    tiny_teacher: LatentDiffusionTeacher, tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="holds something other than a student"):
-        save_student(tmp_path, Student.of(tiny_teacher, StudentOptions()), tiny_teacher)
+        save_student(tmp_path, Student.from_teacher(tiny_teacher, StudentOptions()), tiny_teacher)
     with pytest.raises(UserError, match="is no student"):
         load_student(tiny_teacher_folder)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-def test_the_folder_is_replaced_whole(tiny_teacher: Teacher, tmp_path: Path) -> None:
+def test_the_folder_is_replaced_whole(tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
     for steps in (1, 2):
-        save_student(tmp_path / "s", Student.of(tiny_teacher, StudentOptions(steps=steps)), tiny_teacher)
+        save_student(
+            tmp_path / "s", Student.from_teacher(tiny_teacher, StudentOptions(steps=steps)), tiny_teacher
+        )
     assert (
         json.loads((tmp_path / "s" / "scheduler" / "scheduler_config.json").read_text())[
             "original_inference_steps"
