@@ -16,7 +16,7 @@ from distill.runtime import shipped
 from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.vocabulary import check_prompt, load_words
+from distill.teacher.vocabulary import check_length, check_prompt, load_vocabulary
 
 
 @final
@@ -78,13 +78,15 @@ class LatentDiffusionTeacher(Teacher):
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
         """CLIP's last hidden states (B, L, D); each prompt is encoded once and cached.
 
-        Raises `UserError` for words outside a closed vocabulary.
+        Raises `UserError` for words outside a closed vocabulary and, where there is one, for a prompt longer
+        than the context; Stable Diffusion truncates it, with a warning.
         """
         for prompt in prompts:
             if prompt:
                 self.check_prompt(prompt)
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_embeddings]
         if missing:
+            check_length(self.tokenizer, missing, truncate=self.vocabulary is None)
             tokens = self.tokenizer(missing, padding="max_length", truncation=True, return_tensors="pt")
             embeddings = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
             self._text_embeddings.update(zip(missing, embeddings, strict=True))
@@ -133,7 +135,7 @@ def load_teacher(
             f"teacher {name_or_path!r} cannot be loaded ({reason}): "
             f"give {shipped.names('teacher')}, a diffusers folder or a hub id"
         ) from None
-    vocabulary = None if folder is None else load_words(folder / "tokenizer")
+    vocabulary = None if folder is None else load_vocabulary(folder / "tokenizer")
     return LatentDiffusionTeacher(pipeline.to(device).components, vocabulary, str(folder or name_or_path))
 
 

@@ -113,8 +113,10 @@ def train_unet(
         t = torch.randint(denoiser.schedule.num_train_timesteps, (len(index),), generator=run.generator)
         noise = torch.randn(len(index), *shape, generator=run.generator)
         dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
-        batch = (value.to(run.device) for value in (cache.latents[index], noise, t))
-        loss = denoiser.denoising_loss(*batch, cache.conditioning_of(index, dropped).to(run.device))
+        latents, noise, t = (value.to(run.device) for value in (cache.latents[index], noise, t))
+        conditioning = cache.conditioning_of(index, dropped).to(run.device)
+
+        loss = denoiser.denoising_loss(latents, noise, t, conditioning)
         optimizer_step(optimizer, loss, max_norm=1.0)
         lr_schedule.step()
         ema.update()
@@ -123,8 +125,8 @@ def train_unet(
         if run.due(run.options.preview_every):
             ema.copy_to(averaged.network)
             model = Guided(averaged, cache.uncond.to(run.device), options.preview_guidance)
-            latents = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
-            run.preview("samples", decode(vae, latents))
+            samples = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
+            run.preview("samples", decode(vae, samples))
     ema.copy_to(averaged.network)
     return averaged.network
 
