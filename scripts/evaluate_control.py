@@ -23,7 +23,7 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info, pick_device
 from distill.runtime.names import slug
 from distill.teacher.latent import load_teacher
-from sds3d.world.conditions import conditioning_images
+from sds3d.world.conditions import split_condition_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     adapter, condition = load_adapter(config.adapter, teacher.device)
     student = None if config.student is None else load_student(config.student, teacher.device)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
-    conditions = conditioning_images(config.data, "test", condition, data)
+    conditions = split_condition_images(config.data, "test", condition, data)
     probe, graders = load_probe(config.probe), load_graders(config.teacher, config.judge)
     rows, images = evaluate_control(
         teacher, student, adapter, condition, data, conditions, probe, graders, options, config.labels

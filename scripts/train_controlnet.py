@@ -17,7 +17,7 @@ from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.latent import load_teacher
-from sds3d.world.conditions import conditioning_images
+from sds3d.world.conditions import split_condition_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,10 @@ def main(config: Config) -> None:
     train, validation = (
         load_split(config.data, split, teacher.resolution) for split in ("train", "validation")
     )
-    conditions = conditioning_images(config.data, "train", condition, train)
+    conditions = split_condition_images(config.data, "train", condition, train)
     held_out = HeldOut(
         validation.texts,
-        conditioning_images(config.data, "validation", condition, validation),
+        split_condition_images(config.data, "validation", condition, validation),
         validation.composite(slice(None)),
     )
     run = Run(config.run, as_mapping(config), f"{condition} adapter")

@@ -255,10 +255,9 @@ def split_vertices(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     owner[fans] = faces
     points = np.asarray(mesh.vertices)[owner]
     shared = np.bincount(owner)[owner] > 1
-    middles = np.stack(
-        [np.bincount(fans.ravel(), np.repeat(mesh.triangles_center[:, axis], 3)) for axis in range(3)], 1
-    )
-    middles /= np.bincount(fans.ravel())[:, None]
+    centres = np.repeat(mesh.triangles_center, 3, axis=0)
+    sums = np.stack([np.bincount(fans.ravel(), centres[:, axis]) for axis in range(3)], 1)
+    middles = sums / np.bincount(fans.ravel())[:, None]
     points[shared] += 0.05 * (middles - points)[shared]
     return trimesh.Trimesh(points, fans)
 

@@ -6,6 +6,7 @@ object's front; azimuth grows towards +y (counter-clockwise from above). Image r
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,10 @@ class Cameras:
         return len(self.position)
 
     def _apply(self, function: Callable[[Tensor], Tensor]) -> "Cameras":
-        tensors = (self.position, self.azimuth, self.elevation, self.rotation, self.fovy)
-        return Cameras(*map(function, tensors), self.resolution)
+        tensors: dict[str, Any] = {
+            name: function(value) for name, value in vars(self).items() if name != "resolution"
+        }
+        return replace(self, **tensors)
 
     def to(self, device: torch.device | str) -> "Cameras":
         """The same cameras on another device."""
@@ -137,4 +140,5 @@ def ring(
 ) -> Cameras:
     """`count` cameras at equal steps of azimuth, starting at the front: a turntable."""
     azimuth = torch.arange(count) * (360.0 / count)
-    return orbit(azimuth, *(torch.full((count,), float(v)) for v in (elevation, distance, fovy)), resolution)
+    phi, radius, fov = (torch.full((count,), float(value)) for value in (elevation, distance, fovy))
+    return orbit(azimuth, phi, radius, fov, resolution)

@@ -132,7 +132,8 @@ class HashEncoding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         axes = positions.detach().t().to(self.table.dtype).contiguous()
-        options, corners = self.options, []
+        options = self.options
+        corners: list[Tensor] = []
         for scale, nodes, size in zip(options.scales(), options.resolutions(), options.sizes()):
             corners += level_corners(axes, scale, nodes, size)
         # Under autocast the sparse product would be in half precision, which has no CPU kernel.

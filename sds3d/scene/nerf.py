@@ -99,6 +99,7 @@ class Background(nn.Module):
     def __init__(self, options: BackgroundOptions) -> None:
         super().__init__()
         self.kind = options.kind
+        self.colour: Tensor
         colour = torch.tensor(options.colour, dtype=torch.float32)
         if options.kind == "fixed":
             self.register_buffer("colour", colour)

@@ -14,7 +14,7 @@ from distill.runtime.errors import UserError
 from distill.teacher.latent import LatentDiffusionTeacher
 from sds3d.export.files import TO_FILE, read_scene
 from sds3d.scene.cameras import Cameras
-from sds3d.world.conditions import CONDITIONS, mesh_conditioning_images
+from sds3d.world.conditions import CONDITIONS, mesh_condition_images
 from sds3d.world.shapes import RADIUS
 
 MOST_FACES = 1_000_000
@@ -82,7 +82,7 @@ class MeshControl:
 
     def set_cameras(self, cameras: Cameras) -> None:
         """Condition the teacher on the mesh from cameras (B), in the order of its next batches."""
-        images = adapter_input(mesh_conditioning_images(self.mesh, self.condition, cameras))
+        images = adapter_input(mesh_condition_images(self.mesh, self.condition, cameras))
         network = self.teacher.denoiser.network
         assert isinstance(network, ControlledUnet)
         network.controls = [replace(self.control, images=images.to(self.teacher.device))]

@@ -1,4 +1,4 @@
-"""Conditioning images of geometry for adapters: of the world's renders, and of any mesh from any camera."""
+"""Condition images of geometry for adapters: of the world's renders, and of any mesh from any camera."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 import trimesh
 from torch import Tensor
 
-from distill.control.conditions import of_images
+from distill.control.conditions import condition_images
 from distill.data.folders import CaptionedImages
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras, orbit
@@ -66,7 +66,7 @@ def world_geometry(folder: Path | str, split: str, name: Literal["depth", "norma
 
 
 def geometry_images(folder: Path | str, split: str, condition: str, rows: Sequence[dict[str, Any]]) -> Tensor:
-    """Conditioning images (N, 1 or 3, H, W) of the rows of a split, from the geometry files of the world."""
+    """Condition images (N, 1 or 3, H, W) of the rows of a split, from the geometry files of the world."""
     if condition == "depth":
         return depth_images(world_geometry(folder, split, "depth", len(rows)))
     normals = world_geometry(folder, split, "normal", len(rows))
@@ -77,15 +77,15 @@ def geometry_images(folder: Path | str, split: str, condition: str, rows: Sequen
     return torch.cat([normal_images(normal.float() / 127, matrix) for normal, matrix in chunks])
 
 
-def conditioning_images(folder: Path | str, split: str, condition: str, data: CaptionedImages) -> Tensor:
-    """Conditioning images of a split: from the world's geometry, or by `distill.control.conditions`."""
+def split_condition_images(folder: Path | str, split: str, condition: str, data: CaptionedImages) -> Tensor:
+    """Condition images of a split: from the world's geometry, or by `distill.control.conditions`."""
     if condition in CONDITIONS[1:]:
         return geometry_images(folder, split, condition, data.rows)
-    return of_images(condition, Path(folder) / split, data)
+    return condition_images(condition, Path(folder) / split, data)
 
 
-def mesh_conditioning_images(mesh: trimesh.Trimesh, condition: str, cameras: Cameras) -> Tensor:
-    """Conditioning images (B, 1 or 3, H, W) uint8 of a mesh in scene axes, rendered as those of the world."""
+def mesh_condition_images(mesh: trimesh.Trimesh, condition: str, cameras: Cameras) -> Tensor:
+    """Condition images (B, 1 or 3, H, W) uint8 of a mesh in scene axes, rendered as those of the world."""
     from sds3d.world.raycast import RayCaster, render
 
     caster, blank = RayCaster(mesh), np.zeros((len(mesh.faces), 3))

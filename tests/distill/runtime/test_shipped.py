@@ -16,7 +16,7 @@ from distill.one_step.folder import load_student
 from distill.runtime.shipped import SHIPPED, WEIGHTS, resolve
 from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
 from sds3d.scene.cameras import ring
-from sds3d.world.conditions import mesh_conditioning_images
+from sds3d.world.conditions import mesh_condition_images
 from sds3d.world.shapes import COLOURS, OBJECTS, make_shape, noun_phrase
 
 
@@ -83,7 +83,7 @@ def test_adapter_controls_the_view_of_a_mesh(name: str, teacher: LatentDiffusion
     objects = ("teapot", "car", "rocket", "mug", "torus", "bunny")
     views = ring(7, elevation=30.0)
     renders = [
-        mesh_conditioning_images(make_shape(key).mesh, name, views)[[i]] for i, key in enumerate(objects)
+        mesh_condition_images(make_shape(key).mesh, name, views)[[i]] for i, key in enumerate(objects)
     ]
     pictures = torch.cat(renders)
     adapter, condition = load_adapter(name)

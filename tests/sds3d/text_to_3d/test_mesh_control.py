@@ -20,7 +20,7 @@ from sds3d.scene.nerf import NerfOptions
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions, coarse_mesh
 from sds3d.text_to_3d.stages.sdedit_refinement import SDEditRefinementOptions
 from sds3d.text_to_3d.trainer import TextTo3d
-from sds3d.world.conditions import depth_images, mesh_conditioning_images, normal_images
+from sds3d.world.conditions import depth_images, mesh_condition_images, normal_images
 from sds3d.world.shapes import make_shape
 
 
@@ -36,13 +36,13 @@ def chair(tmp_path: Path) -> str:
 def test_mesh_is_normalised_to_the_worlds_size_and_axes(chair: str) -> None:
     mesh, truth = coarse_mesh(chair), make_shape("chair").mesh
     np.testing.assert_allclose(mesh.bounds, truth.bounds, atol=1e-5)
-    images = [mesh_conditioning_images(each, "depth", ring(4)) for each in (mesh, truth)]
+    images = [mesh_condition_images(each, "depth", ring(4)) for each in (mesh, truth)]
     assert (images[0].int() - images[1].int()).abs().float().mean() < 0.5
 
 
 def test_depth_of_a_ball() -> None:
     ball, cameras = trimesh.creation.icosphere(4, 0.8), ring(2, elevation=0.0)
-    image = mesh_conditioning_images(ball, "depth", cameras)[0, 0]
+    image = mesh_condition_images(ball, "depth", cameras)[0, 0]
     assert int(image[0, 0]) == 0
     assert (
         int(image[32, 32]) >= 254 and 55 <= int(image[image > 0].min()) < 75
@@ -56,11 +56,11 @@ def test_depth_of_a_ball() -> None:
 
 def test_silhouette_and_normals_of_a_ball() -> None:
     ball, cameras = trimesh.creation.icosphere(4, 0.8), ring(2, elevation=0.0)
-    silhouette = mesh_conditioning_images(ball, "silhouette", cameras)
+    silhouette = mesh_condition_images(ball, "silhouette", cameras)
     radius = 32 * np.tan(np.arcsin(0.8 / 3)) / np.tan(np.deg2rad(17.5))  # pixels
     assert float((silhouette[0] > 127).sum()) == pytest.approx(np.pi * radius**2, rel=0.02)
 
-    normals = mesh_conditioning_images(ball, "normals", cameras)
+    normals = mesh_condition_images(ball, "normals", cameras)
     for view in normals:  # in camera axes: 127 is zero along right and up, 255 points at the camera
         assert view[:, 32, 32].int().tolist() == pytest.approx([127, 127, 255], abs=6)
         assert int(view[0, 32, 45]) > 160 and int(view[1, 20, 32]) > 160
