@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -316,6 +317,12 @@ def test_example_teacher_trains_and_samples(examples: dict[str, Any]) -> None:
     copy.denoising_loss(teacher.encode_images(images), noise, times, conditioning).backward()
     assert all(value.grad is not None for value in copy.trainable_parameters())
     assert not any(value.requires_grad for value in teacher.denoiser.parameters())
+
+
+def test_example_run_with_a_teacher(checkout: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "my_run.py"], cwd=checkout, env=environment, check=True)
+    assert (checkout / "outputs" / "colours" / "images.png").is_file()
 
 
 def test_example_method(examples: dict[str, Any], tmp_path: Path) -> None:
