@@ -113,10 +113,10 @@ def _values(config: Any) -> Mapping[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    missing = sorted(OmegaConf.missing_keys(config), key=len)
-    if missing:
-        raise UserError(f"{missing[0]} is missing: give {missing[0]}=... ({HELP})")
     try:
+        missing = sorted(OmegaConf.missing_keys(config), key=len)
+        if missing:
+            raise UserError(f"{missing[0]} is missing: give {missing[0]}=... ({HELP})")
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(_message(error)) from None
