@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from diffusers import DDPMScheduler
 
@@ -57,7 +57,7 @@ def run_ablation(recipe: AblationRecipe, losses: Mapping[str, ObjectiveOptions])
 def make_bench(recipe: AblationRecipe) -> Bench:
     """The function that runs and grades one cell of the recipe's subject."""
     if recipe.subject == "particles":
-        scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         schedule = NoiseSchedule(scheduler.alphas_cumprod)
         return lambda cell: run_particles(cell, recipe.particles, schedule)
     teacher = load_teacher(recipe.teacher)

@@ -57,8 +57,8 @@ def full_suite() -> tuple[str, ...]:
 
 
 def _match(prompt: str) -> re.Match[str] | None:
-    thing = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
-    return re.fullmatch(rf"{thing}(?: ({'|'.join(RELATIONS)}) {thing})?", prompt.strip())
+    noun = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
+    return re.fullmatch(rf"{noun}(?: ({'|'.join(RELATIONS)}) {noun})?", prompt.strip())
 
 
 def has_truth(prompt: str) -> bool:
@@ -128,6 +128,7 @@ def r_precision(images: Tensor, prompt: str, clip: ClipScorer) -> float:
 
 def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: np.ndarray, points: int = 6000) -> Figures:
     """A mesh with vertex colours, in scene axes, against the truth; and its topology."""
+    assert isinstance(mesh.visual, trimesh.visual.ColorVisuals)
     colours = np.asarray(mesh.visual.vertex_colors, np.float64)[:, :3][mesh.faces].mean(1) / 255
     result, truth = surface(mesh, colours, points), surface(shape.mesh, albedo, points)
     alignment = align(result.points, truth.points)

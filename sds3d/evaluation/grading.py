@@ -124,8 +124,8 @@ def align(result: Array, truth: Array) -> Alignment:
     candidates = []
     for yaw in np.arange(INITIAL_YAWS) * (360.0 / INITIAL_YAWS):
         alignment = _closest_points(points, truth, targets, tree, yaw)
-        moved = alignment.apply(points)
-        error = tree.query(moved)[0].mean() + cKDTree(moved).query(targets)[0].mean()
+        aligned = alignment.apply(points)
+        error = tree.query(aligned)[0].mean() + cKDTree(aligned).query(targets)[0].mean()
         candidates.append((error, alignment))
     return min(candidates, key=lambda candidate: candidate[0])[1]
 
@@ -136,10 +136,10 @@ def _closest_points(points: Array, truth: Array, targets: Array, tree: cKDTree, 
     scale = float(np.ptp(truth, axis=0).max() / np.ptp(rotated, axis=0).max())
     alignment = Alignment(yaw, scale, _centre(truth) - scale * _centre(rotated))
     for _ in range(ITERATIONS):
-        moved = alignment.apply(points)
+        aligned = alignment.apply(points)
         # Pairs in both directions: no part of the truth is ignored, and the result cannot shrink into one.
-        sources = np.concatenate([points, points[cKDTree(moved).query(targets)[1]]])
-        alignment = _fit(sources, np.concatenate([truth[tree.query(moved)[1]], targets]))
+        sources = np.concatenate([points, points[cKDTree(aligned).query(targets)[1]]])
+        alignment = _fit(sources, np.concatenate([truth[tree.query(aligned)[1]], targets]))
     return alignment
 
 

@@ -33,9 +33,7 @@ class SharedOptions:
     views: int = 4  # cameras a step
     view_words: bool = True  # view-dependent prompts: "..., front view"
     camera: CameraOptions = field(default_factory=lambda: CameraOptions(elevation=(-10.0, 70.0)))
-    background: tuple[float, float] = (
-        BACKGROUND  # range of the grey behind each view, as in the teacher's data
-    )
+    background: tuple[float, float] = BACKGROUND  # grey levels of the views, as in the teacher's data
     learning_rate: float = 0.03  # of what the scene stores by place, such as a feature grid
     mlp_learning_rate: float = 0.005
     adam_epsilon: float = 1e-15  # larger values freeze parameters with tiny gradients, such as empty space
@@ -99,12 +97,13 @@ class TextTo3dContext:
         return self.teacher.encode_text(camera_prompts(self.options, cameras))
 
     def prompt_conditionings(self, cameras: Cameras) -> PromptConditionings:
-        """What the objective evaluates at cameras; for a critic the prompt and, as an extra, the camera."""
+        """What the objective evaluates at cameras; with a critic also its prompt, and its camera as an extra."""
         conditionings = prompt_conditionings(self.teacher, self.options, self.objective, cameras)
         if self.critic is None:
             return conditionings
-        poses = cameras.to(self.run.device).poses()
-        critic = conditionings.by_name["conditional"].with_extras(camera=poses)
+        critic = conditionings.by_name["conditional"]
+        if self.critic.options.camera:
+            critic = critic.with_extras(camera=cameras.to(self.run.device).poses())
         return conditionings.updated(critic=critic)
 
     def regularization(

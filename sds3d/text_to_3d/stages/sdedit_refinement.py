@@ -170,6 +170,14 @@ class SDEditRefinementStage(Stage):
 class RefinedViews(nn.Module):
     """V views: their cameras, backgrounds and images; a module, so that checkpoints hold them."""
 
+    images: Tensor  # (V, 3, H, W) in [0, 1]
+    background: Tensor  # (V, 3)
+    position: Tensor  # as in `Cameras`, like the others
+    rotation: Tensor
+    azimuth: Tensor
+    elevation: Tensor
+    fovy: Tensor
+
     def __init__(self, views: int, resolution: int) -> None:
         super().__init__()
         self.resolution = resolution

@@ -34,10 +34,10 @@ from sds3d.world.world import held_out
 
 def test_suite_has_every_object_held_out_combinations_and_pairs() -> None:
     suite = full_suite()
-    singles = [prompt.split() for prompt in suite if prompt not in PAIRS]
+    singles = [prompt.split()[1:] for prompt in suite if prompt not in PAIRS]
     assert suite[:5] == TINY and len(suite) == len(set(suite)) == len(OBJECTS) + len(PAIRS) >= 24
-    assert {words[2] for words in singles} == set(OBJECTS) and len({words[1] for words in singles}) >= 6
-    assert 4 <= sum(held_out(words[2], words[1]) for words in singles) <= 12
+    assert {name for _, name in singles} == set(OBJECTS) and len({colour for colour, _ in singles}) >= 6
+    assert 4 <= sum(held_out(name, colour) for colour, name in singles) <= 12
     assert all(words_of(prompt) for prompt in suite)
     for prompt in suite:
         truth_of(prompt)

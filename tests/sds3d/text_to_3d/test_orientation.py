@@ -132,8 +132,8 @@ def test_scene_rotated_by_180_degrees_is_corrected(scene: NeRF, tmp_path: Path) 
     stages = {"score_distillation": DISTILLATION, "orientation": orientation}
     options = TextTo3dOptions("a red ball", background=(0.7, 0.7), stages=stages)
     cameras, grey = ring(4, orientation.elevation, ViewTeacher.resolution), torch.full((4, 3), 0.7)
-    front, right, back, left = scene.render(cameras, grey).rgb
-    teacher = ViewTeacher([back, (right + left) / 2, front])
+    front, right_side, back, left_side = scene.render(cameras, grey).rgb
+    teacher = ViewTeacher([back, (right_side + left_side) / 2, front])
     run = Run(RunOptions(str(tmp_path / "run"), steps=4, trackers=()), {}, "orientation")
 
     task = TextTo3d(run, teacher, NerfOptions(), SDS, options)
