@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import CLIPModel, CLIPTokenizer
 
 from distill.evaluation.features import load_pretrained, pixel_preprocessing
 from distill.runtime.errors import UserError
@@ -21,10 +21,7 @@ class ClipScorer:
     """CLIP (Radford et al. 2021, arXiv:2103.00020) with its tokenizer and the preprocessing of its images."""
 
     def __init__(
-        self,
-        model: CLIPModel,
-        tokenizer: PreTrainedTokenizerBase,
-        preprocess: Callable[[Tensor], Tensor] = normalise,
+        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Callable[[Tensor], Tensor] = normalise
     ) -> None:
         """preprocess: images (B, 3, H, W) in [0, 1] to the pixel values that the vision tower expects."""
         self.model, self.tokenizer, self.preprocess = (
@@ -65,16 +62,17 @@ def load_clip_scorer(
     """
     folder = resolve("teacher", clip or teacher)
     if (folder / CLIP / "config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        return ClipScorer(load_clip(folder).to(device), tokenizer)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        own: Any = load_clip(folder)
+        return ClipScorer(own.to(device), tokenizer)
     if clip is None:
         return None
 
-    model = load_pretrained(clip, "a teacher trained here or a CLIP model of transformers")
+    model: Any = load_pretrained(clip, "a teacher trained here or a CLIP model of transformers")
     if not isinstance(model, CLIPModel):
         raise UserError(f"{clip} holds a {type(model).__name__}: expected a CLIPModel of transformers")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(clip, local_files_only=Path(clip).is_dir())
+        tokenizer = CLIPTokenizer.from_pretrained(clip, local_files_only=Path(clip).is_dir())
     except (OSError, ValueError) as error:
         raise UserError(f"{clip} has no tokenizer ({str(error).splitlines()[0][:200]})") from None
     return ClipScorer(

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
@@ -36,7 +37,7 @@ class Sampler:
     name: str
     sample: Callable[[SamplingBatch], Tensor]
     nfe: int
-    network: nn.Module
+    network: Any  # an nn.Module; diffusers' classes are untyped
 
 
 def teacher_sampler(teacher: Teacher, steps: int, guidance: float) -> Sampler:

@@ -83,7 +83,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(FEATURES, len(values)) for name, values in self.labels.items()}
         )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
     def features(self, images: Tensor) -> Tensor:
         """Features (N, 128) of images (N, 3, H, W) in [0, 1], of at least 16 x 16 pixels."""

@@ -58,7 +58,7 @@ class Probe(nn.Module):
         self.out = nn.Sequential(
             Block(2 * width, width), nn.Conv2d(width, 8, 3, padding=1), nn.PixelShuffle(2)
         )
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Silhouette logits and depth, as closeness: near 1, far 0, up to a shift."""

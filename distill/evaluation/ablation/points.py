@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from diffusers import DDIMScheduler
 
@@ -19,7 +20,7 @@ def distill_points(
     methods: Mapping[str, MethodOptions], seeds: Sequence[int], options: PointOptions, folder: Path | str
 ) -> str:
     """Run every method and seed that has no row in `folder` yet; writes the report, returns its table."""
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     )
     mixture = ring(options.modes, std=options.std, classes=options.classes)

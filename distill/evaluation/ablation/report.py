@@ -13,13 +13,9 @@ MISSING = (math.nan, math.nan)  # mean and interval of a figure that a loss lack
 
 
 def save_report(
-    folder: Path,
-    title: str,
-    rows: Sequence[Mapping[str, object]],
-    pictures: Mapping[str, Path],
-    facts: object,
+    folder: Path, title: str, rows: Sequence[Mapping[str, object]], images: Mapping[str, Path], facts: object
 ) -> None:
-    """Write rows.json, rows.csv, table.md and index.html; `pictures` are PNG files by caption."""
+    """Write rows.json, rows.csv, table.md and index.html; `images` are PNG files by their caption."""
     table = summarise(rows)
     write_json(folder / "rows.json", {"facts": facts, "rows": list(rows)})
     with (
@@ -31,7 +27,7 @@ def save_report(
         writer.writerows(rows)
     with atomic_path(folder / "table.md") as temporary:
         temporary.write_text(markdown(table), encoding="utf-8")
-    page.save_html(folder / "index.html", title, _body(table, pictures), facts)
+    page.save_html(folder / "index.html", title, _body(table, images), facts)
 
 
 def format_figure(mean: float, width: float) -> str:
@@ -53,7 +49,7 @@ def markdown(table: Sequence[Summary]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _body(table: Sequence[Summary], pictures: Mapping[str, Path]) -> list[str]:
+def _body(table: Sequence[Summary], images: Mapping[str, Path]) -> list[str]:
     cells = [
         line.strip("| \n").split(" | ")
         for line in markdown(table).splitlines()
@@ -67,5 +63,5 @@ def _body(table: Sequence[Summary], pictures: Mapping[str, Path]) -> list[str]:
     return [
         page.table(cells),
         *plots,
-        *(page.figure(path.read_bytes(), name) for name, path in pictures.items()),
+        *(page.figure(path.read_bytes(), name) for name, path in images.items()),
     ]

@@ -57,10 +57,10 @@ def test_figures_without_their_grader_are_left_out(graders: Graders) -> None:
 
 def test_features_default_to_the_judge_then_to_clip(tiny_teacher_folder: Path) -> None:
     teacher = str(tiny_teacher_folder)
-    judged = load_graders(teacher, "judge64")
-    assert torch.equal(judged.features(IMAGES), judge_features(load_judge("judge64"), IMAGES))
+    by_judge = load_graders(teacher, "judge64")
+    assert torch.equal(by_judge.features(IMAGES), judge_features(load_judge("judge64"), IMAGES))
     without = load_graders(teacher, None)
     assert without.clip is not None
     assert torch.equal(without.features(IMAGES), without.clip.image_features(IMAGES))
     named = load_graders(teacher, None, features="judge64")
-    assert torch.equal(named.features(IMAGES), judged.features(IMAGES))
+    assert torch.equal(named.features(IMAGES), by_judge.features(IMAGES))
