@@ -97,7 +97,7 @@ class TextTo3dContext:
         return self.teacher.encode_text(camera_prompts(self.options, cameras))
 
     def prompt_conditionings(self, cameras: Cameras) -> PromptConditionings:
-        """What the objective evaluates at cameras; with a critic also its prompt, and its camera as an extra."""
+        """What the objective evaluates at cameras; with a critic also its prompt, the camera as an extra."""
         conditionings = prompt_conditionings(self.teacher, self.options, self.objective, cameras)
         if self.critic is None:
             return conditionings
