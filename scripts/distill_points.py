@@ -25,7 +25,10 @@ class Config:
 
 
 def main(config: Config) -> None:
-    methods = {name: load_group("method", name, MethodOptions) for name in config.methods}
+    methods = {
+        name: load_group("method", name, MethodOptions)  # type: ignore[type-abstract]  # `_target_` is concrete
+        for name in config.methods
+    }
     print(distill_points(methods, config.seeds, config.points, config.output))
     print(f"written: {config.output}: rows.json, rows.csv, table.md, index.html")
 

@@ -104,8 +104,8 @@ def _message(error: Exception) -> str:
         return f"{missing[1]} is missing: give {missing[1]}=... ({HELP})"
     lines = [line.strip() for line in f"{error}\n{error.__cause__ or ''}".splitlines() if line.strip()]
     noise = (*HYDRA_NOISE, "provider=", "^")
-    kept = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
-    return f"{'; '.join(kept)} ({HELP})"
+    sentences = [line.rstrip(".:;") for line in dict.fromkeys(lines) if not line.startswith(noise)]
+    return f"{'; '.join(sentences)} ({HELP})"
 
 
 def _values(config: Any) -> Mapping[str, Any]:

@@ -30,21 +30,21 @@ def help_lines(cls: type, values: Mapping[str, Any]) -> Iterator[str]:
     groups: list[Group] = [("", cls, values, None)]
     while groups:
         name, cls, values, default = groups.pop(0)
-        cls = target_class(cls, values, name, default)
-        about = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
-        if cls in listed and not values and default is None:
-            yield f"\n{name}: as {listed[cls]}"
+        target: type = target_class(cls, values, name, default)
+        about = " ".join((inspect.getdoc(target) or "").split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+        if target in listed and not values and default is None:
+            yield f"\n{name}: as {listed[target]}"
             continue
         if name:
             yield f"\n{name}: {about}"
-        listed.setdefault(cls, name)
-        fields = fields_of(cls)
-        defaults = defaults_of(fields, default if type(default) is cls else None)
-        hints = typing.get_type_hints(cls)
+        listed.setdefault(target, name)
+        fields = fields_of(target)
+        defaults = defaults_of(fields, default if type(default) is target else None)
+        hints = typing.get_type_hints(target)
         for key in fields:
             if not dataclasses.is_dataclass(hints[key]) and not _of_groups(hints[key]):
                 value = _text(values.get(key, defaults.get(key, REQUIRED)))
-                notes = "; ".join(filter(None, [_type(hints[key]), comments(cls).get(key)]))
+                notes = "; ".join(filter(None, [_type(hints[key]), comments(target).get(key)]))
                 yield f"  {join(name, key):52} = {value:22} {notes}"
         inner = [_groups(join(name, key), hints[key], values.get(key), defaults.get(key)) for key in fields]
         groups[:0] = [group for part in inner for group in part]
