@@ -148,7 +148,7 @@ def sd2_unet() -> dict[str, Any]:
 def stock_pipeline(second: bool) -> StableDiffusionPipeline:
     """Stable Diffusion 1.x's, or 2.x's, architecture at tiny width."""
     torch.manual_seed(0)
-    tokenizer, _ = build_tokenizer(["a photo of one cat and two dogs"], max_length=77)
+    tokenizer, _ = build_tokenizer(["a photo of one cat and two dogs"], context_length=77)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
