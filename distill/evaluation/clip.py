@@ -12,7 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.evaluation.features import load_pretrained, pixel_preprocessing
 from distill.runtime.errors import UserError
 from distill.runtime.shipped import resolve
-from distill.teacher.clip import normalise, text_features, tokenize
+from distill.teacher.clip import caption_features, normalise
 from distill.teacher.folder import CLIP, load_clip
 
 
@@ -40,11 +40,9 @@ class ClipScorer:
             parts.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
         return torch.cat(parts)
 
-    @torch.no_grad()
     def text_features(self, captions: Sequence[str], batch: int = 512) -> Tensor:
         """Unit features (N, D) on the CPU of captions."""
-        ids = tokenize(self.tokenizer, captions).to(self.model.device)
-        return torch.cat([text_features(self.model, part).cpu() for part in ids.split(batch)])
+        return caption_features(self.model, self.tokenizer, captions, batch).cpu()
 
     def label_probabilities(self, images: Tensor, labels: Sequence[str]) -> Tensor:
         """Zero-shot probabilities (N, K) of K labels: softmax of scaled cosines (section 3.1)."""

@@ -36,12 +36,10 @@ class LabelOptions:
     only_if: tuple[tuple[str, str], ...] = ()
     in_caption: tuple[str, ...] = ()  # columns that count only where the caption contains their value
     joint: tuple[str, ...] = ()  # columns that must all be right, for one figure more
-    subsets: tuple[
-        tuple[str, str], ...
-    ] = ()  # (figure, column): the joint figure over rows where the column is True
-    exclude_if: str | None = (
-        None  # rows with a value in this column have no labels, such as captions of two objects
-    )
+    # (figure, column): the joint figure over the rows where the column is True
+    subsets: tuple[tuple[str, str], ...] = ()
+    # rows with a value in this column have no labels, such as captions of two objects
+    exclude_if: str | None = None
     caption: str = ""  # of a class, for zero-shot labels: "a {colour} {object}"
     caption_detail: str = ""  # appended for the values of one column more: ", {view} view"
 

@@ -191,16 +191,3 @@ def caption_features(
     check_length(tokenizer, captions, truncate=True)
     ids = tokenize(tokenizer, captions).to(model.device)
     return torch.cat([text_features(model, part) for part in ids.split(batch)])
-
-
-@torch.no_grad()
-def label_probabilities(
-    model: CLIPModel, tokenizer: CLIPTokenizer, images: Tensor, labels: Sequence[str], batch: int = 250
-) -> Tensor:
-    """Probabilities (N, K) of K labels for images (N, 3, H, W) in [0, 1], on the CPU.
-
-    The softmax of scaled cosine similarities (arXiv:2103.00020, section 3.1).
-    """
-    text = caption_features(model, tokenizer, labels)
-    logits = [image_features(model, part.to(model.device)) @ text.T for part in images.split(batch)]
-    return (model.logit_scale.exp() * torch.cat(logits)).softmax(1).cpu()
