@@ -55,15 +55,15 @@ class SampleOptions(TextToImageOptions):
         for sampler in self.compare_samplers:
             parse_sampler(sampler, self.steps)
         multiple = ["candidates"] * (self.candidates != 1)
-        given = [name for name in TEACHER_OPTIONS if vars(self)[name]] + multiple
-        if self.student is not None and given:
+        conflicts = [name for name in TEACHER_OPTIONS if vars(self)[name]] + multiple
+        if self.student is not None and conflicts:
             raise UserError(
-                f"{', '.join(given)}: a student generates from noise and a prompt only; "
+                f"{', '.join(conflicts)}: a student generates from noise and a prompt only; "
                 "leave student= out for the teacher to do it"
             )
-        given = [name for name in NOISE_ONLY if vars(self)[name]] + multiple
-        if self.formulations and given:
-            raise UserError(f"{', '.join(given)}: not available with formulations; leave one of them out")
+        conflicts = [name for name in NOISE_ONLY if vars(self)[name]] + multiple
+        if self.formulations and conflicts:
+            raise UserError(f"{', '.join(conflicts)}: not available with formulations; leave one of them out")
 
 
 def run_sample(options: SampleOptions) -> Path:
