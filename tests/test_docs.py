@@ -48,6 +48,7 @@ ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "distill" / "weights").rglob("README.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 PLACEHOLDERS = {"CYCLES": "100", "objective=NAME": "objective=sds", "method=NAME": "method=dmd2"}
+README = (ROOT / "README.md").read_text()
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 
@@ -229,9 +230,20 @@ def test_links_and_paths_resolve(page: Path) -> None:
 
 
 def test_readme_is_short_and_has_the_two_commands() -> None:
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = README.splitlines()
     assert len(lines) <= 140
     assert {'bash scripts/quickstart.sh "a red teapot"', "bash scripts/test.sh"} <= set(lines)
+
+
+def test_tree_of_the_readme_lists_what_exists() -> None:
+    (tree,) = re.findall(r"^## Layout\n\n```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    listed, parent = set(), ""
+    for indent, name in re.findall(r"^( *)(\S+)", tree, re.MULTILINE):
+        parent = parent if indent else name
+        listed.add(parent + name if indent else name)
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if path.is_dir()}
+    assert all((ROOT / path).exists() for path in listed)
+    assert {"distill/", "sds3d/", "configs/", "scripts/"} <= listed & folders
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
@@ -256,7 +268,7 @@ def test_the_example_loss_is_valid() -> None:
 
 def test_python_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer steps and a coarse export."""
-    (example,) = blocks((ROOT / "README.md").read_text(), "python")
+    (example,) = blocks(README, "python")
     changes = {"steps=750": "steps=2", "steps=25": "steps=2", '"outputs/': f'"{tmp_path}/'}
     for old, new in {**changes, "objective=objective)": "objective=objective, export=coarse)"}.items():
         assert old in example
