@@ -66,9 +66,10 @@ def load_clip_scorer(
     if clip is None:
         return None
 
-    model: Any = load_pretrained(clip, "a teacher trained here or a CLIP model of transformers")
-    if not isinstance(model, CLIPModel):
-        raise UserError(f"{clip} holds a {type(model).__name__}: expected a CLIPModel of transformers")
+    loaded = load_pretrained(clip, "a teacher trained here or a CLIP model of transformers")
+    if not isinstance(loaded, CLIPModel):
+        raise UserError(f"{clip} holds a {type(loaded).__name__}: expected a CLIPModel of transformers")
+    model: Any = loaded
     try:
         tokenizer = CLIPTokenizer.from_pretrained(clip, local_files_only=Path(clip).is_dir())
     except (OSError, ValueError) as error:
