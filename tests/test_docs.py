@@ -80,15 +80,15 @@ def commands(text: str) -> list[list[str]]:
     """The words of every command of a script, with values for placeholders."""
     shell = re.sub(r"<<'YAML'\n.*?\nYAML\n", "\n", "\n".join(blocks(text, "bash")), flags=re.DOTALL)
     lines = [*shell.splitlines(), *(code for code in inline_code(text) if "scripts/" in code)]
-    found = []
+    parsed = []
     for line in lines:
         for old, new in PLACEHOLDERS.items():
             line = line.replace(old, new)
         for command in re.split(r" && ", line):
             words = shlex.split(command, comments=True)
             if words and words[0] in ("python", "bash", "torchrun"):
-                found.append(words)
-    return found
+                parsed.append(words)
+    return parsed
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def entry_of(script: str) -> tuple[str, type, str | None] | None:
     name, cls = calls[0].args[0], calls[0].args[1]
     assert isinstance(name, ast.Constant) and isinstance(cls, ast.Name)
     named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in calls[0].keywords}
-    return name.value, getattr(importlib.import_module(script), cls.id), named.get("positional")
+    return str(name.value), getattr(importlib.import_module(script), cls.id), named.get("positional")
 
 
 COMMANDS = sorted({shlex.join(words) for page in PAGES for words in commands(page.read_text())})
