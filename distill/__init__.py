@@ -1,1 +1,1 @@
-"""A teacher's scores, the losses made of them and the students they train. Knows nothing of 3D."""
+"""Diffusion teachers, score-based losses and the students they train. Independent of 3D."""

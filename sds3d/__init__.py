@@ -1,1 +1,1 @@
-"""Text-to-3D on a frozen image teacher: a world of known meshes, a NeRF, its optimisation and what leaves it."""
+"""Text-to-3D on a frozen image teacher: known meshes, scenes, their optimisation, export and evaluation."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
@@ -18,7 +18,7 @@ from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
 
 Callback = Callable[[int, Tensor, Prediction], None]  # the step, its x_t and its prediction
-Scheduler = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
 Formulation = Literal["vp", "ve", "flow"]
 
 

@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -25,7 +26,9 @@ class Denoiser(nn.Module, ScoreModel):
     `prediction_type`. What it cannot do (LoRA, mid-block features) raises `UserError`.
     """
 
-    def __init__(self, network: nn.Module, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
+    network: Any  # a module, called as its implementation needs
+
+    def __init__(self, network: Any, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
         super().__init__()
         self.network, self.schedule, self.prediction_type = network, schedule, prediction_type
 

@@ -272,9 +272,7 @@ class ScoreDistillation:
 def _check_weight(component: LossComponent, model: ScoreModel) -> None:
     last = torch.tensor([round(max(component.time.high) * (model.schedule.num_train_timesteps - 1))])
     if component.weight == "sigma_over_alpha" and float(model.schedule.alpha(last)) == 0:
-        raise UserError(
-            "the weight sigma_over_alpha is infinite at the last level of this schedule: give time.high below 1"
-        )
+        raise UserError("the weight sigma_over_alpha is infinite at the last level: give time.high below 1")
 
 
 def guided_prediction(term: Term, predictions: Predictions, progress: float) -> Prediction:

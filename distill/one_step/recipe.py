@@ -16,7 +16,9 @@ from distill.one_step.methods.base import MethodOptions
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.student import describe_timestep
 from distill.one_step.trainer import OneStep, OneStepOptions
+from distill.runtime import processes
 from distill.runtime.config import as_mapping
+from distill.runtime.errors import UserError
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
@@ -35,6 +37,13 @@ class OneStepRecipe:
     run: RunOptions
     method: MethodOptions
     distill: OneStepOptions = field(default_factory=OneStepOptions)
+
+    def __post_init__(self) -> None:
+        count = processes.world_size()  # checked here, as the default options are built in any number
+        if self.distill.accumulate % count:
+            raise UserError(
+                f"accumulate is {self.distill.accumulate}: {count} processes need a multiple of their number"
+            )
 
 
 def decoder(teacher: Teacher) -> Callable[[Tensor], Tensor]:
@@ -67,10 +76,11 @@ def build_trainer(recipe: OneStepRecipe) -> tuple[OneStep, LatentDiffusionTeache
     Raises `UserError` for data, pairs or graders that cannot be used.
     """
     teacher = load_teacher(recipe.teacher, pick_device(recipe.run.device))
-    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features)
     run = Run(recipe.run, as_mapping(recipe), Path(recipe.run.directory).name)
     if run.main:
         print(describe_timestep(teacher.schedule, recipe.distill.student, teacher.denoiser.prediction_type))
+    # After the run has seeded the generators: loading a judge draws from them, as the discriminator does.
+    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features)
     cache = load_latents(teacher, recipe.data)
     monitor = image_monitor(teacher, graders, cache, recipe.distill.monitor)
     layers = None if graders.judge is None else graders.judge.layers

@@ -40,7 +40,8 @@ def student_timesteps(schedule: NoiseSchedule, options: StudentOptions) -> tuple
         last = int(schedule.sigma_to_t(torch.tensor([options.sigma_max])))
     if last + 1 < options.steps:
         raise UserError(
-            f"a student of {options.steps} steps cannot start at t = {last}: give a higher sigma_max or fewer steps"
+            f"a student of {options.steps} steps cannot start at t = {last}: "
+            "give a higher sigma_max or fewer steps"
         )
     return spaced_timesteps(last + 1, options.steps)
 

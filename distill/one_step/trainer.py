@@ -54,10 +54,6 @@ class OneStepOptions:
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
-        if self.accumulate % processes.world_size():
-            raise UserError(
-                f"accumulate is {self.accumulate}: {processes.world_size()} processes need a multiple of their number"
-            )
         rates = self.learning_rate > 0 and 0 < self.final_rate <= 1
         if min(self.batch, self.accumulate) < 1 or not rates:
             raise UserError(
@@ -101,11 +97,9 @@ class OneStep:
         self.half = options.precision == "bfloat16" or (options.precision == "auto" and cuda)
         if options.compiled == "on" or (options.compiled == "auto" and cuda):
             self._compile()
-        optimizers = [self.optimizer, *self.method.optimizers]
-        for optimizer in optimizers:
+        for optimizer in (self.optimizer, *self.method.optimizers):
             processes.average_gradients(optimizer)
-        self._groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._rates = [float(group["lr"]) for group in self._groups]
+        self._rates = [float(group["lr"]) for group in self._param_groups()]
         run.track(student=self.student, optimizer=self.optimizer, ema=self.ema, monitor=monitor)
         run.track(update_rate=self.update_rate, **self.method.state())
 
@@ -115,6 +109,11 @@ class OneStep:
         # A LoRA shares the teacher's network, whose bottleneck hooks compiled code would skip.
         if critic is None or critic.options.kind == "copy":
             self.teacher.denoiser.network.compile()
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        """Those of all optimizers. Loading an optimizer's state replaces its groups: do not store them."""
+        optimizers = [self.optimizer, *self.method.optimizers]
+        return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def train(self) -> tuple[Student, Student]:
         """Run to the end; returns the averaged student and the raw one."""
@@ -141,7 +140,7 @@ class OneStep:
         """Warm-up, cosine decay, and half for every roll-back, on the rates of all optimizers."""
         decay = cosine_decay(step, self.options.final_rate, self.run.options.steps)
         factor = decay * min((step + 1) / self.options.warmup, 1.0) * 0.5**self.run.rollbacks
-        scale_learning_rates(self._groups, self._rates, factor)
+        scale_learning_rates(self._param_groups(), self._rates, factor)
 
     def cycle(self, step: int) -> tuple[dict[str, float | Tensor], bool]:
         """One update of the student, then of its critic; the metrics, and whether all is finite."""
@@ -218,8 +217,13 @@ class OneStep:
         indices = batch_indices(len(cache), options.batch * options.accumulate, step, seed)
         indices = indices.chunk(options.accumulate)[part]
         noise = torch.randn(len(indices), *cache.latents.shape[1:], generator=generator)
-        values = (cache.conditioning_of(indices), cache.uncond, cache.latents[indices], noise)
-        return Batch(*(value.to(device) for value in values)), generator
+        batch = Batch(
+            conditioning=cache.conditioning_of(indices).to(device),
+            uncond=cache.uncond.to(device),
+            real=cache.latents[indices].to(device),
+            noise=noise.to(device),
+        )
+        return batch, generator
 
     def _roll_back(self, reason: str) -> None:
         if self.run.rollbacks >= self.options.monitor.max_rollbacks:

@@ -183,7 +183,8 @@ class CriticMethod(Method):
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Of the critic and of the discriminator."""
-        return [self._critic.optimizer] + ([] if self.adversary is None else [self.adversary.optimizer])
+        optimizers: list[torch.optim.Optimizer] = [self._critic.optimizer]
+        return optimizers if self.adversary is None else [*optimizers, self.adversary.optimizer]
 
     @property
     def critic(self) -> Critic:

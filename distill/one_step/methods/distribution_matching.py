@@ -40,9 +40,7 @@ class DistributionMatchingOptions(MethodOptions):
 
     def __post_init__(self) -> None:
         if self.objective.critic is None:
-            raise UserError(
-                "distribution matching needs a critic: give method.objective.critic, kind copy or lora"
-            )
+            raise UserError("distribution matching needs a critic: give method.objective.critic")
         if self.divergence != "reverse_kl" and self.gan is None:
             raise UserError(
                 f"the divergence {self.divergence} weighs by the discriminator's density ratio: give method.gan"

@@ -49,9 +49,7 @@ def test_ddim_equals_its_equation(gaussian: Any, schedule: NoiseSchedule) -> Non
     )
     noise, conditioning = randn(2, 3), mean(2)
     calls: list[tuple[int, Tensor, Prediction]] = []
-    got = sample_ode(
-        gaussian(STD), scheduler, conditioning, noise, 2, lambda *call: calls.append(call)
-    )
+    got = sample_ode(gaussian(STD), scheduler, conditioning, noise, 2, lambda *call: calls.append(call))
     model, x, inputs = gaussian(STD), noise, []
     for t, alpha, sigma in (
         (999, schedule.alpha(torch.tensor([499])), schedule.sigma(torch.tensor([499]))),

@@ -68,7 +68,8 @@ def test_scale_one_does_not_evaluate_the_unconditional(gaussian: Any) -> None:
 
 
 def test_chunk_splits_every_field(gaussian: Any) -> None:
-    whole = gaussian(1.0).predict(torch.cat([noisy(0), noisy(1)]), T.repeat(2), Conditioning(torch.zeros(6, 1, 1)))
+    x_t = torch.cat([noisy(0), noisy(1)])
+    whole = gaussian(1.0).predict(x_t, T.repeat(2), Conditioning(torch.zeros(6, 1, 1)))
     second = whole.chunk(2)[1]
     for part, full in (
         (second.x0, whole.x0),

@@ -108,15 +108,14 @@ def sample_with(solver: str, teacher: MixtureTeacher, count: int) -> Tensor:
     if solver in FORMULATIONS:
         return sample_heun(teacher, conditioning, noise, 60, FORMULATIONS[solver])
     options = {key: value for key, value in betas().items() if key != "clip_sample"}
-    stock = (
-        DPMSolverMultistepScheduler(**options) if solver == "dpm-solver" else EulerDiscreteScheduler(**options)
-    )
+    solvers = {"dpm-solver": DPMSolverMultistepScheduler, "euler": EulerDiscreteScheduler}
+    stock = solvers[solver](**options)
     return sample_ode(teacher, stock, conditioning, noise, 40 if solver == "dpm-solver" else 100)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpm-solver", "euler", *FORMULATIONS])
 def test_stock_solvers_reach_the_mixture(solver: str, schedule: NoiseSchedule) -> None:
-    """Mean, variance and component fractions of 4,000 samples; the last three are one ODE in three variables."""
+    """Mean, variance and component fractions; the last three are one ODE in three variables."""
     mixture, count = line((0.3, 0.3)), 4000
     samples = sample_with(solver, MixtureTeacher(mixture, schedule), count).flatten()
     mean = 0.7 * -1.0 + 0.3 * 0.5
