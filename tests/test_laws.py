@@ -146,7 +146,6 @@ VAGUE = set(
     soften relight cover
     """.split()  # noqa: SIM905 - a list of fifty literals is hard to read
 )
-)
 
 
 def _assigned_names(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,15 +13,11 @@ from torch import Tensor
 from distill.core.teacher import Teacher
 from distill.data.images import load_image
 from distill.evaluation.metrics import pixel_diversity, saturation
-from distill.objectives.algebra import (
-    DistillationOutput,
-    PromptConditionings,
-    ScoreDistillation,
-    encode_prompts,
-)
+from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.critic import Critic
 from distill.objectives.diagnostics import DiagnosticOptions, diagnose_run
 from distill.objectives.options import ObjectiveOptions
+from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.checkpoint import TensorState
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png

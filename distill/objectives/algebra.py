@@ -6,7 +6,7 @@ the batch, so that its gradient on each sample's latent is g / batch: weights me
 resolution.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,29 +26,10 @@ from distill.objectives.options import (
     Weight,
     resolve,
 )
+from distill.objectives.prompts import PromptConditionings
 from distill.runtime.errors import UserError
 
 Predictions = dict[Query, Prediction]
-
-
-@dataclass(frozen=True)
-class PromptConditionings:
-    """Conditionings by prompt name, one row a sample, or a single row that all samples have in common."""
-
-    by_name: Mapping[str, Conditioning]
-
-    def select(self, name: str, count: int) -> Conditioning:
-        """The conditioning of one prompt, `count` rows. Raises `UserError` for a prompt that is not given."""
-        if name not in self.by_name:
-            fixes = {"negative": "give negative_prompt", "reference": "give the reference's prompt"}
-            names = ", ".join(self.by_name)
-            fix = fixes.get(name, f"add it to the objective's prompts, or use one of {names}")
-            raise UserError(f"the objective has a term with the prompt {name!r}: {fix}")
-        return self.by_name[name].expand(count)
-
-    def updated(self, **others: Conditioning) -> "PromptConditionings":
-        """The same with further prompts."""
-        return PromptConditionings({**self.by_name, **others})
 
 
 @dataclass(frozen=True)
@@ -328,28 +309,3 @@ def surrogate_loss(latents: Tensor, gradient: Tensor) -> Tensor:
     """1/2 |z - stopgrad(z - g)|^2, summed over elements, mean over the batch: dL/dz = g / batch."""
     target = (latents - gradient).detach()
     return 0.5 * (latents - target).square().sum() / len(latents)
-
-
-def encode_prompts(
-    encode: Callable[[Sequence[str]], Conditioning],
-    prompts: Sequence[str],
-    options: ObjectiveOptions,
-    negative: str = "",
-    reference: str = "",
-) -> PromptConditionings:
-    """The conditionings that an objective evaluates, through a teacher's `encode_text`; prompts are one a
-    sample.
-
-    An empty negative or reference prompt counts as not given.
-    """
-    common = {"unconditional": "", "negative": negative, "reference": reference}
-    by_name = {}
-    for name in options.prompt_names:
-        if name == "conditional":
-            by_name[name] = encode(prompts)
-        elif name in options.prompts:
-            template = options.prompts[name]
-            by_name[name] = encode([template.replace("{prompt}", prompt) for prompt in prompts])
-        elif name in common and (common[name] or name == "unconditional"):
-            by_name[name] = encode([common[name]])
-    return PromptConditionings(by_name)

@@ -9,9 +9,9 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
 from distill.data.images import BACKGROUND
-from distill.objectives.algebra import PromptConditionings, encode_prompts
 from distill.objectives.critic import Critic
 from distill.objectives.options import PERP_NEG_PROMPTS, ObjectiveOptions
+from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
 from distill.runtime.run import Run

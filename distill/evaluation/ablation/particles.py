@@ -11,7 +11,8 @@ from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
 from distill.evaluation.ablation.plan import Cell, Figures, coverage
 from distill.evaluation.metrics import divergence_from, wasserstein_2
-from distill.objectives.algebra import PromptConditionings, ScoreDistillation
+from distill.objectives.algebra import ScoreDistillation
+from distill.objectives.prompts import PromptConditionings
 from distill.runtime.optim import optimizer_step
 from distill.runtime.run import Run
 from distill.teacher.mixture import Mixture, MixtureTeacher, ring

@@ -9,8 +9,9 @@ from typing import final
 
 import torch
 
-from distill.objectives.algebra import PromptConditionings, ScoreDistillation, surrogate_loss
+from distill.objectives.algebra import ScoreDistillation, surrogate_loss
 from distill.objectives.options import ObjectiveOptions
+from distill.objectives.prompts import PromptConditionings
 from distill.one_step.adversarial import Divergence, GanOptions, divergence_weight
 from distill.one_step.methods.base import (
     ENCODER_FLOP_FRACTION,
@@ -43,7 +44,7 @@ class DistributionMatchingOptions(MethodOptions):
             raise UserError("distribution matching needs a critic: give method.objective.critic")
         if self.divergence != "reverse_kl" and self.gan is None:
             raise UserError(
-                f"the divergence {self.divergence} weighs by the discriminator's density ratio: give method.gan"
+                f"the divergence {self.divergence} needs the discriminator's density ratio: give method.gan"
             )
         if self.objective.image:
             raise UserError("objective.image weighs rendered images: a student has none, leave it 0")

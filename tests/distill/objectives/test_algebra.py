@@ -9,14 +9,7 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
-from distill.objectives.algebra import (
-    DistillationOutput,
-    PromptConditionings,
-    ScoreDistillation,
-    encode_prompts,
-    surrogate_loss,
-    time_weight,
-)
+from distill.objectives.algebra import DistillationOutput, ScoreDistillation, surrogate_loss, time_weight
 from distill.objectives.options import (
     LinearSchedule,
     NoiseSource,
@@ -25,6 +18,7 @@ from distill.objectives.options import (
     TimestepSampler,
     Weight,
 )
+from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.errors import UserError
 
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")

@@ -10,9 +10,10 @@ from PIL import Image
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
-from distill.objectives.algebra import PromptConditionings, ScoreDistillation
+from distill.objectives.algebra import ScoreDistillation
 from distill.objectives.diagnostics import DiagnosticOptions, diagnose, save_diagnosis
 from distill.objectives.options import ObjectiveOptions, Term, TimestepSampler
+from distill.objectives.prompts import PromptConditionings
 from distill.runtime.errors import UserError
 
 Z, MEAN, STD, SCALE = 1.1, 0.3, 0.5, 4.0

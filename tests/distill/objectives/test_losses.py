@@ -17,7 +17,7 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.core.score import NFECounter, Prediction, ScoreModel
-from distill.objectives.algebra import DistillationOutput, PromptConditionings, ScoreDistillation
+from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.options import (
     LinearSchedule,
     LossComponent,
@@ -26,6 +26,7 @@ from distill.objectives.options import (
     Term,
     TimestepSampler,
 )
+from distill.objectives.prompts import PromptConditionings
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.teacher.mixture import Mixture, MixtureTeacher

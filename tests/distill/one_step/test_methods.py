@@ -13,9 +13,10 @@ from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
 from distill.evaluation.metrics import kernel_distance, precision_recall
-from distill.objectives.algebra import PromptConditionings, ScoreDistillation
+from distill.objectives.algebra import ScoreDistillation
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, TimestepSampler
+from distill.objectives.prompts import PromptConditionings
 from distill.one_step.adversarial import WEIGHTS, Adversary, Divergence, GanOptions, divergence_weight
 from distill.one_step.critic_diagnostics import CriticDiagnosticsOptions, adapt_updates, critic_error
 from distill.one_step.methods.base import Batch, MethodContext, MethodOptions

@@ -82,9 +82,7 @@ def test_adapter_controls_the_view_of_a_mesh(name: str, teacher: LatentDiffusion
     """Captions without a view: samples match the mesh's condition with the adapter and not without it."""
     objects = ("teapot", "car", "rocket", "mug", "torus", "bunny")
     views = ring(7, elevation=30.0)
-    renders = [
-        mesh_condition_images(make_shape(key).mesh, name, views)[[i]] for i, key in enumerate(objects)
-    ]
+    renders = [mesh_condition_images(make_shape(key).mesh, name, views)[[i]] for i, key in enumerate(objects)]
     pictures = torch.cat(renders)
     adapter, condition = load_adapter(name)
     assert condition == name
