@@ -165,7 +165,7 @@ def test_half_precision_gradients_agree_with_float32(
     for precision in ("float32", "bfloat16"):
         run = RunOptions(str(tmp_path / precision), 1, trackers=())
         options = {"batch": 4, "warmup": 1, "precision": precision}
-        trainer, _ = build_trainer(recipe_of(tiny_teacher, world, run, method_options("dmd2"), **options))
+        trainer = build_trainer(recipe_of(tiny_teacher, world, run, method_options("dmd2"), **options))
         trainer.cycle(0)
         both.append(gradients(trainer))
     assert float(torch.cosine_similarity(*both, dim=0)) > 0.9
@@ -321,7 +321,9 @@ def test_every_method_runs(
     }
     run = RunOptions(str(tmp_path / "run"), 2, trackers=())
     method = build(MethodOptions, values, name)
-    trainer, teacher = build_trainer(recipe_of(tiny_teacher, world, run, method, **small))
+    trainer = build_trainer(recipe_of(tiny_teacher, world, run, method, **small))
+    teacher = trainer.teacher
+    assert isinstance(teacher, LatentDiffusionTeacher)
     network = teacher.denoiser.network
     before, frozen = weights(trainer), network.conv_in.weight.clone()
     trainer.train()
@@ -390,6 +392,16 @@ def test_two_processes_give_the_result_of_one(
         vectors = (torch.cat([value.flatten() for value in tensors_of(state[part])]) for state in states)
         one, two = (vector[: len(initial)] for vector in vectors)
         assert float((one - two).norm()) < 0.02 * float((one - initial).norm()), part
+
+
+def test_processes_must_divide_accumulate(
+    tiny_teacher: LatentDiffusionTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.runtime.processes.world_size", lambda: 2)
+    run, method = RunOptions(str(tmp_path), 1, trackers=()), method_options("consistency")
+    assert recipe_of(tiny_teacher, tmp_path, run, method, accumulate=4).distill.accumulate == 4
+    with pytest.raises(UserError, match="accumulate is 1: 2 processes need a multiple"):
+        recipe_of(tiny_teacher, tmp_path, run, method)
 
 
 def tensors_of(state: dict[str, Any]) -> list[Tensor]:
