@@ -21,7 +21,7 @@ class Config(OneStepRecipe):
 
 
 def main(config: Config) -> None:
-    trainer = build_trainer(config)[0]
+    trainer = build_trainer(config)
     timings, ratio = time_cycle(trainer, config.runs)
     for timing in timings:
         print(f"{timing.name:42} {timing.median:8.1f} ms  ({timing.low:.1f} to {timing.high:.1f})")

@@ -22,7 +22,7 @@ from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info, pick_device
 from distill.runtime.names import slug
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher, require_latent
 from sds3d.world.conditions import split_condition_images
 
 
@@ -44,7 +44,7 @@ class Config:
 
 def main(config: Config) -> None:
     options = config.evaluation
-    teacher = load_teacher(config.teacher, pick_device(config.device))
+    teacher = require_latent(load_teacher(config.teacher, pick_device(config.device)))
     adapter, condition = load_adapter(config.adapter, teacher.device)
     student = None if config.student is None else load_student(config.student, teacher.device)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)

@@ -15,7 +15,7 @@ from distill.evaluation.labels import LabelOptions
 from distill.one_step.folder import load_student
 from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 
 QUERY = ("data", "judge", "clip", "features", "limit", "labels", "evaluation")  # what a row depends on
 

@@ -17,7 +17,7 @@ from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher, require_latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    teacher = load_teacher(config.teacher)
+    teacher = require_latent(load_teacher(config.teacher))
     graders = load_graders(config.teacher, config.judge, config.clip, config.features)
     data = load_split(config.data, "test", teacher.resolution, config.limit)
     metrics, samples = evaluate_teacher(teacher, graders, data, config.evaluation, config.labels)

@@ -14,7 +14,7 @@ from distill.evaluation.clip import load_clip_scorer
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.machine import pick_device
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher, require_latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Config:
 
 
 def main(config: Config) -> None:
-    teacher = load_teacher(config.teacher, pick_device(config.device))
+    teacher = require_latent(load_teacher(config.teacher, pick_device(config.device)))
     for caption in config.captions:
         teacher.check_prompt(caption)
     clip = load_clip_scorer(config.teacher, config.clip, teacher.device)

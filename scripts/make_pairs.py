@@ -10,7 +10,7 @@ from entry import entry
 from distill.data.folders import read_rows
 from distill.one_step.regression import PairOptions, make_pairs
 from distill.runtime.machine import pick_device
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from distill.evaluation.probe import load_probe
 from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher, require_latent
 from sds3d.world.conditions import split_condition_images
 
 
@@ -36,7 +36,7 @@ class Config:
 
 def main(config: Config) -> None:
     condition = config.condition
-    teacher = load_teacher(config.teacher, pick_device(config.run.device))
+    teacher = require_latent(load_teacher(config.teacher, pick_device(config.run.device)))
     probe = load_probe(config.probe)
     train, validation = (
         load_split(config.data, split, teacher.resolution) for split in ("train", "validation")

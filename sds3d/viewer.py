@@ -20,7 +20,7 @@ from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.images import to_bytes
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 from sds3d.evaluation.benchmark import has_truth, truth_of
 from sds3d.export.export import scene_of_run
 from sds3d.export.files import load_mesh

@@ -18,7 +18,7 @@ from distill.core.noise import NoiseSchedule
 from distill.core.score import Prediction, ScoreModel
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.folder import TeacherParts, save_teacher
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.unet import UnetOptions, build_unet, make_scheduler
 from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
@@ -97,4 +97,4 @@ def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_teacher(tiny_teacher_folder: Path) -> LatentDiffusionTeacher:
     """The tiny teacher, loaded afresh."""
-    return load_teacher(str(tiny_teacher_folder))
+    return load_latent_diffusion(str(tiny_teacher_folder))

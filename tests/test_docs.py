@@ -23,6 +23,7 @@ import yaml
 
 from distill.apps.optimise_image import OptimiseImage, OptimiseImageOptions
 from distill.core.sampling import sample_ode
+from distill.data.images import load_image
 from distill.data.latents import LatentCache
 from distill.evaluation.graders import Graders
 from distill.objectives.options import ObjectiveOptions
@@ -33,7 +34,7 @@ from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime.config import build, defaults_of, fields_of
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
@@ -331,10 +332,19 @@ def test_example_teacher_trains_and_samples(examples: dict[str, Any]) -> None:
     assert not any(value.requires_grad for value in teacher.denoiser.parameters())
 
 
-def test_example_run_with_a_teacher(checkout: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "my_run.py"], cwd=checkout, env=environment, check=True)
-    assert (checkout / "outputs" / "colours" / "images.png").is_file()
+def test_example_teacher_on_the_command_line(checkout: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{ROOT}"}
+    script = [sys.executable, str(ROOT / "scripts" / "optimise_image.py"), "teacher=my_colours.yaml"]
+    options = ["objective=sds", "prompt=red", "run.steps=60", "run.trackers=[]", "run.directory=run"]
+    subprocess.run([*script, *options], cwd=checkout, env=environment, check=True)
+    red, green, blue = load_image(checkout / "run" / "images.png", 64).mean((0, 2, 3)).tolist()
+    assert red > green + 0.1 and red > blue + 0.1
+
+    wrong = [sys.executable, str(ROOT / "scripts" / "train_controlnet.py"), "teacher=my_colours.yaml"]
+    done = subprocess.run(wrong, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "is a ColourTeacher: a latent diffusion model is needed here" in done.stderr
+    )
 
 
 def test_example_method(examples: dict[str, Any], tmp_path: Path) -> None:
@@ -377,4 +387,4 @@ def test_example_data_set(checkout: Path, tmp_path: Path) -> None:
         unet=UnetOptions(channels=(16, 16), heads=2, batch=4),
     )
     folder = train_teacher(RunOptions(str(tmp_path / "run"), steps=1, trackers=()), options)
-    assert load_teacher(str(folder)).encode_text(["a red square"]).embedding.shape[0] == 1
+    assert load_latent_diffusion(str(folder)).encode_text(["a red square"]).embedding.shape[0] == 1

@@ -16,7 +16,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import pick_device
 from distill.runtime.video import save_animation
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 
 TEACHER_OPTIONS = (  # disabled while empty
     "negative_prompt",

@@ -3,9 +3,10 @@ one.
 """
 
 import hashlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,6 +85,15 @@ class Denoiser(nn.Module, ScoreModel):
     def capture_mid_block(self) -> Iterator[list[Tensor]]:
         """Collect the bottleneck activations of every call inside the block; nothing where there are none."""
         yield []
+
+
+@dataclass(frozen=True)
+class TeacherSource(ABC):
+    """The options of a family of teachers, which load one: what a YAML file given as `teacher=` holds."""
+
+    @abstractmethod
+    def build(self, device: torch.device, dtype: torch.dtype | None) -> "Teacher":
+        """The teacher on a device; `dtype` is that of its networks, or None for its default."""
 
 
 class Teacher(ScoreModel):

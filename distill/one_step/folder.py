@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_model
 
 from distill.core.noise import NoiseSchedule
+from distill.core.teacher import Teacher
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student, spaced_timesteps
 from distill.runtime.errors import UserError
@@ -17,9 +19,10 @@ from distill.runtime.files import atomic_folder, write_json
 from distill.runtime.shipped import names, resolve
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import save_pipeline
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.vocabulary import VOCABULARY
 
+WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
 PIPELINE = "pipeline.py"  # its presence marks a student's folder
 
 
@@ -41,11 +44,17 @@ def student_scheduler(student: Student) -> LCMScheduler:
     )
 
 
-def save_student(folder: Path | str, student: Student, teacher: LatentDiffusionTeacher) -> None:
+def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None:
     """Write the folder in fp16 safetensors, whole or not at all; an older student there is replaced.
 
+    Of a teacher that is no latent diffusion model only the network's weights are written, in float32.
     Raises `UserError` when the folder holds something other than a student.
     """
+    if not isinstance(teacher, LatentDiffusionTeacher):
+        with atomic_folder(folder, WEIGHTS, "a student") as temporary:
+            temporary.mkdir(parents=True)
+            save_model(student.denoiser.network, str(temporary / WEIGHTS))
+        return
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(teacher.vae),
         text_encoder=copy.deepcopy(teacher.text_encoder),
@@ -76,7 +85,7 @@ def load_student(
             f"{name_or_path} is no student: give {names('student')}, "
             "or a folder that distill_one_step.py wrote (outputs/one_step/.../student)"
         )
-    parts = load_teacher(str(folder), device)
+    parts = load_latent_diffusion(str(folder), device)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     schedule, config = NoiseSchedule(scheduler.alphas_cumprod), scheduler.config
     timesteps = spaced_timesteps(config.num_train_timesteps, config.original_inference_steps)

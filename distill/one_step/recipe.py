@@ -21,7 +21,7 @@ from distill.runtime.config import as_mapping
 from distill.runtime.errors import UserError
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.load import load_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def image_monitor(
     return Monitor(moments(graders.features(real)), decode, graders.features, relative_saturation, options)
 
 
-def build_trainer(recipe: OneStepRecipe) -> tuple[OneStep, LatentDiffusionTeacher]:
+def build_trainer(recipe: OneStepRecipe) -> OneStep:
     """Load teacher, data and graders, claim the run's directory and build the trainer.
 
     Raises `UserError` for data, pairs or graders that cannot be used.
@@ -84,18 +84,17 @@ def build_trainer(recipe: OneStepRecipe) -> tuple[OneStep, LatentDiffusionTeache
     cache = load_latents(teacher, recipe.data)
     monitor = image_monitor(teacher, graders, cache, recipe.distill.monitor)
     layers = None if graders.judge is None else graders.judge.layers
-    trainer = OneStep(run, teacher, cache, recipe.method, recipe.distill, monitor, decoder(teacher), layers)
-    return trainer, teacher
+    return OneStep(run, teacher, cache, recipe.method, recipe.distill, monitor, decoder(teacher), layers)
 
 
 def run_one_step(recipe: OneStepRecipe) -> dict[str, float]:
     """Distil, save `student` (averaged weights), `student_raw` and result.json; returns the last metrics."""
-    trainer, teacher = build_trainer(recipe)
+    trainer = build_trainer(recipe)
     run, monitor = trainer.run, trainer.monitor
     averaged, raw = trainer.train()
     if run.main:
-        save_student(run.directory / "student", averaged, teacher)
-        save_student(run.directory / "student_raw", raw, teacher)
+        save_student(run.directory / "student", averaged, trainer.teacher)
+        save_student(run.directory / "student_raw", raw, trainer.teacher)
     metrics = monitor.evaluate(trainer.samples())
     run.finish({**metrics, "warnings": monitor.warnings, "nfe": trainer.nfe, "config": as_mapping(recipe)})
     return metrics

@@ -81,10 +81,10 @@ def _ffmpeg() -> CheckResult:
 
 
 def _teacher() -> CheckResult:
-    from distill.teacher.latent import load_teacher
+    from distill.teacher.latent import load_latent_diffusion
 
     try:
-        teacher = load_teacher("shapes64")
+        teacher = load_latent_diffusion("shapes64")
     except UserError as error:
         return CheckResult("teacher shapes64", False, str(error))
     vocabulary = f"a vocabulary of {len(teacher.vocabulary or ())} words"

@@ -105,7 +105,7 @@ class LatentDiffusionTeacher(Teacher):
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
 
-def load_teacher(
+def load_latent_diffusion(
     name_or_path: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LatentDiffusionTeacher:
     """A shipped teacher (`shapes64`), a diffusers folder or a hub id of Stable Diffusion 1.x or 2.x.

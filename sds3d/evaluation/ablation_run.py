@@ -16,7 +16,7 @@ from distill.evaluation.ablation.report import save_report
 from distill.evaluation.graders import load_graders
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.machine import machine_info
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 from sds3d.evaluation.ablation import run_scene
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions

@@ -11,7 +11,7 @@ from distill.evaluation.graders import load_graders
 from distill.runtime.config import as_mapping
 from distill.runtime.files import read_json
 from distill.runtime.machine import machine_info
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher
 from sds3d.evaluation.benchmark import TINY, averages, full_suite, grade_run, paired, run_suite, truth_of
 from sds3d.evaluation.page import save_page
 from sds3d.text_to_3d.recipe import TextTo3dRecipe, run_text_to_3d

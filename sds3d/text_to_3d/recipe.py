@@ -7,7 +7,7 @@ from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import load_teacher
+from distill.teacher.load import load_teacher, require_latent
 from sds3d.export.export import ExportOptions, export_run
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
@@ -35,7 +35,9 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
     teacher = load_teacher(recipe.teacher, pick_device(recipe.run.device))
     check_inputs(teacher, recipe.text_to_3d)  # this and the mesh first: they leave no directory behind
-    control = None if recipe.control is None else MeshControl(teacher, recipe.control)
+    control = None
+    if recipe.control is not None:
+        control = MeshControl(require_latent(teacher), recipe.control)
     run = Run(recipe.run, as_mapping(recipe), recipe.text_to_3d.prompt)
     return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control)
 

@@ -39,7 +39,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
 from distill.teacher.clip import caption_features, image_features
 from distill.teacher.folder import load_clip
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 PROMPT = "a red cube"
 SHORT = TextToImageOptions((PROMPT,), count=1, steps=3)
@@ -48,7 +48,7 @@ SHORT = TextToImageOptions((PROMPT,), count=1, steps=3)
 @pytest.fixture(scope="module")
 def four_channels(tmp_path_factory: pytest.TempPathFactory) -> LatentDiffusionTeacher:
     """A tiny teacher with latents of four channels: diffusers' inpainting takes no others."""
-    return load_teacher(str(save_tiny_teacher(tmp_path_factory.mktemp("four") / "tiny", 4)))
+    return load_latent_diffusion(str(save_tiny_teacher(tmp_path_factory.mktemp("four") / "tiny", 4)))
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_inpainting_equals_diffusers(
 
 
 def test_shipped_teacher_inpaints_inside_the_mask(image_folder: Path) -> None:
-    teacher = load_teacher("shapes64")
+    teacher = load_latent_diffusion("shapes64")
     paths = {"image": str(image_folder / "square.png"), "mask": str(image_folder / "left.png")}
     init = load_init(teacher, TextToImageOptions((PROMPT,), **paths), 1)  # type: ignore[arg-type]
     assert init is not None and init.mask is not None and init.mask.mean() == 0.5
@@ -185,7 +185,7 @@ def test_sweep_is_each_guidance_from_the_same_noise(tiny_teacher: LatentDiffusio
 
 
 def test_candidates_are_ranked_by_clip(tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
-    teacher = load_teacher("shapes64")
+    teacher = load_latent_diffusion("shapes64")
     options = TextToImageOptions((PROMPT,), count=2, steps=4, guidance=1.0, candidates=3)
     best = text_to_image(teacher, options).images
     candidates = text_to_image(teacher, replace(options, count=6, candidates=1)).images
@@ -199,7 +199,7 @@ def test_candidates_are_ranked_by_clip(tiny_teacher: LatentDiffusionTeacher, tmp
 
 
 def test_labels_of_a_folder(tmp_path: Path) -> None:
-    teacher = load_teacher("shapes64")
+    teacher = load_latent_diffusion("shapes64")
     captions = ["a red cube", "a blue sphere"]
     for caption in captions:
         image = text_to_image(teacher, TextToImageOptions((caption,), count=1, steps=8)).images[0]
@@ -257,7 +257,7 @@ def test_formulations_are_sampled_by_heun(tiny_teacher: LatentDiffusionTeacher) 
 
 def test_formulations_agree_for_the_shipped_teacher() -> None:
     options = TextToImageOptions(("a red teapot",), count=1, guidance=2.0)
-    images, _ = compare_formulations(load_teacher("shapes64"), options, ["vp", "ve", "flow"])
+    images, _ = compare_formulations(load_latent_diffusion("shapes64"), options, ["vp", "ve", "flow"])
     assert float(torch.pdist(torch.cat(images).flatten(1)).max() / images[0].numel() ** 0.5) < 0.03  # RMSE
 
 

@@ -36,7 +36,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.images import save_png
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.text_to_3d.prompts import VIEWS
 from sds3d.world.shapes import COLOURS, OBJECTS
 
@@ -291,7 +291,7 @@ def test_scripts_train_probe_and_adapter_resume_and_evaluate(
     script("train_controlnet", *inputs, "condition=depth", f"run.directory={tmp_path / 'depth'}", *small)
     after = load_adapter(tmp_path / "depth" / "adapter")[0].state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-    teacher = load_teacher(str(tiny_teacher_folder))
+    teacher = load_latent_diffusion(str(tiny_teacher_folder))
     assert not torch.equal(before["conv_in.weight"], teacher.unet.conv_in.weight)
 
     attributes = {"object": OBJECTS, "colour": tuple(COLOURS), "view": VIEWS}

@@ -20,7 +20,7 @@ from distill.evaluation.judge import Judge, JudgeOptions
 from distill.evaluation.labels import LabelOptions, fill_caption
 from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher, zero_shot
 from distill.runtime.errors import UserError
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 LABELS = {"object": ("cube", "duck"), "colour": ("blue", "orange"), "view": ("back", "front")}
 WORLD = LabelOptions(
@@ -141,7 +141,7 @@ def test_reconstruction_error_is_reported_as_psnr(
 
 def test_zero_shot_labels_of_real_renders() -> None:
     """The shipped CLIP on reference samples of the shipped teacher: colours are classified."""
-    teacher = load_teacher("shapes64")
+    teacher = load_latent_diffusion("shapes64")
     rows = [row(name, colour, "") for name in ("sphere", "cube") for colour in ("red", "blue", "green")]
     texts = [fill_caption(WORLD.caption, each) for each in rows]
     rows = [{**each, "text": text} for each, text in zip(rows, texts, strict=True)]

@@ -14,7 +14,7 @@ from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 KINDS: tuple[Literal["lora", "copy"], ...] = ("lora", "copy")
 
@@ -135,14 +135,14 @@ def test_a_resumed_critic_is_the_same(kind: Literal["lora", "copy"], tiny_teache
     """Two updates in one go, and one, saved, restored, and one more, give the same critic."""
     predictions = []
     for broken in (False, True):
-        teacher = load_teacher(str(tiny_teacher_folder))
+        teacher = load_latent_diffusion(str(tiny_teacher_folder))
         x_t, t, text = inputs(teacher)
         torch.manual_seed(0)  # a LoRA is initialised at random
         critic, generator = Critic(teacher, CriticOptions(kind)), torch.Generator().manual_seed(1)
         critic.train_on(x_t, text, generator)
         if broken:
             state = critic.state_dict()
-            teacher = load_teacher(str(tiny_teacher_folder))
+            teacher = load_latent_diffusion(str(tiny_teacher_folder))
             critic = Critic(teacher, CriticOptions(kind))
             critic.load_state_dict(state)
         critic.train_on(x_t, text, generator)

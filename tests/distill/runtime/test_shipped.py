@@ -14,7 +14,7 @@ from distill.evaluation.judge import load_judge, predict
 from distill.evaluation.probe import load_probe
 from distill.one_step.folder import load_student
 from distill.runtime.shipped import SHIPPED, WEIGHTS, resolve
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.scene.cameras import ring
 from sds3d.world.conditions import mesh_condition_images
 from sds3d.world.shapes import COLOURS, OBJECTS, make_shape, noun_phrase
@@ -22,7 +22,7 @@ from sds3d.world.shapes import COLOURS, OBJECTS, make_shape, noun_phrase
 
 @pytest.fixture(scope="module")
 def teacher() -> LatentDiffusionTeacher:
-    return load_teacher("shapes64")
+    return load_latent_diffusion("shapes64")
 
 
 def test_weights_are_within_the_budget() -> None:

@@ -19,7 +19,7 @@ from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.runtime.errors import UserError
 from distill.teacher.folder import TeacherParts, load_clip, save_teacher
-from distill.teacher.latent import LatentDiffusionTeacher, load_teacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.vae import reconstruct
 from distill.teacher.vocabulary import build_tokenizer
 
@@ -207,7 +207,7 @@ def stock(
         pipeline = stock_pipeline(request.param)
     folder = tmp_path_factory.mktemp("stock")
     pipeline.save_pretrained(folder)
-    return pipeline, load_teacher(str(folder))
+    return pipeline, load_latent_diffusion(str(folder))
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ def test_no_clip_in_a_stock_folder(stock: tuple[StableDiffusionPipeline, LatentD
 @pytest.mark.parametrize("name", ["/no/such/folder", "nobody-here/no-such-model", "no_such_name"])
 def test_a_missing_teacher_is_one_sentence(name: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_teacher(name)
+        load_latent_diffusion(name)
     message = str(caught.value)
     assert name in message and "shapes64" in message and "\n" not in message and len(message) < 500
     assert caught.value.__suppress_context__
@@ -265,10 +265,10 @@ def test_a_missing_teacher_is_one_sentence(name: str) -> None:
 
 def test_a_folder_of_something_else_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model_index.json"):
-        load_teacher(str(tmp_path))
+        load_latent_diffusion(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_teacher(str(tmp_path))
+        load_latent_diffusion(str(tmp_path))
 
 
 def test_saving_spares_a_foreign_folder(
@@ -282,7 +282,7 @@ def test_saving_spares_a_foreign_folder(
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     for _ in range(2):  # a teacher is replaced
         save_teacher(tmp_path / "new", parts, tiny_teacher.unet, tiny_teacher.scheduler)
-    assert load_teacher(str(tmp_path / "new")).vocabulary == {"a"}
+    assert load_latent_diffusion(str(tmp_path / "new")).vocabulary == {"a"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "thesis.txt"]
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
-from distill.teacher.latent import load_teacher
+from distill.teacher.latent import load_latent_diffusion
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
@@ -59,7 +59,7 @@ def options(data: Path) -> TeacherOptions:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    teacher = load_teacher(str(folder))
+    teacher = load_latent_diffusion(str(folder))
     parts = {"text": teacher.text_encoder, "vae": teacher.vae, "unet": teacher.unet}
     return {
         f"{part}.{name}": value
@@ -105,7 +105,7 @@ def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> Non
     out, _ = trained
     results = {part: json.loads((out / part / "result.json").read_text()) for part in PARTS}
     assert [result["run"]["steps"] for result in results.values()] == [3, 4, 4, 5]
-    teacher = load_teacher(str(out / "teacher"))
+    teacher = load_latent_diffusion(str(out / "teacher"))
     assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
     assert teacher.vocabulary == {*COLOURS, *words_of(CAPTION)}
     assert teacher.vae.config.scaling_factor == pytest.approx(results["vae"]["scaling_factor"])
@@ -218,7 +218,7 @@ def test_a_caption_longer_than_the_context_raises(
     assert not (tmp_path / "out").exists()
 
     wide = replace(long, clip=replace(long.clip, context_length=40))
-    teacher = load_teacher(str(train_teacher(run_options(tmp_path / "out"), wide)))
+    teacher = load_latent_diffusion(str(train_teacher(run_options(tmp_path / "out"), wide)))
     assert teacher.encode_text(["a red square"]).embedding.shape == (1, 40, 16)
 
 

@@ -1,0 +1,40 @@
+"""Teachers by name: a shipped one, a diffusers folder, a hub id, or a YAML file that names another family."""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from distill.core.teacher import Teacher, TeacherSource
+from distill.runtime.config import build
+from distill.runtime.errors import UserError
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
+
+
+def load_teacher(
+    name_or_path: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Teacher:
+    """The teacher that `teacher=` names on the command line.
+
+    A `.yaml` file holds the options of a `TeacherSource`, whose class is its `_target_`; anything else is a
+    latent diffusion model (`load_latent_diffusion`). Raises `UserError` where there is no such teacher.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        return load_latent_diffusion(name_or_path, device, dtype)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"teacher {name_or_path} cannot be read ({reason}): give a YAML file") from None
+    return build(TeacherSource, values, "teacher").build(torch.device(device), dtype)
+
+
+def require_latent(teacher: Teacher) -> LatentDiffusionTeacher:
+    """The teacher, for what needs a VAE and a U-Net. Raises `UserError` for one of another family."""
+    if not isinstance(teacher, LatentDiffusionTeacher):
+        name = type(teacher).__name__
+        raise UserError(
+            f"teacher {teacher.name_or_path} is a {name}: a latent diffusion model is needed here"
+        )
+    return teacher
