@@ -26,7 +26,7 @@ class Config:
 
 def main(config: Config) -> None:
     methods = {
-        name: load_group("method", name, MethodOptions)  # type: ignore[type-abstract]  # `_target_` is concrete
+        name: load_group("method", name, MethodOptions)  # `_target_` is concrete
         for name in config.methods
     }
     print(distill_points(methods, config.seeds, config.points, config.output))
