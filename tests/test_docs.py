@@ -39,10 +39,9 @@ from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
 from sds3d.export.export import ExportOptions
-from sds3d.export.mesh import MeshOptions
 from sds3d.export.texture import TextureOptions
 from sds3d.scene.cameras import ring
-from sds3d.scene.protocol import build_scene_options, load_scene
+from sds3d.scene.protocol import MeshOptions, build_scene_options, load_scene
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
 ROOT = Path(__file__).parent.parent

@@ -13,10 +13,9 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import peak_memory
 from distill.runtime.run import Run
 from sds3d.evaluation.benchmark import ELEVATION, grade_scene, has_truth
-from sds3d.export.mesh import MeshOptions
 from sds3d.export.turntable import GREY, render_views
 from sds3d.scene.cameras import ring
-from sds3d.scene.protocol import Scene3D, SceneOptions
+from sds3d.scene.protocol import MeshOptions, Scene3D, SceneOptions
 from sds3d.text_to_3d.context import camera_prompts
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 

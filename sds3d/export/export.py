@@ -17,11 +17,10 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import pick_device
 from distill.runtime.video import save_animation, save_video
 from sds3d.export.files import save_mesh
-from sds3d.export.mesh import MeshOptions
 from sds3d.export.texture import TextureOptions, bake
 from sds3d.export.turntable import GREY, Layer, contact_sheet, render_layers, render_mesh, render_views
 from sds3d.scene.cameras import ring
-from sds3d.scene.protocol import Scene3D, build_scene_options, load_scene
+from sds3d.scene.protocol import MeshOptions, Scene3D, build_scene_options, load_scene
 from sds3d.text_to_3d.prompts import view_of, view_prompt
 
 if TYPE_CHECKING:

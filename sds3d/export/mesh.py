@@ -7,7 +7,6 @@ interpolated vertices do not snap to the grid.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,45 +19,13 @@ from distill.runtime.errors import UserError
 from sds3d.export.texture import vertex_coloured
 from sds3d.export.turntable import render_views
 from sds3d.scene.cameras import Cameras, orbit
-from sds3d.scene.protocol import Scene3D
+from sds3d.scene.protocol import ExtractedMesh, MeshOptions, Scene3D
 from sds3d.world.raycast import RayCaster
 
 EMPTY_DENSITY = 1e-2  # 2 % opacity across the whole box
 CHUNK = 1 << 17  # evaluations of density at once, which bounds the memory
 
 Density = Callable[[Tensor], Tensor]  # points (N, 3) in [-1, 1]^3 to densities (N,) per world unit
-
-
-@dataclass(frozen=True)
-class MeshOptions:
-    """How a mesh is extracted from a scene. Raises `UserError` for a value out of range."""
-
-    resolution: int = 128  # density samples along each edge of the box
-    max_faces: int = 20_000
-    views: int = 12  # ring views whose silhouettes are compared, beside two at 60 degrees
-    view_resolution: int = 64
-    candidates: int = 24  # thresholds compared, then as many again around the best
-    min_component: float = 0.02  # floaters have less than this fraction of the largest component's volume
-    smoothing: int = 5  # Taubin iterations
-
-    def __post_init__(self) -> None:
-        minima = {"resolution": 8, "max_faces": 100, "views": 1, "view_resolution": 8, "candidates": 3}
-        for name, value in vars(self).items():
-            if value < minima.get(name, 0):
-                raise UserError(f"mesh {name} is {value}: it must be at least {minima.get(name, 0)}")
-        if self.min_component > 1:
-            raise UserError(f"mesh min_component is {self.min_component}: give a fraction from 0 to 1")
-
-
-@dataclass(frozen=True)
-class ExtractedMesh:
-    """A mesh in scene axes with sRGB vertex colours (8 bit), and the properties of its extraction."""
-
-    mesh: trimesh.Trimesh
-    threshold: float  # density of the isosurface
-    silhouette_iou: float  # of the final mesh with the scene's opacity > 0.5, mean over the views
-    watertight: bool
-    floaters: int  # removed
 
 
 @torch.no_grad()

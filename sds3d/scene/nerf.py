@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras
 from sds3d.scene.field import Field, FieldOptions, surface_colours
 from sds3d.scene.occupancy import OccupancyGrid
-from sds3d.scene.protocol import ParameterGroup, RenderedViews, Scene3D, SceneOptions
+from sds3d.scene.protocol import (
+    ExtractedMesh,
+    MeshOptions,
+    ParameterGroup,
+    RenderedViews,
+    Scene3D,
+    SceneOptions,
+)
 from sds3d.scene.regularizers import RegularizerOptions, opacity_regularization, ray_regularization
 from sds3d.scene.renderer import RenderedRays, RenderOptions, render
-
-if TYPE_CHECKING:
-    from sds3d.export.mesh import ExtractedMesh, MeshOptions
 
 CHUNK = 2**14  # rays rendered at once without gradients, which bounds the memory
 
@@ -162,7 +166,7 @@ class NeRF(Scene3D):
             total = total + term
         return total
 
-    def extract_mesh(self, options: "MeshOptions") -> "ExtractedMesh":
+    def extract_mesh(self, options: MeshOptions) -> ExtractedMesh:
         """An isosurface of the density. Raises `UserError` for an empty or diverged scene."""
         from sds3d.export.mesh import extract_isosurface
 

@@ -22,11 +22,43 @@ from distill.runtime.files import atomic_path, write_json
 from sds3d.scene.cameras import Cameras
 from sds3d.scene.regularizers import RegularizerOptions
 
-if TYPE_CHECKING:  # trimesh, which nothing here needs
-    from sds3d.export.mesh import ExtractedMesh, MeshOptions
+if TYPE_CHECKING:  # a heavy import that nothing else here needs
+    import trimesh
 
 FORMAT = "sds3d-scene-2"
 UNNAMED = "sds3d.scene.nerf.NerfOptions"  # the options of runs and folders that name no class (sds3d-scene-1)
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """How a mesh is extracted from a scene. Raises `UserError` for a value out of range."""
+
+    resolution: int = 128  # density samples along each edge of the box
+    max_faces: int = 20_000
+    views: int = 12  # ring views whose silhouettes are compared, beside two at 60 degrees
+    view_resolution: int = 64
+    candidates: int = 24  # thresholds compared, then as many again around the best
+    min_component: float = 0.02  # floaters have less than this fraction of the largest component's volume
+    smoothing: int = 5  # Taubin iterations
+
+    def __post_init__(self) -> None:
+        minima = {"resolution": 8, "max_faces": 100, "views": 1, "view_resolution": 8, "candidates": 3}
+        for name, value in vars(self).items():
+            if value < minima.get(name, 0):
+                raise UserError(f"mesh {name} is {value}: it must be at least {minima.get(name, 0)}")
+        if self.min_component > 1:
+            raise UserError(f"mesh min_component is {self.min_component}: give a fraction from 0 to 1")
+
+
+@dataclass(frozen=True)
+class ExtractedMesh:
+    """A mesh in scene axes with sRGB vertex colours (8 bit), and the properties of its extraction."""
+
+    mesh: "trimesh.Trimesh"
+    threshold: float  # density of the isosurface
+    silhouette_iou: float  # of the final mesh with the scene's opacity > 0.5, mean over the views
+    watertight: bool
+    floaters: int  # removed
 
 
 @dataclass(frozen=True)
@@ -111,7 +143,7 @@ class Scene3D(nn.Module, ABC):
         """
 
     @abstractmethod
-    def extract_mesh(self, options: "MeshOptions") -> "ExtractedMesh":
+    def extract_mesh(self, options: MeshOptions) -> ExtractedMesh:
         """A closed surface with sRGB vertex colours in scene axes. Raises `UserError` for an empty scene."""
 
     @abstractmethod

@@ -13,11 +13,18 @@ from distill.runtime.checkpoint import checkpoint_path, save_state
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
 from sds3d.export.export import ExportOptions, export_scene, scene_of_run
-from sds3d.export.mesh import ExtractedMesh, MeshOptions
 from sds3d.export.texture import TextureOptions, vertex_coloured
 from sds3d.scene.cameras import Cameras, ring
 from sds3d.scene.nerf import GridOptions, NeRF, NerfOptions
-from sds3d.scene.protocol import ParameterGroup, RenderedViews, Scene3D, SceneOptions, load_scene
+from sds3d.scene.protocol import (
+    ExtractedMesh,
+    MeshOptions,
+    ParameterGroup,
+    RenderedViews,
+    Scene3D,
+    SceneOptions,
+    load_scene,
+)
 from sds3d.scene.regularizers import RegularizerOptions
 
 
