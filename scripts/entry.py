@@ -139,12 +139,16 @@ def _print_help(cls: type, name: str, overrides: list[str], chosen: list[str]) -
     from omegaconf import OmegaConf
 
     values = OmegaConf.to_container(compose_config(name, overrides))
-    print(f"{sys.modules[cls.__module__].__doc__}\n")
-    print("usage: python", sys.argv[0], "[key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n")
-    for group in chosen:
-        print(f"{group}: {', '.join(groups()[group])}")
-    print(*help_lines(cls, values), sep="\n")  # type: ignore[arg-type]
-    print("\nRuns resume when the same command is given again.")
+    lines = [f"{sys.modules[cls.__module__].__doc__}\n"]
+    lines += [
+        f"usage: python {sys.argv[0]} [key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n"
+    ]
+    lines += [f"{group}: {', '.join(groups()[group])}" for group in chosen]
+    lines += help_lines(cls, values)  # type: ignore[arg-type]
+    try:
+        print(*lines, "\nRuns resume when the same command is given again.", sep="\n", flush=True)
+    except BrokenPipeError:  # the reader, such as `head`, has enough; nothing is left to flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(error: UserError) -> NoReturn:

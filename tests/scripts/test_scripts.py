@@ -2,10 +2,12 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from command_line import script
+from command_line import ROOT, script
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +176,15 @@ def test_help_lists_groups_and_options():
     assert "objective: csd, " in text and ", sds, " in text and "coarse_until" in text
     changed = script("text_to_3d", "objective=csd", "run.steps=7", "--help")
     assert re.search(r"run.steps +=\s+7 ", changed) and re.search(r"objective.image +=\s+0.0 ", changed)
+
+
+def test_help_into_a_closed_pipe_has_no_traceback():
+    """As with `--help | head -1`."""
+    command = [sys.executable, "scripts/text_to_3d.py", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
 
 
 def test_snapshot_holds_every_option_and_resumes(run_directory, tiny_teacher_folder):

@@ -43,6 +43,7 @@ from distill.runtime.checkpoint import load_state
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
+from distill.teacher.folder import load_clip
 from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.mixture import MixtureTeacher, ring
 
@@ -406,3 +407,17 @@ def test_processes_must_divide_accumulate(
 
 def tensors_of(state: dict[str, Any]) -> list[Tensor]:
     return list(state["parameters"] if "parameters" in state else state.values())
+
+
+def test_without_a_judge_the_monitor_uses_clip_features(
+    tiny_teacher: LatentDiffusionTeacher, world: Path, tmp_path: Path
+) -> None:
+    run = RunOptions(str(tmp_path / "run"), 1, trackers=())
+    small = {"batch": 2, "monitor": {"captions": 2}}
+    recipe = recipe_of(tiny_teacher, world, run, method_options("diff_instruct"), **small)
+    trainer = build_trainer(replace(recipe, judge=None))
+    trainer.train()
+    width = load_clip(tiny_teacher.name_or_path).config.projection_dim
+    assert len(trainer.monitor.real.mean) == width
+    metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics["frechet"] > 0 and metrics["diversity"] > 0
