@@ -143,7 +143,9 @@ VAGUE = set(
     told made seen drawn asked known bound free judged wanted shown found said begun way off behind
     spread shaped painted kept look looks place share located film facing redraw redrawn watched forget
     follow follower answers parted away toward combined distillable meter lag jump strip race some move
-    soften relight cover
+    soften relight cover captioned distilled timelaw noiselaw one_time unetscore watch noted matching
+    followed pace worse by_teacher onewordapart hard take_over ways teacher_only ask around descend
+    image_moves entropy_from straight_target away_from
     """.split()  # noqa: SIM905 - a list of fifty literals is hard to read
 )
 
