@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ class OneStepOptions:
     warmup: int = 50  # cycles
     betas: tuple[float, float] = (0.9, 0.999)
     ema: float = 0.995
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bfloat16 on CUDA
-    compiled: Literal["auto", "on", "off"] = "auto"  # torch.compile of teacher and student; auto: on CUDA
     critic_diagnostics: CriticDiagnosticsOptions = field(default_factory=CriticDiagnosticsOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
@@ -93,9 +91,7 @@ class OneStep:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
         )
-        cuda = run.device.type == "cuda"
-        self.half = options.precision == "bfloat16" or (options.precision == "auto" and cuda)
-        if options.compiled == "on" or (options.compiled == "auto" and cuda):
+        if run.compiled:
             self._compile()
         for optimizer in (self.optimizer, *self.method.optimizers):
             processes.average_gradients(optimizer)
@@ -144,13 +140,14 @@ class OneStep:
 
     def cycle(self, step: int) -> tuple[dict[str, float | Tensor], bool]:
         """One update of the student, then of its critic; the metrics, and whether all is finite."""
-        progress = step / self.run.options.steps
+        run = self.run
+        progress = step / run.options.steps
         parts = range(processes.rank(), self.options.accumulate, processes.world_size())
         micro_batches: list[MicroBatch] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
             batch, generator = self.micro_batch(step, part)
-            with self._autocast():
+            with run.precision.autocast():
                 outcome = self.method.loss(self.student, batch, progress, generator)
             (outcome.loss / len(parts)).backward()
             outcome = replace(outcome, loss=outcome.loss.detach())
@@ -163,16 +160,13 @@ class OneStep:
             for name in outcomes[0].metrics
         }
         updates = self.update_rate.updates if self.options.critic_diagnostics.adapt else None
-        with self._autocast():
+        with run.precision.autocast():
             metrics |= self.method.update_critic(micro_batches, updates)
         self.ema.update()
 
         finite = all(math.isfinite(float(value)) for value in metrics.values())
         finite = finite and all_finite(list(self.student.parameters()))
         return metrics, processes.all_reduce_max(int(not finite)) == 0
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=self.half)
 
     def _evaluate(self) -> str | None:
         """Log the monitor's metrics; why the run has diverged, or None."""

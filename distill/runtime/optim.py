@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
@@ -40,12 +41,35 @@ def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float
         group["lr"] = rate * factor
 
 
-def optimizer_step(optimizer: Optimizer, loss: Tensor, max_norm: float | None = None) -> None:
-    """One update by the gradient of `loss`, clipped to the norm `max_norm` over all parameters."""
+def optimizer_step(
+    optimizer: Optimizer, loss: Tensor, max_norm: float | None = None, scaler: GradScaler | None = None
+) -> None:
+    """One update by the gradient of `loss`."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    backward(loss, scaler)
+    apply_gradients(optimizer, max_norm, scaler)
+
+
+def backward(loss: Tensor, scaler: GradScaler | None = None) -> None:
+    """Add the gradient of `loss`, scaled by the `scaler` of float16 training, to the parameters' own."""
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def apply_gradients(
+    optimizer: Optimizer, max_norm: float | None = None, scaler: GradScaler | None = None
+) -> None:
+    """One update by the parameters' gradients, clipped to the norm `max_norm` over all of them.
+
+    With a `scaler`, gradients that overflowed skip the update and lower the scale.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     if max_norm is not None:
         nn.utils.clip_grad_norm_(
             [parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm
         )
-    optimizer.step()
+    if scaler is None:
+        optimizer.step()
+        return
+    scaler.step(optimizer)
+    scaler.update()

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info, peak_memory, pick_device
+from distill.runtime.precision import PrecisionName, resolve_precision
 from distill.runtime.run_directory import acquire, portable, truncate_metrics
 from distill.runtime.signals import SignalFlag, deferred_signals
 from distill.runtime.tracking import Trackers
@@ -53,6 +54,10 @@ class RunOptions:
     log_every: int = 20
     trackers: tuple[str, ...] = ("tensorboard",)  # any that accelerate supports; empty for none
     device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # auto: bfloat16 on CUDA (float16 where it lacks it), float32 on a CPU
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the networks; auto: on CUDA
+    gradient_checkpointing: bool = False  # less memory, a third more time for what is trained
+    deterministic: bool = False  # the same bits from every run on CUDA too, at a lower speed
 
     def __post_init__(self) -> None:
         periods = {"checkpoint_every": self.checkpoint_every, "preview_every": self.preview_every}
@@ -80,6 +85,10 @@ class Run:
         self.label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
         self.directory = Path(options.directory)
         self.device = pick_device(options.device)
+        self.precision = resolve_precision(options.precision, self.device)
+        self.scaler = self.precision.scaler()
+        cuda = self.device.type == "cuda"
+        self.compiled = options.compile == "on" or (options.compile == "auto" and cuda)
         self.step = 0
         self.generator = torch.Generator().manual_seed(options.seed)
         self._parts: dict[str, Stateful] = {}
@@ -251,6 +260,7 @@ class Run:
             "rollbacks": self._rollbacks,
             "metrics": self._metrics,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "random": {**random_state(), "run": self.generator.get_state()},
         }
 
@@ -262,6 +272,9 @@ class Run:
             raise ValueError(f"its seed is {state['seed']}; given is {self.options.seed}")
         for name, part in self._parts.items():
             part.load_state_dict(saved[name])
+        scaler = state.get("scaler")  # None in another precision, or in a checkpoint without it
+        if self.scaler is not None and scaler is not None:
+            self.scaler.load_state_dict(scaler)
         self.step = state["step"]
         self._seconds_before, self._peak_before = state["seconds"], state["peak"]
         self._rollbacks = state["rollbacks"]

@@ -42,6 +42,7 @@ from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime.checkpoint import load_state
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
+from distill.runtime.precision import PrecisionName
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.folder import load_clip
 from distill.teacher.latent import LatentDiffusionTeacher
@@ -163,9 +164,10 @@ def test_half_precision_gradients_agree_with_float32(
 ) -> None:
     """bf16 by autocast on the CPU: the first gradient has float32's direction and stays float32."""
     both = []
-    for precision in ("float32", "bfloat16"):
-        run = RunOptions(str(tmp_path / precision), 1, trackers=())
-        options = {"batch": 4, "warmup": 1, "precision": precision}
+    precisions: tuple[PrecisionName, ...] = ("float32", "bfloat16")
+    for precision in precisions:
+        run = RunOptions(str(tmp_path / precision), 1, trackers=(), precision=precision)
+        options = {"batch": 4, "warmup": 1}
         trainer = build_trainer(recipe_of(tiny_teacher, world, run, method_options("dmd2"), **options))
         trainer.cycle(0)
         both.append(gradients(trainer))
