@@ -1,10 +1,11 @@
 """The one module that knows hydra: composes configs, builds options, reports errors in one line."""
 
+import importlib
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -19,6 +20,13 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from distill.runtime.config import build, defaults_of, fields_of  # noqa: E402
 from distill.runtime.errors import UserError, allocation_error  # noqa: E402
+from distill.runtime.experiment import (  # noqa: E402
+    ExperimentInfo,
+    check_mixture,
+    experiment_body,
+    find_experiment,
+    load_experiments,
+)
 from distill.runtime.help import help_lines  # noqa: E402
 from distill.runtime.names import slug  # noqa: E402
 
@@ -56,6 +64,40 @@ def forced(argument: str, chosen: Container[str]) -> str:
     key, equals, _ = argument.partition("=")
     own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key in chosen
     return argument if own or not equals else f"++{argument}"
+
+
+def lineage(name: str) -> list[str]:
+    """A script and those whose configs its own builds on: bench, text_to_3d."""
+    import yaml
+
+    path = CONFIGS / f"{name}.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parents = [entry for entry in values.get("defaults", []) if entry not in ("base", "_self_")]
+    return [name, *(base for parent in parents if isinstance(parent, str) for base in lineage(parent))]
+
+
+def with_experiments(arguments: list[str], cls: type, scripts: Sequence[str], chosen: list[str]) -> list[str]:
+    """Arguments with `experiment=NAME` in hydra's form, which appends it to the defaults list.
+
+    Raises `UserError` for a preset of none of `scripts` and for one that a chosen group contradicts. An
+    option `experiment` that is no preset's description (plan.py's) is left alone.
+    """
+    hint = typing.get_type_hints(cls).get("experiment")
+    if hint is not None and ExperimentInfo not in typing.get_args(hint):
+        return arguments
+    experiments = load_experiments(CONFIGS / "experiment")
+    choices = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in chosen)
+    result = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key.lstrip("+") != "experiment" or not equals:
+            result.append(argument)
+        elif value not in ("", "null"):
+            for name in value.split(","):  # several in a sweep
+                find_experiment(name, scripts, experiments)
+                check_mixture(name, experiment_body(CONFIGS / "experiment", name), choices)
+            result.append(f"+experiment={value}")
+    return result
 
 
 def chosen_groups(name: str) -> list[str]:
@@ -117,9 +159,46 @@ def _values(config: Any) -> Mapping[str, Any]:
         missing = sorted(OmegaConf.missing_keys(config), key=len)
         if missing:
             raise UserError(f"{missing[0]} is missing: give {missing[0]}=... ({HELP})")
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        return _named_experiment(OmegaConf.to_container(config, resolve=True))
     except OmegaConfBaseException as error:
         raise UserError(_message(error)) from None
+
+
+def _named_experiment(values: Any) -> Any:
+    """Config values with the preset's name in its description."""
+    name = _experiment("")
+    return {**values, "experiment": {"name": name, **values["experiment"]}} if name else values
+
+
+def _experiment(default: str) -> str:
+    """`${experiment:one_step}`: the name of the chosen preset, else the default."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return HydraConfig.get().runtime.choices.get("experiment") or default
+
+
+def load_experiment(name: str, arguments: Sequence[str] = ()) -> Any:
+    """The options that a preset gives to the script it belongs to, with command-line arguments on top.
+
+    Their `experiment` is the preset's description. Raises `UserError`.
+    """
+    experiments = load_experiments(CONFIGS / "experiment")
+    scripts = {info.script for info in experiments.values()}
+    script = find_experiment(name, sorted(scripts), experiments).script
+    cls = importlib.import_module(script).Config
+    register_resolvers(cls)
+    chosen = chosen_groups(script)
+    words = with_experiments([f"experiment={name}", *map(quoted, arguments)], cls, [script], chosen)
+    return build(cls, _values(compose_config(script, [forced(word, chosen) for word in words])))
+
+
+def register_resolvers(cls: type) -> None:
+    """What configs may compute: ${slug:...}, ${option:...} of an options class, ${experiment:...}."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("option", partial(_option, cls), replace=True)
+    OmegaConf.register_new_resolver("experiment", _experiment, replace=True)
 
 
 def _option(cls: type, path: str, *, _root_: Any) -> Any:
@@ -135,20 +214,42 @@ def _option(cls: type, path: str, *, _root_: Any) -> Any:
     return value
 
 
-def _print_help(cls: type, name: str, overrides: list[str], chosen: list[str]) -> None:
+def _experiment_lines(scripts: Sequence[str]) -> Iterator[str]:
+    experiments = load_experiments(CONFIGS / "experiment").values()
+    own = [info for info in experiments if info.script in scripts]
+    if own:
+        yield "\npresets, experiment=NAME:"
+    for info in own:
+        cost = f"{info.memory_gib:g} GiB, {info.duration} on {info.hardware}"
+        yield f"  {info.name:20} {info.summary} ({info.paper}); {cost}"
+
+
+def _print_help(
+    cls: type, name: str, overrides: list[str], chosen: list[str], scripts: Sequence[str]
+) -> None:
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(compose_config(name, overrides))
+    values: Any = OmegaConf.to_container(compose_config(name, overrides))
+    values["experiment"] = _experiment("null")  # its description is no option
     lines = [f"{sys.modules[cls.__module__].__doc__}\n"]
     lines += [
         f"usage: python {sys.argv[0]} [key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n"
     ]
     lines += [f"{group}: {', '.join(groups()[group])}" for group in chosen]
-    lines += help_lines(cls, values)  # type: ignore[arg-type]
+    lines += _experiment_lines(scripts)
+    description = ("  experiment.", "\nexperiment:")
+    lines += [line for line in help_lines(cls, values) if not line.startswith(description)]
     try:
         print(*lines, "\nRuns resume when the same command is given again.", sep="\n", flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has enough; nothing is left to flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _announce(options: object) -> None:
+    """Print the chosen preset's description, in the first of several processes."""
+    info = vars(options).get("experiment")
+    if isinstance(info, ExperimentInfo) and os.environ.get("RANK", "0") == "0":
+        print(f"experiment {info}", flush=True)
 
 
 def _exit(error: UserError) -> NoReturn:
@@ -164,18 +265,17 @@ def entry(
     Arguments follow hydra's grammar (--multirun too); those without a name are the list `positional`.
     """
     import hydra
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
     config_name = name if (CONFIGS / f"{name}.yaml").is_file() else "base"
-    OmegaConf.register_new_resolver("slug", slug, replace=True)
-    OmegaConf.register_new_resolver("option", partial(_option, cls), replace=True)
-    chosen = chosen_groups(config_name)
-    sys.argv[1:] = [forced(quoted(argument), chosen) for argument in named(sys.argv[1:], positional)]
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    register_resolvers(cls)
+    chosen, scripts = chosen_groups(config_name), lineage(name)
 
     def run(config: DictConfig) -> None:
         try:
-            main(build(cls, _values(config)))
+            options = build(cls, _values(config))
+            _announce(options)
+            main(options)
         except Exception as error:  # within hydra, which would print a traceback
             mistake = error if isinstance(error, UserError) else allocation_error(error)
             if mistake is None:
@@ -183,8 +283,11 @@ def entry(
             _exit(mistake)
 
     try:
+        arguments = with_experiments(named(sys.argv[1:], positional), cls, scripts, chosen)
+        sys.argv[1:] = [forced(quoted(argument), chosen) for argument in arguments]
+        overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         if {"--help", "-h"} & set(sys.argv):
-            return _print_help(cls, config_name, overrides, chosen)
+            return _print_help(cls, config_name, overrides, chosen, scripts)
         if not {"--multirun", "-m"} & set(sys.argv):
             compose_config(config_name, overrides)
         hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(run)()

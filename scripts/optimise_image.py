@@ -13,6 +13,7 @@ from entry import entry
 from distill.apps.optimise_image import OptimiseImageOptions, run_optimise_image
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
+from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher
@@ -29,6 +30,7 @@ class Config:
     run: RunOptions
     objective: ObjectiveOptions
     optimise_image: OptimiseImageOptions
+    experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
 
 
 def main(config: Config) -> None:

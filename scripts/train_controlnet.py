@@ -14,6 +14,7 @@ from distill.data.latents import load_latents
 from distill.evaluation.control import finish
 from distill.evaluation.probe import load_probe
 from distill.runtime.config import as_mapping
+from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher, require_latent
@@ -32,6 +33,7 @@ class Config:
     probe: str = "probe64"  # predicts silhouette and depth from samples (train_probe.py)
     run: RunOptions
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
 
 
 def main(config: Config) -> None:

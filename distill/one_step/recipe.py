@@ -19,6 +19,7 @@ from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime import processes
 from distill.runtime.config import as_mapping
 from distill.runtime.errors import UserError
+from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher
@@ -37,6 +38,7 @@ class OneStepRecipe:
     run: RunOptions
     method: MethodOptions
     distill: OneStepOptions = field(default_factory=OneStepOptions)
+    experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
 
     def __post_init__(self) -> None:
         count = processes.world_size()  # checked here, as the default options are built in any number

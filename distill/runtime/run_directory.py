@@ -16,6 +16,7 @@ from distill.runtime.files import atomic_path, read_json, write_json
 SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device")
 INTERVALS = ("checkpoint_every", "preview_every", "log_every", "keep")
 MUTABLE = frozenset((*SESSION, *INTERVALS))
+DESCRIPTION = "experiment"  # the group that describes a preset, at the top level; it changes no result
 ABSENT = "absent"
 
 
@@ -137,5 +138,7 @@ def _check_same(new: dict[str, Any], old: dict[str, Any], directory: Path) -> No
 
 
 def _mutable(key: tuple[str, ...]) -> bool:
+    if key[:1] == (DESCRIPTION,):
+        return True
     in_group = len(key) > 1 and key[0] == "run"
     return bool(key) and key[1 if in_group else 0] in MUTABLE

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
+from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher, require_latent
@@ -29,6 +30,7 @@ class TextTo3dRecipe:
     objective: ObjectiveOptions
     control: MeshControlOptions | None = None
     export: ExportOptions = field(default_factory=ExportOptions)
+    experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
 
 
 def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
