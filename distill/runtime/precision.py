@@ -7,9 +7,14 @@ import torch
 from torch.amp import GradScaler
 
 from distill.runtime.errors import UserError
+from distill.runtime.machine import pick_device
 
 PrecisionName = Literal["auto", "float32", "bfloat16", "float16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[PrecisionName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,26 @@ class Precision:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def name(self) -> PrecisionName:
+        """The name of its dtype."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def autocast(self) -> torch.autocast:
         """The context of a trained network's forward pass; without effect in float32."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+        # The meta device, on which runs are planned, has no autocast of its own.
+        device_type = "cpu" if self.device.type == "meta" else self.device.type
+        return torch.autocast(device_type, self.dtype if enabled else None, enabled=enabled)
 
     def scaler(self) -> GradScaler | None:
         """The loss scaling that float16 gradients need; None for the other dtypes."""
         return GradScaler(self.device.type) if self.dtype == torch.float16 else None
+
+
+def pick_precision(device: str, precision: PrecisionName) -> Precision:
+    """The precision that the options `device` and `precision` name. Raises `UserError`."""
+    return resolve_precision(precision, pick_device(device))
 
 
 def resolve_precision(name: PrecisionName, device: torch.device) -> Precision:
