@@ -12,7 +12,13 @@ from distill.control.adapter import load_adapter
 from distill.control.conditions import adapter_input
 from distill.control.train import interleave
 from distill.data.folders import load_split
-from distill.evaluation.control import ControlEvaluationOptions, evaluate_control
+from distill.evaluation.control import (
+    ControlEvaluationOptions,
+    ControlGraders,
+    ControlledModels,
+    ControlTest,
+    evaluate_control,
+)
 from distill.evaluation.generator import format_row
 from distill.evaluation.graders import load_graders
 from distill.evaluation.labels import LabelOptions
@@ -20,8 +26,9 @@ from distill.evaluation.probe import load_probe
 from distill.one_step.folder import load_student
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
-from distill.runtime.machine import machine_info, pick_device
+from distill.runtime.machine import machine_info
 from distill.runtime.names import slug
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher, require_latent
 from sds3d.world.conditions import split_condition_images
 
@@ -34,24 +41,31 @@ class Config:
     adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
     student: str | None = None  # shapes64, or a folder of distill_one_step.py: graded with the adapter too
     data: str = "outputs/shapes64"
-    probe: str = "probe64"
+    probe: str | None = "probe64"  # null: no figures but those of lines
     judge: str | None = "judge64"  # null: no accuracy
     output: str = "outputs/evaluate_control"
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
     labels: LabelOptions = field(default_factory=LabelOptions)
     evaluation: ControlEvaluationOptions = field(default_factory=ControlEvaluationOptions)
 
 
 def main(config: Config) -> None:
     options = config.evaluation
-    teacher = require_latent(load_teacher(config.teacher, pick_device(config.device)))
-    adapter, condition = load_adapter(config.adapter, teacher.device)
-    student = None if config.student is None else load_student(config.student, teacher.device)[0]
+    precision = pick_precision(config.device, config.precision)
+    device, dtype = precision.device, precision.dtype
+    teacher = require_latent(load_teacher(config.teacher, device, dtype))
+    adapter, condition = load_adapter(config.adapter, device, dtype)
+    student = None if config.student is None else load_student(config.student, device, dtype)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
     conditions = split_condition_images(config.data, "test", condition, data)
-    probe, graders = load_probe(config.probe), load_graders(config.teacher, config.judge)
+    probe = None if config.probe is None else load_probe(config.probe, device)
+    graders = load_graders(config.teacher, config.judge, device=device)
     rows, images = evaluate_control(
-        teacher, student, adapter, condition, data, conditions, probe, graders, options, config.labels
+        ControlledModels(teacher, adapter, student),
+        ControlTest(condition, data, conditions),
+        ControlGraders(probe, graders, config.labels),
+        options,
     )
     print(*map(format_row, rows), sep="\n")
     path = Path(config.output) / f"{slug(config.adapter)}.json"

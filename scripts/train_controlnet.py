@@ -4,7 +4,9 @@ python scripts/train_controlnet.py condition=silhouette
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import torch
 from entry import entry
 
 from distill.control.adapter import save_adapter
@@ -15,7 +17,7 @@ from distill.evaluation.control import finish
 from distill.evaluation.probe import load_probe
 from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher, require_latent
 from sds3d.world.conditions import split_condition_images
@@ -29,8 +31,12 @@ class Config:
     # a conditioning_image column
     condition: str = "silhouette"
     teacher: str = "shapes64"
-    data: str = "outputs/shapes64"
-    probe: str = "probe64"  # predicts silhouette and depth from samples (train_probe.py)
+    data: str = (
+        "outputs/shapes64"  # a captioned image folder; its validation split, where it has one, is held out
+    )
+    # predicts silhouette and depth from samples (train_probe.py); null: previews only, as photographs need,
+    # and for edges and scribble the lines' own figure
+    probe: str | None = "probe64"
     run: RunOptions
     adapter: AdapterOptions = field(default_factory=AdapterOptions)
     experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
@@ -38,24 +44,30 @@ class Config:
 
 def main(config: Config) -> None:
     condition = config.condition
-    teacher = require_latent(load_teacher(config.teacher, pick_device(config.run.device)))
-    probe = load_probe(config.probe)
-    train, validation = (
-        load_split(config.data, split, teacher.resolution) for split in ("train", "validation")
-    )
+    precision = pick_precision(config.run.device, config.run.precision)
+    teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
+    train = load_split(config.data, "train", teacher.resolution)
     conditions = split_condition_images(config.data, "train", condition, train)
-    held_out = HeldOut(
-        validation.texts,
-        split_condition_images(config.data, "validation", condition, validation),
-        validation.composite(slice(None)),
-    )
+    held_out = load_held_out(config, teacher.resolution, precision.device)
     run = Run(config.run, as_mapping(config), f"{condition} adapter")
     latents = load_latents(teacher, config.data)
     trainer = AdapterTrainer(run, teacher, latents, conditions, condition, config.adapter)
-    adapter = trainer.train(held_out, probe)
+    adapter = trainer.train(held_out)
     metrics = finish(run)
     save_adapter(run.directory / "adapter", adapter, condition, metrics)
-    print(f"written: {run.directory}/adapter, fidelity.png", *(f"{k} {v:.3f}" for k, v in metrics.items()))
+    files = ["adapter", *(["fidelity.png"] if metrics else [])]
+    print(f"written: {run.directory}/{', '.join(files)}", *(f"{k} {v:.3f}" for k, v in metrics.items()))
+
+
+def load_held_out(config: Config, resolution: int, device: torch.device) -> HeldOut | None:
+    """The first images of the validation split; None where the data have none."""
+    if not (Path(config.data) / "validation").is_dir():
+        return None
+    probe = None if config.probe is None else load_probe(config.probe, device)
+    limit = config.adapter.validation.samples
+    data = load_split(config.data, "validation", resolution, limit)
+    conditions = split_condition_images(config.data, "validation", config.condition, data)
+    return HeldOut(data.texts, conditions, data.composite(slice(None)), probe)
 
 
 if __name__ == "__main__":

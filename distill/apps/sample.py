@@ -14,7 +14,7 @@ from distill.one_step.comparison import StudentSampleOptions, comparison_grid, s
 from distill.one_step.folder import load_student
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.runtime.video import save_animation
 from distill.teacher.load import load_teacher
 
@@ -38,7 +38,7 @@ class SampleOptions(TextToImageOptions):
 
     # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
     teacher: str = "shapes64"
-    # shapes64, or a folder of distill_one_step.py: all its steps, without guidance
+    # shapes64, or a folder of distill_one_step.py: all its steps, without guidance unless it takes the scale
     student: str | None = None
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
     # the same images by each sampler, timed: [ddim, dpm], or each in steps of its own, [ddim:25, ddpm:500]
@@ -48,7 +48,8 @@ class SampleOptions(TextToImageOptions):
     # adapters: [{adapter: silhouette, image: outline.png, weight: 1.0, start: 0.0, end: 1.0}]
     controls: tuple[ControlOptions, ...] = ()
     output: str = "outputs/samples"
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +80,8 @@ def run_sample(options: SampleOptions) -> Path:
 
 def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     """A grid (3, H', W'), its images (N, 3, H, W) and its columns; animations go to the output folder."""
-    teacher = load_teacher(options.teacher, pick_device(options.device))
+    precision = pick_precision(options.device, options.precision)
+    teacher = load_teacher(options.teacher, precision.device, precision.dtype)
     controls = [control.build(teacher) for control in options.controls]
     model = controlled(teacher, controls) if controls else teacher
     columns = options.count * max(len(options.sweep), 1)
@@ -99,14 +101,16 @@ def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
 
 def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     """As `sample_with_teacher`, by the student; the grid also shows the teacher where they are compared."""
-    device = pick_device(options.device)
-    student, parts = load_student(str(options.student), device)
+    precision = pick_precision(options.device, options.precision)
+    device, dtype = precision.device, precision.dtype
+    student, parts = load_student(str(options.student), device, dtype)
+    student = student.with_denoiser(student.denoiser, options.guidance)
     controls = [control.build(parts) for control in options.controls]
     student = controlled_student(student, controls) if controls else student
     chosen = StudentSampleOptions(
         options.prompts, options.count, options.seed, options.compare, options.guidance
     )
-    teacher = load_teacher(options.teacher, device) if options.compare else None
+    teacher = load_teacher(options.teacher, device, dtype) if options.compare else None
     rows = sample_student(student, parts, teacher, chosen)
     if options.compare:
         print(timing_table(rows))

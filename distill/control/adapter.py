@@ -26,20 +26,21 @@ from distill.teacher.latent import LatentDiffusionTeacher
 
 AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 CONDITION_FILE = "condition.json"  # marks an adapter's folder and names its condition
-# Channels of the condition encoder, each after the first at half the resolution; diffusers' own end at 256,
-# for images of 512 pixels.
+# Channels of the condition encoder, each after the first at half the resolution.
 CONDITION_CHANNELS = (16, 32, 48, 64)
+STOCK_CHANNELS, STOCK_RESOLUTION = (16, 32, 96, 256), 512  # of the published adapters of Stable Diffusion
 
 
 def make_adapter(teacher: LatentDiffusionTeacher) -> ControlNetModel:
-    """An untrained adapter: a copy of the encoder half of the teacher's U-Net, with zero convolutions."""
+    """An untrained adapter: a float32 copy of the encoder half of the teacher's U-Net, zero convolutions."""
     levels = (teacher.resolution // teacher.latent_shape[1]).bit_length()
     if levels > len(CONDITION_CHANNELS):
         raise UserError(
             f"the VAE downsamples by {2 ** (levels - 1)}: adapters are made for a factor of at most "
             f"{2 ** (len(CONDITION_CHANNELS) - 1)}"
         )
-    channels = CONDITION_CHANNELS[:levels]
+    stock = teacher.resolution >= STOCK_RESOLUTION
+    channels = (STOCK_CHANNELS if stock else CONDITION_CHANNELS)[:levels]
     adapter = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=channels)
     return adapter.float().to(teacher.device, memory_format=torch.channels_last)
 
@@ -64,6 +65,11 @@ class Control:
                 f"a control from {self.start} to {self.end}: "
                 "expected fractions of the denoising, 0 <= start < end <= 1"
             )
+
+    @property
+    def always(self) -> bool:
+        """Whether its range is the whole denoising."""
+        return self.start == 0 and self.end == 1
 
     def weights(self, t: Tensor, num_train_timesteps: int) -> Tensor:
         """The weight (B, 1, 1, 1) at times t (B,): 0 outside its range."""
@@ -92,7 +98,7 @@ class ControlOptions:
 
     def build(self, teacher: Teacher) -> Control:
         """The control, loaded. Raises `UserError` for an invalid adapter or image."""
-        adapter, _ = load_adapter(self.adapter, teacher.device)
+        adapter, _ = load_adapter(self.adapter, teacher.device, teacher.precision.dtype)
         image = load_image(self.image, teacher.resolution).to(teacher.device)
         return Control(adapter, image, self.weight, self.start, self.end)
 
@@ -107,7 +113,7 @@ def residuals(
     total: list[Tensor] = []
     for control in controls:
         weights = control.weights(t, num_train_timesteps).to(x_t.device)
-        if not weights.any():
+        if not control.always and not weights.any():  # only a range waits for the device
             continue
         adapter, dtype = control.adapter, control.adapter.dtype
         images = control.batch_images(len(x_t)).to(x_t.device, dtype)
@@ -165,16 +171,23 @@ class ControlledUnet(nn.Module):
         """Deactivate the U-Net's LoRA."""
         self.unet.disable_adapters()
 
-    def forward(self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> UNet2DConditionOutput:
-        """x_t (B, C, h, w), t (B,), text embeddings (B, L, D)."""
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute the U-Net's activations in the backward pass."""
+        self.unet.enable_gradient_checkpointing()
+
+    def forward(
+        self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+    ) -> UNet2DConditionOutput:
+        """x_t (B, C, h, w), t (B,), text embeddings (B, L, D), features (B, F) of a guidance scale."""
         added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.num_train_timesteps)
+        inputs = {"encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
         if not added:
-            return self.unet(x_t, t, encoder_hidden_states=encoder_hidden_states)
+            return self.unet(x_t, t, **inputs)
         *down, middle = (value.to(self.dtype) for value in added)
         return self.unet(
             x_t,
             t,
-            encoder_hidden_states=encoder_hidden_states,
+            **inputs,
             down_block_additional_residuals=tuple(down),
             mid_block_additional_residual=middle,
         )
@@ -192,7 +205,7 @@ def controlled(teacher: AnyTeacher, controls: Sequence[Control]) -> AnyTeacher:
 
 def controlled_student(student: Student, controls: Sequence[Control]) -> Student:
     """A student conditioned on adapters of its teacher, from whose U-Net it was initialised."""
-    return Student(_controlled_denoiser(student.denoiser, controls), student.timesteps)
+    return student.with_denoiser(_controlled_denoiser(student.denoiser, controls))
 
 
 def _controlled_denoiser(denoiser: Denoiser, controls: Sequence[Control]) -> UNetDenoiser:
@@ -210,8 +223,10 @@ def save_adapter(
         write_json(temporary / CONDITION_FILE, {"condition": condition, "figures": figures})
 
 
-def load_adapter(name_or_path: Path | str, device: torch.device | str = "cpu") -> tuple[ControlNetModel, str]:
-    """A shipped adapter or one of a folder, float32 and frozen, and its condition ("" where unknown).
+def load_adapter(
+    name_or_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[ControlNetModel, str]:
+    """A shipped adapter or one of a folder, frozen, and its condition ("" where unknown).
 
     Raises `UserError` where there is none.
     """
@@ -220,7 +235,7 @@ def load_adapter(name_or_path: Path | str, device: torch.device | str = "cpu") -
         raise UserError(
             f"{name_or_path} is no adapter: give {names('adapter')}, or a folder of train_controlnet.py"
         )
-    adapter = ControlNetModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
+    adapter = ControlNetModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     path = folder / CONDITION_FILE
     condition = read_json(path)["condition"] if path.is_file() else ""
     return adapter.to(device, memory_format=torch.channels_last), condition

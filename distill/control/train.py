@@ -1,6 +1,7 @@
 """Training of an adapter on a frozen teacher, with control fidelity on held-out conditions."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import ControlNetModel
@@ -8,15 +9,17 @@ from torch import Tensor
 
 from distill.control.adapter import Control, controlled, make_adapter
 from distill.control.conditions import adapter_input
+from distill.core.conditioning import Conditioning
 from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
 from distill.evaluation.control import ControlEvaluationOptions, adapter_sampler
-from distill.evaluation.fidelity import fidelity, means
-from distill.evaluation.generate import generate
+from distill.evaluation.fidelity import fidelity, has_figures, means
+from distill.evaluation.generate import Sampler, SamplingBatch, generate
 from distill.evaluation.probe import Probe
 from distill.runtime.errors import UserError
-from distill.runtime.optim import cosine_annealing, optimizer_step
+from distill.runtime.optim import apply_gradients, backward, cosine_annealing
 from distill.runtime.run import Run
+from distill.runtime.transfer import upload, upload_all
 from distill.teacher.latent import LatentDiffusionTeacher
 
 
@@ -24,30 +27,46 @@ from distill.teacher.latent import LatentDiffusionTeacher
 class AdapterOptions:
     """How an adapter is trained."""
 
-    batch: int = 32
+    batch: int = 32  # samples at once
+    accumulate: int = 1  # batches of an update: less memory for the same result
     learning_rate: float = 5e-4
-    final_lr_scale: float = 0.1  # of the learning rate, at the end of a half cosine
+    final_lr_scale: float = 0.1  # of the learning rate, at the end of a half cosine; 1: a constant rate
     # as in the paper (section 3.3): without a caption, only the condition describes the content
     caption_dropout: float = 0.5
     validate_every: int = 200  # steps between two evaluations on held-out conditions
     validation: ControlEvaluationOptions = ControlEvaluationOptions(samples=48, steps=10, seed=1)
 
     def __post_init__(self) -> None:
-        positive = min(self.batch, self.validate_every) >= 1 and self.learning_rate > 0
+        positive = min(self.batch, self.accumulate, self.validate_every) >= 1 and self.learning_rate > 0
         if not positive or not 0 < self.final_lr_scale <= 1 or not 0 <= self.caption_dropout <= 1:
             raise UserError(
-                "batch, validate_every and learning_rate must be positive, final_lr_scale within (0, 1] "
-                "and caption_dropout within [0, 1]"
+                "batch, accumulate, validate_every and learning_rate must be positive, final_lr_scale "
+                "within (0, 1] and caption_dropout within [0, 1]"
             )
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out captions, condition images (N, 1 or 3, H, W) uint8, and true images (N, 3, H, W) in [0, 1]."""
+    """Held-out captions, condition images (N, 1 or 3, H, W) uint8, and true images (N, 3, H, W) in [0, 1].
+
+    probe: None where no figure needs one, or none fits the images.
+    """
 
     captions: list[str]
     conditions: Tensor
     images: Tensor
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True)
+class AdapterBatch:
+    """Latents and noise (B, C, h, w), times (B,), condition images (B, 3, H, W) in [0, 1], captions."""
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    images: Tensor
+    conditioning: Conditioning
 
 
 class AdapterTrainer:
@@ -74,8 +93,14 @@ class AdapterTrainer:
         self.optimizer = torch.optim.AdamW(
             self.adapter.parameters(), lr=options.learning_rate, weight_decay=0.01
         )
+        if run.options.gradient_checkpointing:
+            self.adapter.enable_gradient_checkpointing()
+            teacher.enable_gradient_checkpointing()  # gradients flow through its decoder half
+        if run.compiled:
+            self.adapter.compile()
+            teacher.unet.compile()
 
-    def train(self, held_out: HeldOut, probe: Probe) -> ControlNetModel:
+    def train(self, held_out: HeldOut | None = None) -> ControlNetModel:
         """Run to the end; the adapter in evaluation mode."""
         run, options = self.run, self.options
         schedule = cosine_annealing(self.optimizer, run.options.steps, options.final_lr_scale)
@@ -83,42 +108,73 @@ class AdapterTrainer:
 
         for step in run.steps():
             if step == 0:
-                self.validate(held_out, probe)
+                self.validate(held_out)
             loss = self.step(step)
             schedule.step()
             run.log(loss=loss)
             if run.due(options.validate_every):
-                self.validate(held_out, probe)
+                self.validate(held_out)
         return self.adapter.eval().requires_grad_(False)
 
     def step(self, step: int) -> Tensor:
         """One update by the teacher's own denoising loss; returns the loss."""
-        run, options, cache = self.run, self.options, self.cache
-        indices = batch_indices(len(cache), options.batch, step, run.options.seed)
-        latents, count = cache.latents[indices], len(indices)
-        t = torch.randint(self.teacher.schedule.num_train_timesteps, (count,), generator=run.generator)
-        noise = torch.randn(latents.shape, generator=run.generator)
-        dropped = torch.rand(count, generator=run.generator) < options.caption_dropout
-        conditioning = cache.conditioning_of(indices, dropped).to(run.device)
-        latents, noise, t = (value.to(run.device) for value in (latents, noise, t))
+        run, losses = self.run, []
+        self.optimizer.zero_grad(set_to_none=True)
+        for batch in self.batches(step):
+            with run.precision.autocast():
+                loss = self.loss(batch) / self.options.accumulate
+            backward(loss, run.scaler)
+            losses.append(loss.detach())
+        apply_gradients([self.optimizer], max_norm=1.0, scaler=run.scaler)
+        return torch.stack(losses).sum()
 
-        control = Control(self.adapter, adapter_input(self.conditions[indices]).to(run.device))
-        loss = controlled(self.teacher, [control]).denoising_loss(latents, noise, t, conditioning)
-        optimizer_step(self.optimizer, loss, max_norm=1.0)
-        return loss.detach()
+    def loss(self, batch: AdapterBatch) -> Tensor:
+        """The teacher's denoising loss through the adapter."""
+        teacher = controlled(self.teacher, [Control(self.adapter, batch.images)])
+        return teacher.denoising_loss(batch.latents, batch.noise, batch.t, batch.conditioning)
+
+    def batches(self, step: int) -> Iterator[AdapterBatch]:
+        """The batches of an update on the run's device; together they do not depend on `accumulate`."""
+        run, options, cache = self.run, self.options, self.cache
+        count = options.batch * options.accumulate
+        rows = batch_indices(len(cache), count, step, run.options.seed)
+        times = torch.randint(self.teacher.schedule.num_train_timesteps, (count,), generator=run.generator)
+        noise = torch.randn((count, *self.teacher.latent_shape), generator=run.generator)
+        dropped = torch.rand(count, generator=run.generator) < options.caption_dropout
+        for part in torch.arange(count).split(options.batch):
+            indices = rows[part]
+            host = [cache.latents_of(indices), noise[part], times[part], self.conditions[indices]]
+            latents, eps, t, images = upload_all(host, run.device)
+            conditioning = cache.conditioning_of(indices, dropped[part])
+            conditioning = conditioning.apply(lambda value: upload(value, run.device))
+            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning)
 
     @torch.no_grad()
-    def validate(self, held_out: HeldOut, probe: Probe) -> None:
+    def validate(self, held_out: HeldOut | None) -> None:
         """Log the fidelity of samples; the preview holds triples of condition, sample and true image."""
         run, options = self.run, self.options.validation
+        preview = run.due(run.options.preview_every) or run.step == 0
+        if held_out is None or not (preview or has_figures(self.condition, held_out.probe)):
+            return
         conditions = held_out.conditions[: options.samples]
         captions = held_out.captions[: options.samples]
-        sampler = adapter_sampler(self.teacher, self.adapter, conditions, options)
-        samples = generate(self.teacher, captions, sampler, options.batch, options.seed).images
-        run.log(**means(fidelity(self.condition, samples, conditions, probe)))
-        if run.due(run.options.preview_every) or run.step == 0:
+        samples = generate(
+            self.teacher, captions, self.sampler(conditions), options.batch, options.seed
+        ).images
+        run.log(**means(fidelity(self.condition, samples, conditions, held_out.probe)))
+        if preview:
             triples = interleave(adapter_input(conditions), samples, held_out.images)
             run.preview("validation", triples[:36])  # two triples a row of the preview's square grid
+
+    def sampler(self, conditions: Tensor) -> Sampler:
+        """The teacher through the adapter in training, at the run's precision."""
+        sampler = adapter_sampler(self.teacher, self.adapter, conditions, self.options.validation)
+
+        def sample(batch: SamplingBatch) -> Tensor:
+            with self.run.precision.autocast():
+                return sampler.sample(batch)
+
+        return replace(sampler, sample=sample)
 
 
 def interleave(*columns: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ class Prediction:
         """The prediction at the same x_t with another x0."""
         return Prediction(x0, (self.x_t - self.alpha * x0) / self.sigma, self.alpha, self.sigma)
 
-    def extrapolate(self, other: "Prediction", scale: float) -> "Prediction":
+    def extrapolate(self, other: "Prediction", scale: float | Tensor) -> "Prediction":
         """self + scale (other - self): guidance, when self is unconditional. x0, eps and v are linear in one
-        another.
+        another. scale: one, or (B, 1, 1, 1).
         """
         x0, eps = (a + scale * (b - a) for a, b in ((self.x0, other.x0), (self.eps, other.eps)))
         return Prediction(x0, eps, self.alpha, self.sigma)
@@ -102,18 +102,22 @@ class Guided(ScoreModel):
     Ho & Salimans 2022, arXiv:2207.12598, whose w is s - 1.
     """
 
-    def __init__(self, model: ScoreModel, uncond: Conditioning, scale: float) -> None:
-        """uncond (one row) is that of the empty prompt or of a negative prompt; s = 1 does not evaluate
-        it.
+    def __init__(self, model: ScoreModel, uncond: Conditioning, scale: float | Tensor) -> None:
+        """uncond (one row) is that of the empty prompt or of a negative prompt; s = 1 does not evaluate it.
+
+        scale: s, or one a sample (B,).
         """
         self.model, self.uncond, self.scale = model, uncond, scale
         self.schedule = model.schedule
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
         """As of every score model."""
-        if self.scale == 1:
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            scale = scale[:, None, None, None]
+        elif scale == 1:
             return self.model.predict(x_t, t, conditioning)
 
         batch = Conditioning.cat([self.uncond.expand(len(conditioning)), conditioning])
         uncond, cond = self.model.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), batch).chunk(2)
-        return uncond.extrapolate(cond, self.scale)
+        return uncond.extrapolate(cond, scale)

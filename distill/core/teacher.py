@@ -18,6 +18,9 @@ from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
+from distill.runtime.precision import Precision
+
+GUIDANCE = "guidance"  # of a conditioning's extras: CFG scales (B,) for a network that takes them
 
 
 class Denoiser(nn.Module, ScoreModel):
@@ -56,8 +59,11 @@ class Denoiser(nn.Module, ScoreModel):
         return F.mse_loss(self.output(x_t, t, conditioning), target)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters that an optimizer updates."""
+        """The parameters that an optimizer updates, float32."""
         return list(self.network.parameters())
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, for less memory; no effect where it is not supported."""
 
     @contextmanager
     def adapter_enabled(self) -> Iterator[None]:
@@ -72,6 +78,16 @@ class Denoiser(nn.Module, ScoreModel):
     def with_lora(self, rank: int) -> "Denoiser":
         """The same frozen weights with a trainable LoRA."""
         raise UserError(f"{type(self).__name__} has no LoRA: use a critic of kind=copy")
+
+    def with_guidance_embedding(self, dim: int) -> "Denoiser":
+        """The same weights with the CFG scale as an input, without effect until it is trained.
+
+        The conditioning's `extras["guidance"]` (B,) is embedded as `dim` sines and cosines.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no input for a guidance scale: "
+            "set distill.student.guidance_embedding=null"
+        )
 
     def as_x0_predictor(self, t: int) -> "Denoiser":
         """The same weights reparameterised to predict x0, exactly so at time t."""
@@ -112,6 +128,14 @@ class Teacher(ScoreModel):
         """The device of its parts."""
 
     @property
+    def precision(self) -> Precision:
+        """The device and the dtype of its networks' weights; what is trained beside it is float32.
+
+        Images, latents, embeddings and predictions are float32 whatever that dtype is.
+        """
+        return Precision(self.device, torch.float32)
+
+    @property
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent at the native resolution."""
@@ -149,6 +173,13 @@ class Teacher(ScoreModel):
     def denoising_loss(self, latents: Tensor, noise: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """The loss that its denoiser was trained with (`Denoiser.denoising_loss`)."""
         return self.denoiser.denoising_loss(latents, noise, t, conditioning)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, for less memory (`Denoiser`)."""
+        self.denoiser.enable_gradient_checkpointing()
+
+    def compile_encoder(self) -> None:
+        """Apply torch.compile, in place, to the encoder of images, where there is one."""
 
     def trainable_copy(self) -> Denoiser:
         """A copy of its denoiser to train (`Denoiser.trainable_copy`)."""

@@ -76,45 +76,75 @@ def student_adapter_sampler(
     return Sampler("student, adapter", sample, len(student.timesteps), adapter)
 
 
+@dataclass(frozen=True)
+class ControlTest:
+    """Images of one condition, and a condition image (N, 1 or 3, H, W) uint8 for each of them."""
+
+    condition: str
+    data: CaptionedImages
+    condition_images: Tensor
+
+    def first(self, count: int) -> "ControlTest":
+        """At most that many of them."""
+        indices = range(min(count, len(self.data)))
+        return ControlTest(self.condition, self.data.select(indices), self.condition_images[: len(indices)])
+
+
+@dataclass(frozen=True)
+class ControlledModels:
+    """An adapter, the teacher it was trained on, and a student of that teacher where there is one."""
+
+    teacher: LatentDiffusionTeacher
+    adapter: ControlNetModel
+    student: Student | None = None
+
+    def samplers(self, condition_images: Tensor, options: ControlEvaluationOptions) -> dict[str, Sampler]:
+        """Teacher and student, each without and with the adapter."""
+        samplers = {
+            "teacher": teacher_sampler(self.teacher, options.steps, options.guidance),
+            "teacher, adapter": adapter_sampler(self.teacher, self.adapter, condition_images, options),
+        }
+        if self.student is not None:
+            sampler = student_adapter_sampler(self.student, self.adapter, condition_images, options)
+            samplers |= {"student": student_sampler("student", self.student), "student, adapter": sampler}
+        return samplers
+
+
+@dataclass(frozen=True)
+class ControlGraders:
+    """What grades samples: a probe, where the condition's figure needs one, and graders of the captions."""
+
+    probe: Probe | None
+    graders: Graders
+    labels: LabelOptions
+
+    def figures(self, test: ControlTest, samples: Tensor) -> dict[str, float]:
+        """Fidelity to the conditions and agreement with the captions of samples (N, 3, H, W).
+
+        Fidelities named `*_labelled` and the judge's accuracy are of the rows that `labels.exclude_if`
+        leaves.
+        """
+        indices = self.labels.labelled(test.data.rows)
+        rows = [test.data.rows[i] for i in indices]
+        figures = fidelity(test.condition, samples, test.condition_images, self.probe)
+        labelled = {f"{key}_labelled": values[indices] for key, values in figures.items()}
+        accuracy = self.graders.accuracy(samples[indices], rows, self.labels)
+        return {**means(figures | labelled), **accuracy}
+
+
 def evaluate_control(
-    teacher: LatentDiffusionTeacher,
-    student: Student | None,
-    adapter: ControlNetModel,
-    condition: str,
-    data: CaptionedImages,
-    condition_images: Tensor,
-    probe: Probe,
-    graders: Graders,
-    options: ControlEvaluationOptions,
-    labels: LabelOptions,
+    models: ControlledModels, test: ControlTest, graders: ControlGraders, options: ControlEvaluationOptions
 ) -> tuple[list[dict[str, Any]], list[Tensor]]:
     """Rows of figures, and images, of the truth and of teacher and student without and with the adapter.
 
-    All samplers start from the same noise. Fidelities named `*_labelled` and the judge's accuracy are of the
-    rows that `labels.exclude_if` leaves.
+    All samplers start from the same noise.
     """
-    count = min(options.samples, len(data))
-    data, condition_images = data.select(range(count)), condition_images[:count]
-    samplers = {
-        "teacher": teacher_sampler(teacher, options.steps, options.guidance),
-        "teacher, adapter": adapter_sampler(teacher, adapter, condition_images, options),
-    }
-    if student is not None:
-        samplers["student"] = student_sampler("student", student)
-        samplers["student, adapter"] = student_adapter_sampler(student, adapter, condition_images, options)
-
-    images = {"true images": data.composite(slice(None))}
-    for name, sampler in samplers.items():
-        images[name] = generate(teacher, data.texts, sampler, options.batch, options.seed).images
-
-    indices = labels.labelled(data.rows)
-    labelled_rows = [data.rows[i] for i in indices]
-    rows = []
-    for name, samples in images.items():
-        figures = fidelity(condition, samples, condition_images, probe)
-        labelled = {f"{key}_labelled": values[indices] for key, values in figures.items()}
-        accuracy = graders.accuracy(samples[indices], labelled_rows, labels)
-        rows.append({"generator": name, **means(figures | labelled), **accuracy})
+    test = test.first(options.samples)
+    images = {"true images": test.data.composite(slice(None))}
+    for name, sampler in models.samplers(test.condition_images, options).items():
+        samples = generate(models.teacher, test.data.texts, sampler, options.batch, options.seed)
+        images[name] = samples.images
+    rows = [{"generator": name, **graders.figures(test, samples)} for name, samples in images.items()]
     return rows, list(images.values())
 
 

@@ -11,8 +11,28 @@ from torch import Tensor, nn
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction
-from distill.core.teacher import Denoiser, Teacher
+from distill.core.teacher import GUIDANCE, Denoiser, Teacher
 from distill.runtime.errors import UserError
+
+SIGMA_DATA = 0.5  # standard deviation of the data in the boundary scalings, as in LCMScheduler
+
+
+@dataclass(frozen=True)
+class GuidanceEmbedding:
+    """The CFG scale as an input: sines and cosines of it are projected into the time embedding.
+
+    LCM, arXiv:2310.04378, section 4.2; diffusers' `time_cond_proj_dim`.
+    """
+
+    dim: int = 256  # the number of sines and cosines
+    guidance: float = 8.0  # the scale that it samples with where no other is given
+
+    def __post_init__(self) -> None:
+        if self.dim < 4 or self.dim % 2 or self.guidance < 1:
+            raise UserError(
+                f"a guidance embedding of {self.dim} numbers that samples at {self.guidance}: "
+                "an even dim of at least 4 and a guidance of at least 1 are needed"
+            )
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,12 @@ class StudentOptions:
     sigma_max: float | None = 2.5
     steps: int = 1  # the further timesteps lie at equal distances below the first
     parameterisation: Literal["teacher", "sample"] = "teacher"  # sample: the output is x0
+    # the timesteps are chosen from so many at equal distances, which also allows any lower number of steps
+    # (LCM: 50, diffusers' original_inference_steps)
+    grid: int | None = None
+    # x0 becomes c_skip x_t + c_out x0, which is x_t at t = 0 (`boundary_scalings`; LCM: 10); null: x0 itself
+    timestep_scaling: float | None = None
+    guidance_embedding: GuidanceEmbedding | None = None  # the CFG scale as an input of the network (LCM)
 
     def __post_init__(self) -> None:
         if self.steps < 1 or (self.sigma_max is not None and self.sigma_max <= 0):
@@ -31,6 +57,10 @@ class StudentOptions:
                 f"a student of {self.steps} steps from sigma_max {self.sigma_max}: "
                 "at least 1 step and a sigma_max above 0 are needed"
             )
+        if self.grid is not None and self.grid < self.steps:
+            raise UserError(f"a grid of {self.grid} times has no {self.steps} steps: raise it or lower steps")
+        if self.timestep_scaling is not None and self.timestep_scaling <= 0:
+            raise UserError(f"timestep_scaling is {self.timestep_scaling}: expected null or a number above 0")
 
 
 def student_timesteps(schedule: NoiseSchedule, options: StudentOptions) -> tuple[int, ...]:
@@ -38,18 +68,32 @@ def student_timesteps(schedule: NoiseSchedule, options: StudentOptions) -> tuple
     last = schedule.num_train_timesteps - 1
     if options.sigma_max is not None:
         last = int(schedule.sigma_to_t(torch.tensor([options.sigma_max])))
-    if last + 1 < options.steps:
+    if last + 1 < max(options.steps, options.grid or 0):
         raise UserError(
             f"a student of {options.steps} steps cannot start at t = {last}: "
             "give a higher sigma_max or fewer steps"
         )
-    return spaced_timesteps(last + 1, options.steps)
+    return spaced_timesteps(last + 1, options.steps, options.grid)
 
 
-def spaced_timesteps(levels: int, steps: int) -> tuple[int, ...]:
-    """`steps` times at equal distances below `levels`, falling, as diffusers' LCMScheduler spaces them."""
-    distance = levels // steps
-    return tuple(distance * k - 1 for k in range(steps, 0, -1))
+def spaced_timesteps(levels: int, steps: int, grid: int | None = None) -> tuple[int, ...]:
+    """`steps` times, falling, of `grid` (by default as many) at equal distances below `levels`.
+
+    As diffusers' LCMScheduler spaces them, whose original_inference_steps is `grid`.
+    """
+    count = steps if grid is None else grid
+    distance = levels // count
+    return tuple(distance * (count - index * count // steps) - 1 for index in range(steps))
+
+
+def boundary_scalings(t: Tensor, timestep_scaling: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out (B, 1, 1, 1) at times (B,): 1 and 0 at t = 0, near 0 and 1 above.
+
+    Of consistency models (Song et al. 2023, arXiv:2303.01469, eq. 5), as LCMScheduler computes them.
+    """
+    scaled = (timestep_scaling * t.float())[:, None, None, None]
+    total = scaled.square() + SIGMA_DATA**2
+    return SIGMA_DATA**2 / total, scaled / total.sqrt()
 
 
 def rounding_error(
@@ -88,9 +132,21 @@ def describe_timestep(
 class Student(nn.Module):
     """A denoiser with the timesteps it is evaluated at. Initialised equal to the teacher."""
 
-    def __init__(self, denoiser: Denoiser, timesteps: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        timesteps: tuple[int, ...],
+        grid: int | None = None,
+        timestep_scaling: float | None = None,
+        guidance: float | None = None,
+    ) -> None:
+        """grid, timestep_scaling: as of `StudentOptions`.
+
+        guidance: the CFG scale that it samples with, where that is an input of its network.
+        """
         super().__init__()
         self.denoiser, self.timesteps = denoiser, timesteps
+        self.grid, self.timestep_scaling, self.guidance = grid, timestep_scaling, guidance
 
     @staticmethod
     def from_teacher(teacher: Teacher, options: StudentOptions) -> "Student":
@@ -98,7 +154,16 @@ class Student(nn.Module):
         denoiser, timesteps = teacher.trainable_copy(), student_timesteps(teacher.schedule, options)
         if options.parameterisation == "sample":
             denoiser = denoiser.as_x0_predictor(timesteps[0])
-        return Student(denoiser, timesteps)
+        embedding = options.guidance_embedding
+        if embedding is not None:
+            denoiser = denoiser.with_guidance_embedding(embedding.dim)
+        guidance = None if embedding is None else embedding.guidance
+        return Student(denoiser, timesteps, options.grid, options.timestep_scaling, guidance)
+
+    def with_denoiser(self, denoiser: Denoiser, guidance: float | None = None) -> "Student":
+        """The same student with another denoiser, and with another CFG scale where that is an input."""
+        scale = self.guidance if guidance is None or self.guidance is None else guidance
+        return Student(denoiser, self.timesteps, self.grid, self.timestep_scaling, scale)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -106,8 +171,18 @@ class Student(nn.Module):
         return self.denoiser.schedule
 
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
-        """Differentiable prediction at integer times (B,); conversions are computed in float32."""
-        return self.denoiser.predict(x_t, t, conditioning)
+        """Differentiable prediction at integer times (B,); conversions are computed in float32.
+
+        A guidance scale that is an input is `extras["guidance"]` (B,) of the conditioning, else its own.
+        """
+        if self.guidance is not None and GUIDANCE not in conditioning.extras:
+            scales = torch.full((len(x_t),), self.guidance, device=x_t.device)
+            conditioning = conditioning.with_extras(**{GUIDANCE: scales})
+        prediction = self.denoiser.predict(x_t, t, conditioning)
+        if self.timestep_scaling is None:
+            return prediction
+        c_skip, c_out = boundary_scalings(t, self.timestep_scaling)
+        return prediction.with_x0(c_skip * x_t + c_out * prediction.x0)
 
     def predict_x0(self, x_t: Tensor, index: int, conditioning: Conditioning) -> Tensor:
         """x0 (B, C, h, w) of its input at its `index`-th timestep."""

@@ -8,15 +8,21 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
-from distill.core.teacher import Denoiser
+from distill.core.teacher import GUIDANCE, Denoiser
 from distill.runtime.errors import UserError
 
 LORA = "critic"  # the adapter's name inside peft
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+
+
+def guidance_features(scale: Tensor, dim: int) -> Tensor:
+    """Sines and cosines (B, dim) of 1000 (s - 1) for CFG scales s (B,), as diffusers' LCM pipelines."""
+    return get_timestep_embedding(1000 * (scale.float() - 1), dim)
 
 
 class _Reached(Exception):
@@ -25,7 +31,10 @@ class _Reached(Exception):
 
 @final
 class UNetDenoiser(Denoiser):
-    """A U-Net in its own dtype; inputs are cast to it and outputs come back as float32."""
+    """A U-Net in its own dtype; inputs are cast to it and outputs come back as float32.
+
+    A copy or a LoRA to train has float32 weights, whatever the dtype of the frozen ones.
+    """
 
     def __init__(
         self, network: Any, schedule: NoiseSchedule, prediction_type: PredictionType, lora: bool = False
@@ -39,7 +48,11 @@ class UNetDenoiser(Denoiser):
     def output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """As of every denoiser; the embedding (B, L, D) is what the cross-attention reads."""
         dtype = self.network.dtype
-        sample = self.network(x_t.to(dtype), t, encoder_hidden_states=conditioning.embedding.to(dtype)).sample
+        inputs = {"encoder_hidden_states": conditioning.embedding.to(dtype)}
+        dim = self.network.config.time_cond_proj_dim if GUIDANCE in conditioning.extras else None
+        if dim is not None:
+            inputs["timestep_cond"] = guidance_features(conditioning.extras[GUIDANCE], dim).to(dtype)
+        sample = self.network(x_t.to(dtype), t, **inputs).sample
         return sample.to(torch.promote_types(sample.dtype, torch.float32))
 
     @property
@@ -74,12 +87,19 @@ class UNetDenoiser(Denoiser):
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
         self.network.add_adapter(config, adapter_name=LORA)
         self.network.disable_adapters()
-        return UNetDenoiser(self.network, self.schedule, self.prediction_type, lora=True)
+        denoiser = UNetDenoiser(self.network, self.schedule, self.prediction_type, lora=True)
+        for parameter in denoiser.trainable_parameters():
+            parameter.data = parameter.data.float()  # peft has cast it to the dtype of the frozen weights
+        return denoiser
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Those of the LoRA where there is one, else all."""
         named = self.network.named_parameters()
         return [value for name, value in named if not self.lora or f".{LORA}." in name]
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As of every denoiser."""
+        self.network.enable_gradient_checkpointing()
 
     @contextmanager
     def adapter_enabled(self) -> Iterator[None]:
@@ -92,6 +112,17 @@ class UNetDenoiser(Denoiser):
             yield
         finally:
             self.network.disable_adapters()
+
+    def with_guidance_embedding(self, dim: int) -> "UNetDenoiser":
+        """As of every denoiser; the new layer is zero at first, as LCM initialises it (section 4.2)."""
+        embedding = self.network.time_embedding
+        width = embedding.linear_1.in_features
+        embedding.cond_proj = nn.utils.skip_init(
+            nn.Linear, dim, width, bias=False, device=self.network.device
+        )
+        nn.init.zeros_(embedding.cond_proj.weight)
+        self.network.register_to_config(time_cond_proj_dim=dim)
+        return self
 
     @torch.no_grad()
     def as_x0_predictor(self, t: int) -> "UNetDenoiser":

@@ -4,18 +4,22 @@ latents.
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from distill.core.conditioning import Conditioning
 from distill.core.score import Guided
-from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
+from distill.core.teacher import GUIDANCE
+from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, MicroBatch, Outcome
 from distill.one_step.methods.trajectories import ddim_step, grid_times
 from distill.one_step.student import Student
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload, upload_all
 
 
 @dataclass(frozen=True)
@@ -24,24 +28,43 @@ class ConsistencyOptions(MethodOptions):
     pseudo-Huber distance.
     """
 
-    grid: int = 25
+    grid: int = 25  # times at equal distances, one of the teacher's steps apart (LCM: 50, which skips k = 20)
     guidance: float = 2.0
+    # of a scale for each sample, uniform, in place of `guidance`: needs distill.student.guidance_embedding
+    # (LCM's paper: [3, 15], which it writes w + 1)
+    guidance_range: tuple[float, float] | None = None
     ema: float = 0.95
     huber: float = 0.03
+    # the distance of each element alone, of whose mean `huber` is the constant (LCM: 0.001); else of a whole
+    # sample, whose constant grows with the root of its size
+    elementwise: bool = False
 
     def __post_init__(self) -> None:
         if self.grid < 2 or not 0 <= self.ema < 1 or self.huber <= 0:
             raise UserError(
                 "consistency needs a grid of at least 2 times, ema in [0, 1) and a positive huber"
             )
+        if self.guidance_range is not None and not 1 <= self.guidance_range[0] < self.guidance_range[1]:
+            raise UserError(f"guidance_range is {self.guidance_range}: expected two rising scales from 1 on")
 
     def build(self, context: MethodContext) -> "Consistency":
-        """As of every method."""
+        """As of every method. Raises `UserError` where the student cannot be trained so."""
+        student = context.student
+        if self.guidance_range is not None and student.guidance is None:
+            raise UserError(
+                "method.guidance_range needs a student that takes the scale as an input: "
+                "give distill.student.guidance_embedding={}"
+            )
+        if student.grid not in (None, self.grid):
+            raise UserError(
+                f"distill.student.grid is {student.grid} and method.grid {self.grid}: "
+                "a student samples at the times it was trained at, give the same"
+            )
         return Consistency(context, self)
 
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "ConsistencyOptions":
         """As of every method."""
-        return replace(self, guidance=1.0)
+        return replace(self, guidance=1.0, guidance_range=None)
 
 
 @final
@@ -49,7 +72,7 @@ class Consistency(Method):
     """The student's predictions at two neighbouring points of the guided teacher's trajectory must agree."""
 
     def __init__(self, context: MethodContext, options: ConsistencyOptions) -> None:
-        self.teacher, self.options = context.teacher, options
+        self.teacher, self.student, self.options = context.teacher, context.student, options
         self.target = copy.deepcopy(context.student).requires_grad_(False)
 
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
@@ -58,20 +81,42 @@ class Consistency(Method):
         """
         grid = grid_times(student.timesteps[0], self.options.grid)
         index = torch.randint(1, len(grid), (len(batch.real),), generator=generator)
-        t, s = grid[index].to(batch.real.device), grid[index - 1].to(batch.real.device)
+        t, s = upload_all([grid[index], grid[index - 1]], batch.real.device)
         x_t = student.schedule.add_noise(batch.real, batch.noise, t)
+        scale, conditioning = self._guidance(batch, generator)
 
         with torch.no_grad():
-            _update_ema(self.target, student, self.options.ema)
-            guided = Guided(self.teacher, batch.uncond, self.options.guidance)
+            guided = Guided(self.teacher, batch.uncond, scale)
             x_s = ddim_step(guided, guided.predict(x_t, t, batch.conditioning), s)
-            x0 = self.target.predict(x_s, s.clamp_min(0), batch.conditioning).x0
+            x0 = self.target.predict(x_s, s.clamp_min(0), conditioning).x0
             target = torch.where((s < 0)[:, None, None, None], x_s, x0)
 
-        error = student.predict(x_t, t, batch.conditioning).x0 - target
-        c = self.options.huber * math.sqrt(target[0].numel())
-        loss = ((error.square().sum((1, 2, 3)) + c**2).sqrt() - c).mean()
+        loss = self._distance(student.predict(x_t, t, conditioning).x0 - target)
         return Outcome(loss, None, {"consistency": loss.detach()})
+
+    def _guidance(self, batch: Batch, generator: torch.Generator) -> tuple[float | Tensor, Conditioning]:
+        """The teacher's scale, or one a sample (B,), and the student's conditioning, which holds it."""
+        if self.options.guidance_range is None:
+            return self.options.guidance, batch.conditioning
+        low, high = self.options.guidance_range
+        scales = low + (high - low) * torch.rand(len(batch.real), generator=generator)
+        scales = upload(scales, batch.real.device)
+        return scales, batch.conditioning.with_extras(**{GUIDANCE: scales})
+
+    def _distance(self, error: Tensor) -> Tensor:
+        """Mean pseudo-Huber distance of errors (B, C, h, w)."""
+        huber = self.options.huber
+        if self.options.elementwise:
+            return ((error.square() + huber**2).sqrt() - huber).mean()
+        c = huber * math.sqrt(error[0].numel())
+        return ((error.square().sum((1, 2, 3)) + c**2).sqrt() - c).mean()
+
+    def update_critic(
+        self, micro_batches: Sequence[MicroBatch], progress: float, updates: int | None = None
+    ) -> dict[str, Tensor]:
+        """The target network follows the student, once a cycle (LCM, algorithm 1)."""
+        _update_ema(self.target, self.student, self.options.ema)
+        return {}
 
     def state(self) -> dict[str, Stateful]:
         """The target network."""
@@ -79,7 +124,8 @@ class Consistency(Method):
 
     def cost(self, progress: float) -> float:
         """As of every method: student forward and backward, target once, teacher once or guided."""
-        return 4 + (1 if self.options.guidance == 1 else 2)
+        guided = self.options.guidance_range is not None or self.options.guidance != 1
+        return 4 + (2 if guided else 1)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from distill.one_step.methods.trajectories import ddim_step, ddim_target, grid_t
 from distill.one_step.student import Student
 from distill.runtime.checkpoint import Stateful, TensorState
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Progressive(Method):
         steps = self.options.start >> (stage + 1)  # the student's at this stage
         grid = grid_times(student.timesteps[0], 2 * steps)
         index = 2 * torch.randint(1, steps + 1, (len(batch.real),), generator=generator)
-        t, middle, end = (grid[index - k].to(batch.real.device) for k in range(3))
+        t, middle, end = upload_all([grid[index - k] for k in range(3)], batch.real.device)
         x_t = student.schedule.add_noise(batch.real, batch.noise, t)
 
         with torch.no_grad():
@@ -76,7 +77,8 @@ class Progressive(Method):
         weight = (alpha / sigma).square().clamp_min(1.0)
         error = (student.predict(x_t, t, batch.conditioning).x0 - target).square() * weight
         loss = error.sum((1, 2, 3)).mean() / 2
-        return Outcome(loss, None, {"progressive": loss.detach(), "steps": torch.tensor(float(steps))})
+        metrics = {"progressive": loss.detach(), "steps": torch.full_like(loss.detach(), steps)}
+        return Outcome(loss, None, metrics)
 
     def state(self) -> dict[str, Stateful]:
         """The stage's teacher, and which stage it is."""
