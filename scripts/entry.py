@@ -272,12 +272,13 @@ def entry(
     chosen, scripts = chosen_groups(config_name), lineage(name)
 
     def run(config: DictConfig) -> None:
+        options = None
         try:
             options = build(cls, _values(config))
             _announce(options)
             main(options)
         except Exception as error:  # within hydra, which would print a traceback
-            mistake = error if isinstance(error, UserError) else allocation_error(error)
+            mistake = error if isinstance(error, UserError) else allocation_error(error, options)
             if mistake is None:
                 raise
             _exit(mistake)

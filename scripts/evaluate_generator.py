@@ -14,7 +14,7 @@ from distill.evaluation.graders import load_graders
 from distill.evaluation.labels import LabelOptions
 from distill.one_step.folder import load_student
 from distill.runtime.config import as_mapping
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
 QUERY = ("data", "judge", "clip", "features", "limit", "labels", "evaluation")  # what a row depends on
@@ -34,19 +34,22 @@ class Config:
     data: str = "outputs/shapes64"  # a captioned folder, whose test split is used
     output: str = "outputs/evaluate_generator"
     limit: int | None = None  # test images used; null: all
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
     labels: LabelOptions = field(default_factory=LabelOptions)
     evaluation: GeneratorEvaluationOptions = field(default_factory=GeneratorEvaluationOptions)
 
 
 def main(config: Config) -> None:
-    teacher = load_teacher(config.teacher, pick_device(config.device))
-    samplers = [student_sampler(name, load_student(name, teacher.device)[0]) for name in config.students]
+    precision = pick_precision(config.device, config.precision)
+    device, dtype = precision.device, precision.dtype
+    teacher = load_teacher(config.teacher, device, dtype)
+    samplers = [student_sampler(name, load_student(name, device, dtype)[0]) for name in config.students]
     samplers += [
         teacher_sampler(teacher, steps, scale) for steps in config.steps for scale in config.guidance
     ]
     data = load_split(config.data, "test", teacher.resolution, config.limit)
-    graders = load_graders(config.teacher, config.judge, config.clip, config.features)
+    graders = load_graders(config.teacher, config.judge, config.clip, config.features, device)
     query = {name: as_mapping(config)[name] for name in QUERY}
     real = reference(data, graders, config.labels)
     for row in cached_rows(samplers, teacher, real, config.evaluation, query, config.output):

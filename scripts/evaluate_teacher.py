@@ -17,6 +17,7 @@ from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher, require_latent
 
 
@@ -31,13 +32,16 @@ class Config:
     data: str = "outputs/shapes64"  # a captioned folder, whose test split is used
     output: str = "outputs/evaluation"
     limit: int | None = None  # test images used; null: all
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
     labels: LabelOptions = field(default_factory=LabelOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
 def main(config: Config) -> None:
-    teacher = require_latent(load_teacher(config.teacher))
-    graders = load_graders(config.teacher, config.judge, config.clip, config.features)
+    precision = pick_precision(config.device, config.precision)
+    teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
+    graders = load_graders(config.teacher, config.judge, config.clip, config.features, precision.device)
     data = load_split(config.data, "test", teacher.resolution, config.limit)
     metrics, samples = evaluate_teacher(teacher, graders, data, config.evaluation, config.labels)
     folder = Path(config.output)

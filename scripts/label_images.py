@@ -13,7 +13,7 @@ from distill.data.images import image_files, load_image
 from distill.evaluation.clip import load_clip_scorer
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher, require_latent
 
 
@@ -26,11 +26,13 @@ class Config:
     folder: str
     captions: tuple[str, ...]  # the labels, as captions; or arguments without a name
     output: str = "outputs/labels.json"
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
 
 
 def main(config: Config) -> None:
-    teacher = require_latent(load_teacher(config.teacher, pick_device(config.device)))
+    precision = pick_precision(config.device, config.precision)
+    teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
     for caption in config.captions:
         teacher.check_prompt(caption)
     clip = load_clip_scorer(config.teacher, config.clip, teacher.device)

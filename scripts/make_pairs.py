@@ -9,7 +9,7 @@ from entry import entry
 
 from distill.data.folders import read_rows
 from distill.one_step.regression import PairOptions, make_pairs
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
 
@@ -20,12 +20,14 @@ class Config:
     teacher: str = "shapes64"
     data: str = "outputs/shapes64"  # whose training captions are used
     output: str = "outputs/pairs"
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
     pairs: PairOptions = field(default_factory=PairOptions)
 
 
 def main(config: Config) -> None:
-    teacher = load_teacher(config.teacher, pick_device(config.device))
+    precision = pick_precision(config.device, config.precision)
+    teacher = load_teacher(config.teacher, precision.device, precision.dtype)
     captions = [row["text"] for row in read_rows(f"{config.data}/train")]
     folder = make_pairs(teacher, captions[: config.pairs.count], config.output, config.pairs)
     print(f"written: {folder}: {config.pairs.count} pairs")

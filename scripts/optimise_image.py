@@ -14,7 +14,7 @@ from distill.apps.optimise_image import OptimiseImageOptions, run_optimise_image
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher
 
@@ -34,7 +34,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    teacher = load_teacher(config.teacher, pick_device(config.run.device))
+    precision = pick_precision(config.run.device, config.run.precision)
+    teacher = load_teacher(config.teacher, precision.device, precision.dtype)
     run = Run(config.run, as_mapping(config), config.optimise_image.prompt)
     result = run_optimise_image(run, teacher, config.objective, config.optimise_image)
     print(f"written: {result.parent}: images.png, optimisation.mp4, result.json")

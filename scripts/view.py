@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from entry import entry
 
+from distill.runtime.precision import PrecisionName, pick_precision
 from sds3d.viewer import Viewer, ViewerOptions
 
 
@@ -16,12 +17,14 @@ class Config:
     """The scene that a run saved last (run.checkpoint_every)."""
 
     run_directory: str  # of a text_to_3d run, finished or not
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
+    precision: PrecisionName = "auto"  # of the teacher; auto: bfloat16 on CUDA, float32 on a CPU
     viewer: ViewerOptions = field(default_factory=ViewerOptions)
 
 
 def main(config: Config) -> None:
-    viewer = Viewer(config.run_directory, config.viewer, config.device)
+    precision = pick_precision(config.device, config.precision)
+    viewer = Viewer(config.run_directory, config.viewer, precision)
     print(f"open http://{config.viewer.host}:{viewer.server.get_port()} (Ctrl-C to stop)", flush=True)
     viewer.serve()
 

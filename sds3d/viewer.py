@@ -20,12 +20,14 @@ from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.images import to_bytes
+from distill.runtime.precision import Precision
 from distill.teacher.load import load_teacher
 from sds3d.evaluation.benchmark import has_truth, truth_of
 from sds3d.export.export import scene_of_run
 from sds3d.export.files import load_mesh
 from sds3d.export.turntable import GREY, render_views
 from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
+from sds3d.scene.protocol import Scene3D
 from sds3d.text_to_3d.prompts import view_of, view_prompt
 
 SCENE = "scene"
@@ -84,18 +86,21 @@ class Viewport:
 class Viewer:
     """A server for a run's directory. `update` handles pending work, `serve` does so until interrupted."""
 
-    def __init__(self, directory: Path | str, options: ViewerOptions, device: str = "auto") -> None:
-        """Raises `UserError` for a directory without a scene, and where viser is not installed."""
+    def __init__(self, directory: Path | str, options: ViewerOptions, precision: Precision) -> None:
+        """The scene is rendered on the precision's device, the teacher has weights of its dtype.
+
+        Raises `UserError` for a directory without a scene, and where viser is not installed.
+        """
         try:
             import viser
         except ImportError:
             raise UserError('viser is not installed: pip install -e ".[viewer]"') from None
-        self.directory, self.options, self.device = Path(directory), options, device
+        self.directory, self.options, self.precision = Path(directory), options, precision
         if not (self.directory / "config.json").is_file():
             raise UserError(f"{directory} holds no config.json: give the directory of a text_to_3d run")
         self.config = read_json(self.directory / "config.json")
         self.prompt = self.config["text_to_3d"]["prompt"]
-        self.scene, self.version = scene_of_run(self.directory, device), self._newest_version()
+        self.scene, self.version = self._load_scene(), self._newest_version()
         self.teacher: Teacher | None = None
         self.query: Viewport | None = None  # for which a prediction was requested
         self.frames: dict[int, tuple[Any, int]] = {}  # by client: state and resolution of its image
@@ -109,6 +114,9 @@ class Viewer:
         self._add_controls()
         self._add_meshes()
         self._add_frustums()
+
+    def _load_scene(self) -> Scene3D:
+        return scene_of_run(self.directory, str(self.precision.device))
 
     def _newest_version(self) -> tuple[str, float]:
         """Name and time of the finished scene, else of the newest checkpoint."""
@@ -178,7 +186,7 @@ class Viewer:
         if time.monotonic() - self.last_poll > self.options.poll:
             self.last_poll = time.monotonic()
             if (version := self._newest_version()) != self.version:
-                self.scene, self.version = scene_of_run(self.directory, self.device), version
+                self.scene, self.version = self._load_scene(), version
                 self._add_meshes()
                 self._update_status()
 
@@ -217,7 +225,8 @@ class Viewer:
     def predict_view(self, viewport: Viewport) -> np.ndarray:
         """A render as in training and, beside it, the guided x0 of its noisy latents: (R, 2 R, 3)."""
         if self.teacher is None:
-            self.teacher = load_teacher(self.config["teacher"], self.scene.device)
+            device, dtype = self.precision.device, self.precision.dtype
+            self.teacher = load_teacher(self.config["teacher"], device, dtype)
         teacher, options = self.teacher, self.config["text_to_3d"]
         camera = viewport.camera(teacher.resolution, float(np.deg2rad(np.mean(options["camera"]["fovy"]))))
         render = render_views(self.scene, camera, GREY).rgb.to(teacher.device)

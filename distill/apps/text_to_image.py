@@ -181,7 +181,7 @@ def rank_by_clip(teacher: Teacher, images: Tensor, options: TextToImageOptions) 
 
     Raises `UserError` for a teacher without a CLIP of its own.
     """
-    clip = load_clip_scorer(teacher.name_or_path)
+    clip = load_clip_scorer(teacher.name_or_path, device=teacher.device)
     if clip is None:
         raise UserError(f"{teacher.name_or_path} has no CLIP to rank with: set candidates=1")
     text = clip.text_features(options.prompts)

@@ -53,7 +53,9 @@ class ClipScorer:
 def load_clip_scorer(
     teacher: str, clip: str | None = None, device: torch.device | str = "cpu"
 ) -> ClipScorer | None:
-    """The CLIP named by `clip`, else the one in the teacher's own folder; None where there is neither.
+    """The CLIP named by `clip`, else the one in the teacher's own folder, float32 on `device`.
+
+    None where there is neither.
 
     teacher: a shipped name or a folder; clip: the same, or a folder or hub id of a transformers CLIP model.
     Raises `UserError` where `clip` is given and holds no CLIP.
@@ -61,8 +63,7 @@ def load_clip_scorer(
     folder = resolve("teacher", clip or teacher)
     if (folder / CLIP / "config.json").is_file():
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        own: Any = load_clip(folder)
-        return ClipScorer(own.to(device), tokenizer)
+        return ClipScorer(load_clip(folder, device), tokenizer)
     if clip is None:
         return None
 

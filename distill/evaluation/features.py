@@ -20,22 +20,22 @@ Extractor = Callable[[Tensor], Tensor]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def extractor(name: str) -> Extractor:
-    """Images (N, 3, H, W) in [0, 1] to features (N, D) on the CPU.
+def extractor(name: str, device: torch.device | str = "cpu") -> Extractor:
+    """Images (N, 3, H, W) in [0, 1] to features (N, D) on the CPU, computed in float32 on `device`.
 
     name: a judge; a teacher trained here, for its CLIP; a TorchScript file of Inception (StyleGAN's
     metrics, called with return_features=True on uint8 images); or a folder or hub id of a transformers
     image model (DINOv2, CLIP, ViT). Raises `UserError` for anything else.
     """
     if name in SHIPPED["judge"] or (Path(name) / "judge.json").is_file():
-        return judge_extractor(load_judge(name))
+        return judge_extractor(load_judge(name, device))
     path = resolve("teacher", name)
     if (path / CLIP / "config.json").is_file():
-        clip = load_clip(path)
-        return _in_batches(lambda images: image_features(clip, images))
+        clip = load_clip(path, device)
+        return _in_batches(lambda images: image_features(clip, images), device)
     if path.suffix in (".pt", ".ts", ".torchscript"):
-        return _torchscript(path)
-    return _transformers(name)
+        return _torchscript(path, device)
+    return _transformers(name, device)
 
 
 def judge_extractor(judge: Judge) -> Extractor:
@@ -43,30 +43,34 @@ def judge_extractor(judge: Judge) -> Extractor:
     return lambda images: judge_features(judge, images)
 
 
-def _in_batches(model: Extractor, size: int = 64) -> Extractor:
+def _in_batches(model: Extractor, device: torch.device | str, size: int = 64) -> Extractor:
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:
-        return torch.cat([model(part).float().cpu() for part in images.split(size)])
+        return torch.cat([model(part.to(device)).float().cpu() for part in images.split(size)])
 
     return extract
 
 
-def _torchscript(path: Path) -> Extractor:
+def _torchscript(path: Path, device: torch.device | str) -> Extractor:
     try:
-        network = torch.jit.load(str(path), map_location="cpu").eval()
+        network = torch.jit.load(str(path), map_location=torch.device(device)).eval()
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path} cannot be loaded as TorchScript ({str(error).splitlines()[0]})") from None
-    return _in_batches(lambda images: network((images * 255).round().to(torch.uint8), return_features=True))
+
+    def features(images: Tensor) -> Tensor:
+        return network((images * 255).round().to(torch.uint8), return_features=True)
+
+    return _in_batches(features, device)
 
 
-def _transformers(name: str) -> Extractor:
+def _transformers(name: str, device: torch.device | str) -> Extractor:
     expected = (
         f"{names('judge')}, a teacher, a TorchScript file of Inception or an image model of transformers"
     )
     loaded: Any = load_pretrained(name, expected)
-    model = getattr(loaded, "vision_model", loaded)
+    model = getattr(loaded, "vision_model", loaded).to(device)
     preprocess = pixel_preprocessing(name, model.config.image_size)
-    return _in_batches(lambda images: model(pixel_values=preprocess(images)).pooler_output)
+    return _in_batches(lambda images: model(pixel_values=preprocess(images)).pooler_output, device)
 
 
 def load_pretrained(name: str, expected: str) -> PreTrainedModel:

@@ -8,7 +8,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from distill.control.conditions import edges, scribbles
-from distill.evaluation.probe import Probe
+from distill.evaluation.probe import Probe, predict_geometry
+
+LINES, GEOMETRY = ("edges", "scribble"), ("silhouette", "depth", "normals")  # conditions with a figure
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
@@ -39,23 +41,26 @@ def line_f1(prediction: Tensor, target: Tensor, tolerance: int = 1) -> Tensor:
     return 2 * precision * recall / (precision + recall).clamp_min(1e-9)
 
 
-@torch.no_grad()
-def fidelity(condition: str, samples: Tensor, condition_images: Tensor, probe: Probe) -> dict[str, Tensor]:
+def has_figures(condition: str, probe: Probe | None) -> bool:
+    """Whether `fidelity` has a figure of a condition."""
+    return condition in LINES or (condition in GEOMETRY and probe is not None)
+
+
+def fidelity(
+    condition: str, samples: Tensor, condition_images: Tensor, probe: Probe | None
+) -> dict[str, Tensor]:
     """Figures (B,) of samples (B, 3, H, W) in [0, 1] against their condition images, uint8.
 
     silhouette and normals: `silhouette_iou`; depth: that and `depth_correlation`, where both sample and
-    condition have an object; edges and scribble: `line_f1`. Other conditions have no figure.
+    condition have an object; edges and scribble: `line_f1`. Other conditions have no figure, and without a
+    probe only lines have one.
     """
-    if condition in ("edges", "scribble"):
+    if condition in LINES:
         extract, tolerance = (edges, 1) if condition == "edges" else (scribbles, 2)
         return {"line_f1": line_f1(extract(samples) > 0, condition_images[:, :1] > 0, tolerance)}
-    if condition not in ("silhouette", "depth", "normals"):
+    if condition not in GEOMETRY or probe is None:
         return {}
-    parts = [probe(part) for part in samples.split(128)]
-    silhouette, depth = (
-        torch.cat([logits for logits, _ in parts]) > 0,
-        torch.cat([depth for _, depth in parts]),
-    )
+    silhouette, depth = predict_geometry(probe, samples)
     target = condition_images.amax(1, keepdim=True) > (127 if condition == "silhouette" else 0)
     figures = {"silhouette_iou": mask_iou(silhouette, target)}
     if condition == "depth":

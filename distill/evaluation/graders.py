@@ -40,16 +40,20 @@ class Graders:
 
 
 def load_graders(
-    teacher: str, judge: str | None, clip: str | None = None, features: str | None = None
+    teacher: str,
+    judge: str | None,
+    clip: str | None = None,
+    features: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Graders:
-    """Graders by name, loaded. Without `features` they are the judge's, else CLIP's.
+    """Graders by name, loaded to `device` in float32. Without `features` they are the judge's, else CLIP's.
 
     teacher: whose own CLIP serves where `clip` is None. Raises `UserError` for a name that cannot be loaded.
     """
-    loaded = None if judge is None else load_judge(judge)
-    scorer = load_clip_scorer(teacher, clip)
+    loaded = None if judge is None else load_judge(judge, device)
+    scorer = load_clip_scorer(teacher, clip, device)
     if features is not None:
-        return Graders(loaded, scorer, extractor(features))
+        return Graders(loaded, scorer, extractor(features, device))
     if loaded is not None:
         return Graders(loaded, scorer, judge_extractor(loaded))
     return Graders(None, scorer, None if scorer is None else scorer.image_features)

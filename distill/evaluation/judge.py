@@ -66,10 +66,13 @@ class Block(nn.Sequential):
 class Judge(nn.Module):
     """A convolutional net with one linear head an attribute; `labels` name the logits."""
 
-    def __init__(self, labels: Mapping[str, Sequence[str]], options: JudgeOptions) -> None:
+    def __init__(
+        self, labels: Mapping[str, Sequence[str]], options: JudgeOptions, resolution: int = 64
+    ) -> None:
+        """resolution: side in pixels of the images that it is trained on."""
         super().__init__()
         self.labels = {name: tuple(values) for name, values in labels.items()}
-        self.options = options
+        self.options, self.resolution = options, resolution
         width = options.width
         self.trunk = nn.Sequential(
             Block(3, width // 2, kernel=5, stride=2),
@@ -165,7 +168,7 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
 
     Raises `UserError` for an attribute with fewer than two values.
     """
-    judge = Judge(collect_labels(data.rows, options), options).to(run.device)
+    judge = Judge(collect_labels(data.rows, options), options, data.images.shape[-1]).to(run.device)
     table = label_table(data.rows, judge.labels, options)
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -176,8 +179,11 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
     for step in run.steps():
         index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator)
-        loss = judge_loss(judge(images.to(run.device)), table[index].to(run.device), options.label_smoothing)
-        optimizer_step(optimizer, loss)
+        with run.precision.autocast():
+            logits = judge(images.to(run.device))
+        logits = {name: scores.float() for name, scores in logits.items()}
+        loss = judge_loss(logits, table[index].to(run.device), options.label_smoothing)
+        optimizer_step(optimizer, loss, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss.detach())
         if run.due(run.options.preview_every):
@@ -211,15 +217,16 @@ def save_judge(judge: Judge, folder: Path | str, metrics: Mapping[str, object]) 
         "format": FORMAT,
         "labels": judge.labels,
         "options": asdict(judge.options),
+        "resolution": judge.resolution,
         "metrics": dict(metrics),
     }
     write_json(Path(folder) / "judge.json", facts)
 
 
-def load_judge(folder: Path | str) -> Judge:
+def load_judge(folder: Path | str, device: torch.device | str = "cpu") -> Judge:
     """The judge in a folder, or a shipped one by name (`judge64`), float32, in evaluation mode, frozen.
 
-    Raises `UserError` where the folder holds none.
+    It is loaded to `device`. Raises `UserError` where the folder holds none.
     """
     folder = resolve("judge", folder)
     facts = read_json(folder / "judge.json")
@@ -229,8 +236,8 @@ def load_judge(folder: Path | str) -> Judge:
         saved = facts["options"]
         pairs = tuple((attribute, condition) for attribute, condition in saved["only_if"])
         options = JudgeOptions(**{**saved, "attributes": tuple(saved["attributes"]), "only_if": pairs})
-        judge = Judge(facts["labels"], options)
+        judge = Judge(facts["labels"], options, facts.get("resolution", 64))
         judge.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the judge in {folder} is damaged ({error}): train it again") from None
-    return judge.eval().requires_grad_(False)
+    return judge.to(device).eval().requires_grad_(False)

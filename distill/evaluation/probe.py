@@ -85,13 +85,23 @@ def train_probe(run: Run, data: CaptionedImages, near: Tensor, options: ProbeOpt
         images = color_jitter(blur_sharpen(images, run.generator), run.generator)
         images = add_noise(images, run.generator, 0.02).clamp(0, 1).to(run.device)
         mask = data.images[index, 3:].float().to(run.device) / 255
-        logits, depth = probe(images)
+        with run.precision.autocast():
+            logits, depth = (output.float() for output in probe(images))
         silhouette_loss = F.binary_cross_entropy_with_logits(logits, mask)
         depth_term = depth_loss(depth, near[index].float().to(run.device), mask)
-        optimizer_step(optimizer, silhouette_loss + 4 * depth_term)
+        optimizer_step(optimizer, silhouette_loss + 4 * depth_term, scaler=run.scaler)
         schedule.step()
         run.log(silhouette=silhouette_loss.detach(), depth=depth_term.detach())
     return probe.half().float().eval()
+
+
+@torch.no_grad()
+def predict_geometry(probe: Probe, images: Tensor, batch: int = 128) -> tuple[Tensor, Tensor]:
+    """Silhouettes (N, 1, H, W) bool and depth (N, 1, H, W) of images (N, 3, H, W) in [0, 1], on the CPU."""
+    device = next(probe.parameters()).device
+    parts = [probe(part.to(device)) for part in images.split(batch)]
+    silhouettes = torch.cat([logits.cpu() for logits, _ in parts]) > 0
+    return silhouettes, torch.cat([depth.cpu() for _, depth in parts])
 
 
 def _pair_mask(mask: Tensor, dim: int) -> Tensor:
@@ -129,10 +139,10 @@ def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> N
     )
 
 
-def load_probe(folder: Path | str) -> Probe:
+def load_probe(folder: Path | str, device: torch.device | str = "cpu") -> Probe:
     """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen.
 
-    Raises `UserError` where there is none.
+    It is loaded to `device`. Raises `UserError` where there is none.
     """
     path = resolve("probe", folder)
     facts = read_json(path / "probe.json") if (path / "probe.json").is_file() else None
@@ -140,4 +150,4 @@ def load_probe(folder: Path | str) -> Probe:
         raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")
     probe = Probe(ProbeOptions(**facts["options"]))
     probe.load_state_dict(load_file(path / "model.safetensors"))
-    return probe.eval().requires_grad_(False)
+    return probe.to(device).eval().requires_grad_(False)

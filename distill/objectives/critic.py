@@ -7,6 +7,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from distill.core.conditioning import Conditioning
 from distill.core.score import Prediction, ScoreModel
@@ -21,7 +22,8 @@ class Critic(ScoreModel):
     """A LoRA on a teacher's denoiser, or a copy of it. Starts equal to the teacher, which itself never
     changes.
 
-    A teacher carries one LoRA at a time: a new critic replaces the last one's.
+    A teacher carries one LoRA at a time: a new critic replaces the last one's. What is trained has float32
+    weights and computes in the teacher's precision.
     """
 
     def __init__(self, teacher: Teacher, options: CriticOptions, camera_dim: int = 0) -> None:
@@ -31,7 +33,7 @@ class Critic(ScoreModel):
         """
         if options.camera and not camera_dim:
             raise UserError("there are no cameras here: set objective.critic.camera=false")
-        self.options, self.schedule = options, teacher.schedule
+        self.options, self.schedule, self.precision = options, teacher.schedule, teacher.precision
         if options.kind == "lora":
             self.denoiser = teacher.denoiser.with_lora(options.rank)
         else:
@@ -41,7 +43,9 @@ class Critic(ScoreModel):
         if options.camera:
             self.camera_token = nn.Linear(camera_dim, self.denoiser.embedding_dim).to(teacher.device)
             nn.init.zeros_(self.camera_token.bias)
-        self.optimizer = torch.optim.AdamW(self.parameters(), lr=options.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
+        )
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
@@ -57,7 +61,7 @@ class Critic(ScoreModel):
                 "a critic with a camera needs the camera of each sample in its conditioning: "
                 "give it, or set objective.critic.camera=false"
             )
-        token = self.camera_token(conditioning.extras["camera"].to(conditioning.embedding))
+        token = self.camera_token(conditioning.extras["camera"].float()).float()
         if drop_camera is not None:
             token = torch.where(drop_camera[:, None], torch.zeros_like(token), token)
         return Conditioning(torch.cat([conditioning.embedding, token[:, None]], 1))
@@ -65,7 +69,7 @@ class Critic(ScoreModel):
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
         """As of every score model, without gradient."""
-        with self.denoiser.adapter_enabled():
+        with self.denoiser.adapter_enabled(), self.precision.autocast():
             return self.denoiser.predict(x_t, t, self._with_camera(conditioning))
 
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
@@ -77,17 +81,25 @@ class Critic(ScoreModel):
         times = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         drop_camera = torch.rand(len(clean), generator=generator) < self.options.camera_dropout
-        conditioning = self._with_camera(conditioning, drop_camera.to(clean.device))
-        return self.denoiser.denoising_loss(clean, noise, times.to(clean.device), conditioning)
+        with self.precision.autocast():
+            conditioning = self._with_camera(conditioning, drop_camera.to(clean.device))
+            return self.denoiser.denoising_loss(clean, noise, times.to(clean.device), conditioning)
 
-    def train_on(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last
-        loss.
+    def train_on(
+        self,
+        latents: Tensor,
+        conditioning: Conditioning,
+        generator: torch.Generator,
+        scaler: GradScaler | None = None,
+    ) -> Tensor:
+        """`updates` steps of denoising on latents (B, C, h, w), each at fresh times and noise; the last loss.
+
+        `scaler` is the run's, which float16 needs.
         """
         for _ in range(self.options.updates):
             with self.denoiser.adapter_enabled():
                 loss = self.loss(latents, conditioning, generator)
-                optimizer_step(self.optimizer, loss)
+                optimizer_step(self.optimizer, loss, self.options.max_norm, scaler)
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -166,15 +166,19 @@ class CriticOptions:
     kind: Literal["lora", "copy"] = "lora"
     rank: int = 8  # of the LoRA
     learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_norm: float | None = None  # to which the gradient is clipped; null: as it is
     updates: int = 1  # a step
     camera: bool = False
     camera_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.updates < 1 or self.learning_rate <= 0 or not 0 <= self.camera_dropout <= 1:
+        positive = self.learning_rate > 0 and (self.max_norm is None or self.max_norm > 0)
+        fractions = 0 <= self.camera_dropout <= 1 and 0 <= min(self.betas) <= max(self.betas) < 1
+        if self.rank < 1 or self.updates < 1 or not positive or not fractions:
             raise UserError(
-                "a critic needs rank and updates of at least 1, a positive learning_rate "
-                "and camera_dropout within [0, 1]"
+                "a critic needs rank and updates of at least 1, a positive learning_rate and max_norm, "
+                "betas within [0, 1) and camera_dropout within [0, 1]"
             )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 from distill.runtime.errors import UserError
 
@@ -61,14 +62,15 @@ def _nerfacc_kernels(cuda: bool) -> CheckResult:
     if not cuda:
         detail = "no GPU: nerfacc's batched functions run on the CPU, with the torch ray sampler"
         return CheckResult(name, False, detail, optional=True)
-    try:
-        from nerfacc.cuda import _backend
-
-        built = _backend._C is not None
-        return CheckResult(name, built, "built" if built else "built on first use (minutes)", optional=True)
-    except (ImportError, OSError, AttributeError) as error:
-        detail = f"unavailable ({error}): the torch ray sampler is used"
-        return CheckResult(name, False, detail, optional=True)
+    try:  # looked for, not imported: nerfacc's own import would start a build
+        built = importlib.util.find_spec("nerfacc.csrc") is not None
+    except ImportError as error:
+        return CheckResult(name, False, f"nerfacc cannot be imported ({error})", optional=True)
+    if built:
+        return CheckResult(name, True, "built with nerfacc", optional=True)
+    if CUDA_HOME is None:
+        return CheckResult(name, False, "no nvcc to build them: rays are sampled in torch", optional=True)
+    return CheckResult(name, False, "built on first use (minutes)", optional=True)
 
 
 def _ffmpeg() -> CheckResult:

@@ -30,7 +30,7 @@ from distill.runtime.checkpoint import (
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
-from distill.runtime.machine import machine_info, peak_memory, pick_device
+from distill.runtime.machine import machine_info, peak_memory, pick_device, use_deterministic_algorithms
 from distill.runtime.precision import PrecisionName, resolve_precision
 from distill.runtime.run_directory import acquire, portable, truncate_metrics
 from distill.runtime.signals import SignalFlag, deferred_signals
@@ -68,7 +68,10 @@ class RunOptions:
 
 
 class Run:
-    """A training that can be killed at any time and resumed to bit-identical results on one machine.
+    """A training that can be killed at any time and resumed: on a CPU, to bit-identical results.
+
+    On CUDA, kernels that add in no fixed order (atomics in scattered sums, cuDNN's backward passes) make any
+    two runs differ in the last bits; `deterministic` replaces those that have a replacement.
 
     Order of use: create the run (which seeds), build modules and optimizers, `track` them, then
     `for step in run.steps()`, then `finish`. A resume loads states into the tracked objects, in the order of
@@ -85,6 +88,8 @@ class Run:
         self.label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
         self.directory = Path(options.directory)
         self.device = pick_device(options.device)
+        if options.deterministic:
+            use_deterministic_algorithms()
         self.precision = resolve_precision(options.precision, self.device)
         self.scaler = self.precision.scaler()
         cuda = self.device.type == "cuda"

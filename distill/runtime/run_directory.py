@@ -14,8 +14,9 @@ from distill.runtime.files import atomic_path, read_json, write_json
 
 # options that may differ on resume, at the top level or in the `run` group: none changes a finished step
 SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device")
+EXECUTION = ("compile", "gradient_checkpointing", "deterministic")  # results differ by rounding at most
 INTERVALS = ("checkpoint_every", "preview_every", "log_every", "keep")
-MUTABLE = frozenset((*SESSION, *INTERVALS))
+MUTABLE = frozenset((*SESSION, *EXECUTION, *INTERVALS))
 DESCRIPTION = "experiment"  # the group that describes a preset, at the top level; it changes no result
 ABSENT = "absent"
 

@@ -78,7 +78,7 @@ def normalise(images: Tensor) -> Tensor:
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
     """Unit features (B, D) of images (B, 3, H, W) in [0, 1] at the model's resolution."""
     pooled = model.vision_model(pixel_values=normalise(images)).pooler_output
-    return F.normalize(model.visual_projection(pooled), dim=-1)
+    return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
 
 def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def text_features(model: CLIPModel, ids: Tensor) -> Tensor:
     # Attention is causal, so padding after the longest text changes nothing and is left out.
     longest = int((ids != model.config.text_config.eos_token_id).any(0).sum()) + 1
     pooled = model.text_model(input_ids=ids[:, :longest]).pooler_output
-    return F.normalize(model.text_projection(pooled), dim=-1)
+    return F.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
 def contrastive_loss(
@@ -122,7 +122,8 @@ def train_clip(run: Run, data: CaptionedImages, tokenizer: CLIPTokenizer, option
         images = augment(images, run.generator, options.mirror)
         chosen = torch.randint(len(distinct), (options.negatives,), generator=run.generator)
         negatives = distinct[chosen].to(run.device)
-        with torch.no_grad():  # the text tower learns from the paired captions only
+        # the text tower learns from the paired captions only
+        with torch.no_grad(), run.precision.autocast():
             return images, negatives, text_features(model, negatives)
 
     return _train(run, model, distinct[caption], options, options.learning_rate, batch)
@@ -146,7 +147,8 @@ def hard_negative_stage(
         images = torch.where(augmented, augment(images, run.generator, False), images)
         chosen = hard_negatives.sample(caption[index], options.hard_negatives, run.generator)
         negatives = distinct[chosen.flatten()].to(run.device)
-        return images, negatives, text_features(model, negatives)
+        with run.precision.autocast():
+            return images, negatives, text_features(model, negatives)
 
     return _train(run, model, distinct[caption], options, options.hard_negative_learning_rate, batch)
 
@@ -160,6 +162,8 @@ def _train(
     batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> CLIPModel:
     """The loop of both stages; `batch` returns images of rows, and negative captions with their features."""
+    if run.options.gradient_checkpointing:
+        model.train().gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
     )
@@ -171,11 +175,13 @@ def _train(
         images, negatives, negative_features = batch(index)
         paired = ids[index].to(run.device)
         positives = (paired[:, None] == torch.cat([paired, negatives])[None]).all(-1).float()
-        text = torch.cat([text_features(model, paired), negative_features])
-        image = image_features(model, images.to(run.device))
+        with run.precision.autocast():
+            text = torch.cat([text_features(model, paired), negative_features])
+            image = image_features(model, images.to(run.device))
 
+        # outside of autocast: logits of up to 100 need float32
         loss = contrastive_loss(image, text, positives, model.logit_scale, options.image_to_text)
-        optimizer_step(optimizer, loss, max_norm=1.0)
+        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         schedule.step()
         with torch.no_grad():
             model.logit_scale.clamp_(max=4.6052)  # ln 100, as in the paper; transformers does not

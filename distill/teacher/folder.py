@@ -1,16 +1,19 @@
 """A trained teacher as a diffusers folder, which `StableDiffusionPipeline` loads, with its CLIP."""
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.shipped import resolve
+from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.vocabulary import VOCABULARY, save_vocabulary
 
 CLIP = "clip"  # the whole CLIP, image tower too, for scores and zero-shot labels
@@ -60,12 +63,31 @@ def save_teacher(
         save_vocabulary(temporary / "tokenizer", parts.tokenizer, parts.vocabulary)
 
 
-def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline) -> None:
-    """Save a pipeline in fp16, converting it in place; loaded without a dtype it is all float32."""
-    pipeline.to(torch.float16).save_pretrained(folder)
+def save_pipeline(folder: Path, pipeline: StableDiffusionPipeline, exact: Sequence[str] = ()) -> None:
+    """Save a pipeline in fp16, converting it in place; loaded without a dtype it is all float32.
+
+    The modules named in `exact` stay float32 where fp16 would change one of their weights.
+    """
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module) and not (name in exact and _rounds_in_half(module)):
+            module.half()
+    pipeline.save_pretrained(folder)
     # Without a dtype, transformers uses its config's but diffusers float32, and the two cannot be combined.
     config = folder / "text_encoder" / "config.json"
     write_json(config, {**read_json(config), "dtype": "float32"})
+
+
+def _rounds_in_half(module: nn.Module) -> bool:
+    return any(not torch.equal(value.half().to(value), value) for value in module.state_dict().values())
+
+
+def original_parts(teacher: LatentDiffusionTeacher) -> tuple[CLIPTextModel, AutoencoderKL]:
+    """Copies of a teacher's text encoder and VAE, with the weights of its folder where it rounded them."""
+    name, dtype = teacher.name_or_path, torch.float32
+    if teacher.precision.dtype == dtype or not name:
+        return copy.deepcopy(teacher.text_encoder), copy.deepcopy(teacher.vae)
+    text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=dtype)
+    return text_encoder, AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=dtype)
 
 
 def save_parts(folder: Path | str, parts: TeacherParts) -> None:
@@ -76,8 +98,8 @@ def save_parts(folder: Path | str, parts: TeacherParts) -> None:
     save_vocabulary(folder / "tokenizer", parts.tokenizer, parts.vocabulary)
 
 
-def load_parts(folder: Path | str) -> TeacherParts:
-    """The parts (float32, frozen) in a teacher's folder or one of `save_parts`.
+def load_parts(folder: Path | str, device: torch.device | str = "cpu") -> TeacherParts:
+    """The parts (float32, frozen) in a teacher's folder or one of `save_parts`, on a device.
 
     Raises `UserError` where one of them is missing.
     """
@@ -89,8 +111,8 @@ def load_parts(folder: Path | str) -> TeacherParts:
         )
     vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    vae = vae.to(memory_format=torch.channels_last)
-    return TeacherParts(tokenizer, read_json(vocabulary), load_clip(folder), vae)
+    vae = vae.to(device, memory_format=torch.channels_last)
+    return TeacherParts(tokenizer, read_json(vocabulary), load_clip(folder, device), vae)
 
 
 def load_unet(folder: Path | str) -> UNet2DConditionModel:
@@ -101,12 +123,13 @@ def load_unet(folder: Path | str) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32)
 
 
-def load_clip(folder: Path | str) -> CLIPModel:
-    """The whole CLIP of a teacher's folder, float32, frozen.
+def load_clip(folder: Path | str, device: torch.device | str = "cpu") -> CLIPModel:
+    """The whole CLIP of a teacher's folder, float32, frozen, on a device.
 
     Raises `UserError` where there is none, as in the folders of Stable Diffusion.
     """
     path = Path(folder) / CLIP
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} has no {CLIP} folder: CLIP scores need a teacher trained here")
-    return CLIPModel.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+    clip: Any = CLIPModel.from_pretrained(path, dtype=torch.float32)  # its `to` is untyped
+    return clip.to(device).eval().requires_grad_(False)

@@ -15,13 +15,19 @@ from distill.core.teacher import Teacher
 from distill.runtime import shipped
 from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
+from distill.runtime.precision import Precision, resolve_precision
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.vocabulary import check_length, check_prompt, load_vocabulary
+
+TEXT_CACHE_BYTES = 256 * 2**20  # of text embeddings on the device: 1,100 prompts of Stable Diffusion 1.5
 
 
 @final
 class LatentDiffusionTeacher(Teacher):
-    """Stable Diffusion 1.x or 2.x, or a teacher trained here. Latents carry the VAE's scaling factor."""
+    """Stable Diffusion 1.x or 2.x, or a teacher trained here. Latents carry the VAE's scaling factor.
+
+    Its parts compute in the dtype of their weights; every method takes and returns float32.
+    """
 
     denoiser: UNetDenoiser
 
@@ -56,6 +62,11 @@ class LatentDiffusionTeacher(Teacher):
         return self.unet.device
 
     @property
+    def precision(self) -> Precision:
+        """As of every teacher."""
+        return Precision(self.device, self.unet.dtype)
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent at the model's own resolution."""
         side = self.unet.config.sample_size
@@ -76,7 +87,7 @@ class LatentDiffusionTeacher(Teacher):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:
-        """CLIP's last hidden states (B, L, D); each prompt is encoded once and cached.
+        """CLIP's last hidden states (B, L, D); the newest prompts' are cached, up to `TEXT_CACHE_BYTES`.
 
         Raises `UserError` for words outside a closed vocabulary and, where there is one, for a prompt longer
         than the context; Stable Diffusion truncates it, with a warning.
@@ -84,13 +95,27 @@ class LatentDiffusionTeacher(Teacher):
         for prompt in prompts:
             if prompt:
                 self.check_prompt(prompt)
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_embeddings]
+        cache = self._text_embeddings
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in cache]
         if missing:
             check_length(self.tokenizer, missing, truncate=self.vocabulary is None)
             tokens = self.tokenizer(missing, padding="max_length", truncation=True, return_tensors="pt")
-            embeddings = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
-            self._text_embeddings.update(zip(missing, embeddings, strict=True))
-        return Conditioning(torch.stack([self._text_embeddings[prompt] for prompt in prompts]))
+            embeddings = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+            cache.update(zip(missing, embeddings, strict=True))
+        rows = torch.stack([cache[prompt] for prompt in prompts])
+        excess = len(cache) - TEXT_CACHE_BYTES // rows[0].nbytes
+        for prompt in list(cache)[: max(excess, 0)]:
+            del cache[prompt]
+        return Conditioning(rows)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """As of every teacher; the encoder and decoder of images are part of it."""
+        super().enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
+    def compile_encoder(self) -> None:
+        """As of every teacher."""
+        self.vae.encoder.compile()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (the posterior's mean, scaled) of images (B, 3, H, W) in [0, 1]; differentiable in the
@@ -110,15 +135,15 @@ def load_latent_diffusion(
 ) -> LatentDiffusionTeacher:
     """A shipped teacher (`shapes64`), a diffusers folder or a hub id of Stable Diffusion 1.x or 2.x.
 
-    bf16 on CUDA and float32 elsewhere unless `dtype` is given: without AMX, bf16 is slower on a CPU. Raises
-    `UserError` where there is no such teacher.
+    `dtype` is that of the weights of all parts, by default the device's `auto` precision. Raises `UserError`
+    where there is no such teacher.
     """
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
     if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        dtype = resolve_precision("auto", torch.device(device)).dtype
 
     folder = _folder(name_or_path)
     extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -130,13 +155,28 @@ def load_latent_diffusion(
             **extras,
         )
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"teacher {name_or_path!r} cannot be loaded ({reason}): "
-            f"give {shipped.names('teacher')}, a diffusers folder or a hub id"
-        ) from None
+        raise UserError(_not_loaded(name_or_path, folder, str(error).splitlines()[0])) from None
     vocabulary = None if folder is None else load_vocabulary(folder / "tokenizer")
     return LatentDiffusionTeacher(pipeline.to(device).components, vocabulary, str(folder or name_or_path))
+
+
+def _not_loaded(name_or_path: str, folder: Path | None, reason: str) -> str:
+    """Why a teacher cannot be loaded: where it was looked for, and how to get it."""
+    from huggingface_hub import constants
+
+    choices = f"{shipped.names('teacher')}, a diffusers folder or a hub id"
+    if folder is not None:
+        return f"teacher {name_or_path!r} cannot be loaded ({reason[:200]}): give {choices}"
+    path = Path(name_or_path)
+    if path.is_absolute() or len(path.parts) != 2:  # not owner/name
+        return f"teacher {name_or_path!r} is no folder ({path.absolute()}): give {choices}"
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{name_or_path.replace('/', '--')}"
+    hub = "the hub is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason[:100]
+    return (
+        f"teacher {name_or_path!r} is neither a folder ({path.absolute()}) nor whole in the cache "
+        f"({cached}; {hub}): get it with `hf download {name_or_path}`, or give teacher=a diffusers folder of it, "
+        f"or {shipped.names('teacher')}"
+    )
 
 
 def _folder(name_or_path: str) -> Path | None:

@@ -11,6 +11,7 @@ from distill.core.conditioning import Conditioning
 from distill.data.folders import CaptionedImages, load_split
 from distill.data.latents import LatentCache, cache_latents
 from distill.runtime.errors import UserError
+from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions, hard_negative_stage, tokenize, train_clip
 from distill.teacher.folder import TeacherParts, load_parts, load_unet, save_parts, save_teacher
@@ -65,7 +66,7 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
         validation = load_split(options.data, "validation", options.resolution)
         parts = _train_parts(run, options, data, validation)
     else:
-        parts = load_parts(options.reuse)
+        parts = load_parts(options.reuse, pick_device(run.device))
         _check_captions(data, parts)
         initial_unet = load_unet(options.reuse) if options.reuse_unet else None
 

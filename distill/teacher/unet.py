@@ -101,6 +101,8 @@ def train_unet(
     if initial is not None:
         load_initial(unet, initial)
     averaged.eval().requires_grad_(False)
+    if run.options.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
     lr_schedule = one_cycle(optimizer, run.options.steps, warmup=0.05)
@@ -113,11 +115,12 @@ def train_unet(
         t = torch.randint(denoiser.schedule.num_train_timesteps, (len(index),), generator=run.generator)
         noise = torch.randn(len(index), *shape, generator=run.generator)
         dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
-        latents, noise, t = (value.to(run.device) for value in (cache.latents[index], noise, t))
+        latents, noise, t = (value.to(run.device) for value in (cache.latents_of(index), noise, t))
         conditioning = cache.conditioning_of(index, dropped).to(run.device)
 
-        loss = denoiser.denoising_loss(latents, noise, t, conditioning)
-        optimizer_step(optimizer, loss, max_norm=1.0)
+        with run.precision.autocast():
+            loss = denoiser.denoising_loss(latents, noise, t, conditioning)
+        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
         run.log(loss=loss.detach())
@@ -125,7 +128,8 @@ def train_unet(
         if run.due(run.options.preview_every):
             ema.copy_to(averaged.network)
             model = Guided(averaged, cache.uncond.to(run.device), options.preview_guidance)
-            samples = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
+            with run.precision.autocast():
+                samples = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
             run.preview("samples", decode(vae, samples))
     ema.copy_to(averaged.network)
     return averaged.network

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from distill.data.folders import CaptionedImages, batch_indices, grey_levels
@@ -58,8 +59,9 @@ def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, options: VaeOptions) -> tuple[Tensor, Tensor]:
     """The loss on images (B, 3, H, W) in [-1, 1], and the mean squared error in [0, 1] units for the PSNR."""
-    posterior = vae.encode(images).latent_dist
-    output = vae.decode(posterior.mean + posterior.std * noise).sample
+    encoded = vae.encode(images).latent_dist.parameters
+    posterior = DiagonalGaussianDistribution(encoded.float())  # outside of the networks all is float32
+    output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     mse = (output - images).square().mean()
     loss = (output - images).abs().mean() + mse + options.gradient_weight * gradient_loss(output, images)
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
@@ -76,6 +78,8 @@ def train_vae(
 ) -> AutoencoderKL:
     """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured."""
     vae = build_vae(options, data.images.shape[-1]).to(run.device)
+    if run.options.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=1e-4)
     schedule = one_cycle(optimizer, run.options.steps)
     run.track(model=vae, optimizer=optimizer, schedule=schedule)
@@ -88,8 +92,9 @@ def train_vae(
         images = images.contiguous(memory_format=torch.channels_last)
         noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator)
 
-        loss, mse = vae_loss(vae, images, noise.to(run.device), options)
-        optimizer_step(optimizer, loss, max_norm=1.0)
+        with run.precision.autocast():
+            loss, mse = vae_loss(vae, images, noise.to(run.device), options)
+        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss.detach(), psnr=psnr(mse.detach()))
 

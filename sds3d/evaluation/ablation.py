@@ -33,7 +33,7 @@ def run_scene(
     For a prompt about the world, the scene and its mesh are graded against the truth as well.
     """
     options = replace(options, prompt=cell.prompt)
-    run = Run(cell.run_options(), {"prompt": cell.prompt, "loss": cell.loss}, cell.loss)
+    run = Run(cell.run_options(teacher.precision), {"prompt": cell.prompt, "loss": cell.loss}, cell.loss)
     result = TextTo3d(run, teacher, scene, cell.objective, options).train()
     seconds = run.seconds
 

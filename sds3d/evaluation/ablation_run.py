@@ -16,6 +16,7 @@ from distill.evaluation.ablation.report import save_report
 from distill.evaluation.graders import load_graders
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.machine import machine_info
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 from sds3d.evaluation.ablation import run_scene
 from sds3d.scene.nerf import NerfOptions
@@ -34,6 +35,8 @@ class AblationRecipe:
         None  # a transformers CLIP model for the CLIP score; null: the teacher's own, where it has one
     )
     output: str
+    device: str = "auto"  # auto: cuda when there is one; particles stay on the CPU
+    precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
     ablation: AblationOptions
     particles: ParticleOptions = field(default_factory=ParticleOptions)
     optimise_image: OptimiseImageOptions
@@ -60,8 +63,9 @@ def make_bench(recipe: AblationRecipe) -> Bench:
         scheduler: Any = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
         schedule = NoiseSchedule(scheduler.alphas_cumprod)
         return lambda cell: run_particles(cell, recipe.particles, schedule)
-    teacher = load_teacher(recipe.teacher)
-    graders = load_graders(recipe.teacher, recipe.judge, recipe.clip)
+    precision = pick_precision(recipe.device, recipe.precision)
+    teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
+    graders = load_graders(recipe.teacher, recipe.judge, recipe.clip, device=precision.device)
     if recipe.subject == "images":
         return lambda cell: run_images(cell, teacher, graders, recipe.optimise_image)
     return lambda cell: run_scene(cell, teacher, graders, recipe.scene, recipe.text_to_3d)

@@ -188,11 +188,16 @@ def grade_scene(
     return {**figures, **(WITHOUT_MESH if mesh is None else grade_mesh(mesh, shape, albedo))}, predictions
 
 
-def grade_run(directory: Path, prompt: str, resolution: int, graders: Graders) -> dict[str, Any]:
-    """All figures of a finished text-to-3D run; those of renders of its mesh begin with `mesh_`."""
+def grade_run(
+    directory: Path, prompt: str, resolution: int, graders: Graders, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """All figures of a finished text-to-3D run; those of renders of its mesh begin with `mesh_`.
+
+    `device` is where its scene is rendered.
+    """
     result = read_json(directory / "result.json")
     mesh = None if result["mesh"] is None else load_mesh(directory / "mesh.glb")
-    scene = load_scene(directory / "scene")
+    scene = load_scene(directory / "scene", device)
     figures, predictions = grade_scene(scene, mesh, prompt, resolution, graders)
     if mesh is not None:
         cameras = ring(RING, ELEVATION, resolution)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from distill.evaluation.graders import load_graders
 from distill.runtime.config import as_mapping
 from distill.runtime.files import read_json
-from distill.runtime.machine import machine_info
+from distill.runtime.machine import machine_info, pick_device
 from distill.teacher.load import load_teacher
 from sds3d.evaluation.benchmark import TINY, averages, full_suite, grade_run, paired, run_suite, truth_of
 from sds3d.evaluation.page import save_page
@@ -47,13 +47,14 @@ def run_benchmark(
     prompts = prompts or (TINY if suite == "tiny" else full_suite())
     for prompt in prompts:
         truth_of(prompt)
-    teacher, folder = load_teacher(recipe.teacher), Path(output)
-    graders = load_graders(teacher.name_or_path, judge)
+    # On the CPU: what is needed of it is a name and a resolution.
+    teacher, folder, device = load_teacher(recipe.teacher), Path(output), pick_device(recipe.run.device)
+    graders = load_graders(teacher.name_or_path, judge, device=device)
     before = None if compare is None else read_json(Path(compare) / "rows.json")["rows"]
 
     def compute(prompt: str, directory: Path) -> dict[str, Any]:
         run_text_to_3d(for_prompt(recipe, prompt, directory))
-        return grade_run(directory, prompt, teacher.resolution, graders)
+        return grade_run(directory, prompt, teacher.resolution, graders, device)
 
     options = json.dumps(as_mapping(for_prompt(recipe, "", "")), sort_keys=True)
     query = {"options": hashlib.sha256(options.encode()).hexdigest()[:16], "judge": judge}

@@ -82,7 +82,7 @@ def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
 
 def scene_clip_score(scene: Scene3D, teacher: Teacher, prompt: str) -> float | None:
     """CLIP score of 8 views with their view prompts under the teacher's own CLIP; None where it has none."""
-    clip = load_clip_scorer(teacher.name_or_path)
+    clip = load_clip_scorer(teacher.name_or_path, device=teacher.device)
     if clip is None:
         return None
     cameras = ring(8, 20.0, teacher.resolution)

@@ -23,11 +23,13 @@ from trimesh.transformations import quaternion_from_matrix
 from distill.runtime.checkpoint import checkpoint_path, save_state
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
+from distill.runtime.precision import Precision
 from distill.teacher.latent import LatentDiffusionTeacher
 from sds3d.scene.cameras import orbit
 from sds3d.scene.nerf import GridOptions, NeRF, NerfOptions
 from sds3d.viewer import OPENGL_TO_OPENCV, Viewer, ViewerOptions, Viewport
 
+CPU = Precision(torch.device("cpu"), torch.float32)
 CHROMIUM = shutil.which("chromium")
 
 
@@ -112,7 +114,7 @@ class Browser:
 @pytest.fixture
 def viewer(run: Path) -> Iterator[Viewer]:
     options = ViewerOptions(port=free_port(), moving_resolution=16, still_resolution=32, poll=1e-6)
-    viewer = Viewer(run, options)
+    viewer = Viewer(run, options, CPU)
     yield viewer
     viewer.server.stop()
 
@@ -157,10 +159,10 @@ def test_prediction_depends_on_viewport_and_noise(viewer: Viewer) -> None:
 
 def test_directory_without_a_run_raises(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
-        Viewer(tmp_path, ViewerOptions())
+        Viewer(tmp_path, ViewerOptions(), CPU)
     shutil.rmtree(run / "scene")
     with pytest.raises(UserError, match="neither a scene nor a checkpoint"):
-        Viewer(run, ViewerOptions())
+        Viewer(run, ViewerOptions(), CPU)
     with pytest.raises(UserError, match="a port from 1"):
         ViewerOptions(port=0)
 

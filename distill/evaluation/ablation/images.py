@@ -14,7 +14,7 @@ from distill.runtime.run import Run
 
 def run_images(cell: Cell, teacher: Teacher, graders: Graders, options: OptimiseImageOptions) -> Figures:
     """Optimise particles by the cell's loss in the cell's directory; returns their figures."""
-    run = Run(cell.run_options(), {"prompt": cell.prompt, "loss": cell.loss}, cell.loss)
+    run = Run(cell.run_options(teacher.precision), {"prompt": cell.prompt, "loss": cell.loss}, cell.loss)
     task = OptimiseImage(run, teacher, cell.objective, replace(options, prompt=cell.prompt))
     images = task.train()
     seconds = run.seconds

@@ -13,9 +13,13 @@ from distill.evaluation.ablation.plan import Cell, Figures, coverage
 from distill.evaluation.metrics import divergence_from, wasserstein_2
 from distill.objectives.algebra import ScoreDistillation
 from distill.objectives.prompts import PromptConditionings
+from distill.runtime.checkpoint import TensorState
 from distill.runtime.optim import optimizer_step
+from distill.runtime.precision import Precision
 from distill.runtime.run import Run
 from distill.teacher.mixture import Mixture, MixtureTeacher, ring
+
+CPU = Precision(torch.device("cpu"), torch.float32)  # of the run; the particles are float64
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def run_particles(cell: Cell, options: ParticleOptions, schedule: NoiseSchedule)
     exact sets.
     """
     teacher = MixtureTeacher(ring(options.modes, std=options.std, classes=options.classes), schedule)
-    run = Run(cell.run_options(), {"prompt": cell.prompt}, cell.loss)
+    run = Run(cell.run_options(CPU), {"prompt": cell.prompt}, cell.loss)
     init = torch.randn(options.particles, *teacher.latent_shape, generator=run.generator, dtype=torch.float64)
     particles = nn.Parameter(init)
     optimizer = torch.optim.Adam([particles], lr=options.learning_rate)
@@ -63,7 +67,7 @@ def run_particles(cell: Cell, options: ParticleOptions, schedule: NoiseSchedule)
     cond, uncond = teacher.encode_text([cell.prompt]), teacher.encode_text([""])
     others = dict.fromkeys((*cell.objective.prompts, "critic"), uncond)
     conditionings = PromptConditionings({"conditional": cond, "unconditional": uncond, **others})
-    run.track(particles=nn.ParameterList([particles]), optimizer=optimizer)
+    run.track(particles=TensorState(particles), optimizer=optimizer)
 
     for step in run.steps():
         output = loss(particles, conditionings, step / cell.steps, run.generator)

@@ -17,6 +17,7 @@ from distill.evaluation.rows import cached_row
 from distill.objectives.options import LossComponent, ObjectiveOptions, Term
 from distill.runtime.errors import UserError
 from distill.runtime.names import slug
+from distill.runtime.precision import Precision
 from distill.runtime.run import RunOptions
 
 Figures = dict[str, float]
@@ -34,7 +35,7 @@ class Cell:
     steps: int
     directory: Path
 
-    def run_options(self) -> RunOptions:
+    def run_options(self, precision: Precision) -> RunOptions:
         """Options of the cell's run: no trackers, previews or checkpoints."""
         never = 10**9
         return RunOptions(
@@ -44,6 +45,8 @@ class Cell:
             trackers=(),
             preview_every=never,
             checkpoint_every=never,
+            device=str(precision.device),
+            precision=precision.name,
         )
 
 
