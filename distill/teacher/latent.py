@@ -174,8 +174,8 @@ def _not_loaded(name_or_path: str, folder: Path | None, reason: str) -> str:
     hub = "the hub is switched off by HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else reason[:100]
     return (
         f"teacher {name_or_path!r} is neither a folder ({path.absolute()}) nor whole in the cache "
-        f"({cached}; {hub}): get it with `hf download {name_or_path}`, or give teacher=a diffusers folder of it, "
-        f"or {shipped.names('teacher')}"
+        f"({cached}; {hub}): get it with `hf download {name_or_path}`, or give a diffusers folder of it, or "
+        f"{shipped.names('teacher')}"
     )
 
 

@@ -5,12 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.runtime.errors import UserError
-from distill.runtime.experiment import (
-    check_mixture,
-    experiment_body,
-    find_experiment,
-    load_experiments,
-)
+from distill.runtime.experiment import check_mixture, experiment_body, find_experiment, load_experiments
 
 FULL = """
 experiment:

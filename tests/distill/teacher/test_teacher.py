@@ -1,19 +1,12 @@
 """The latent-diffusion teacher: its folder, stock Stable Diffusion folders, gradients, and errors."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from stable_diffusion import stock_pipeline
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
@@ -21,7 +14,6 @@ from distill.runtime.errors import UserError
 from distill.teacher.folder import TeacherParts, load_clip, save_teacher
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.vae import reconstruct
-from distill.teacher.vocabulary import build_tokenizer
 
 PROMPT = "a red teapot, front view"
 
@@ -137,68 +129,6 @@ def test_guidance_is_one_call_a_step(tiny_teacher: LatentDiffusionTeacher) -> No
     assert len(calls) == 4
 
 
-def sd1_unet() -> dict[str, Any]:
-    return {"attention_head_dim": 8}
-
-
-def sd2_unet() -> dict[str, Any]:
-    return {"attention_head_dim": (1, 2, 2, 2), "use_linear_projection": True}
-
-
-def stock_pipeline(second: bool) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.x's, or 2.x's, architecture at tiny width."""
-    torch.manual_seed(0)
-    tokenizer, _ = build_tokenizer(["a photo of one cat and two dogs"], context_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        hidden_act="gelu" if second else "quick_gelu",
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 32, 64, 64),
-        down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-        up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        layers_per_block=2,
-        cross_attention_dim=32,
-        **(sd2_unet() if second else sd1_unet()),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=64,
-        scaling_factor=0.18215,
-    )
-    noise: dict[str, Any] = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-    }
-    scheduler = DDIMScheduler(
-        prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, **noise
-    )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler
-        if second
-        else PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, **noise),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
 @pytest.fixture(scope="module", params=[False, True], ids=["sd1", "sd2"])
 def stock(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -261,6 +191,21 @@ def test_a_missing_teacher_is_one_sentence(name: str) -> None:
     message = str(caught.value)
     assert name in message and "shapes64" in message and "\n" not in message and len(message) < 500
     assert caught.value.__suppress_context__
+
+
+def test_a_missing_hub_id_says_where_it_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of a preset whose teacher has not been downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError) as caught:
+        load_latent_diffusion("owner/model")
+    message = str(caught.value)
+    assert (
+        str(Path("owner/model").absolute()) in message and str(tmp_path / "models--owner--model") in message
+    )
+    assert "HF_HUB_OFFLINE" in message and "`hf download owner/model`" in message and "\n" not in message
 
 
 def test_a_folder_of_something_else_raises(tmp_path: Path) -> None:
