@@ -31,9 +31,8 @@ def main(command: str, *arguments: str) -> int:
     with record_steps(device) as phases:
         status = run_script(arguments[0], arguments[1:])
     print(*(phase.table() for phase in phases if phase.total), sep="\n\n")
-    print(
-        f"\npeak {device.peak() / 2**20:.0f} MiB, up {device.uploaded()} bytes, down {device.downloaded()} bytes"
-    )
+    copied = f"{device.uploaded()} bytes up, {device.downloaded()} down"
+    print(f"\npeak {device.peak() / 2**20:.0f} MiB, {copied}")
     return status
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from simulated_cuda.device import Device
 
 NAME = "simulated CUDA device"
+NOTHING_TO_DO = ("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "ipc_collect")
 
 
 class Event:
@@ -59,13 +60,13 @@ def install(device: Device, bfloat16: bool) -> None:
         **_queries(device, bfloat16),
         **_memory(device),
         **_random(device),
-        **{name: _no_op() for name in ("_lazy_init", "init", "set_device", "synchronize", "empty_cache", "ipc_collect")},
+        **{name: _no_op() for name in NOTHING_TO_DO},
         "Event": Event,
         "Stream": Stream,
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),
         "stream": lambda stream: stream,
-    }  # fmt: skip
+    }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
     torch.UntypedStorage.clone = _clone

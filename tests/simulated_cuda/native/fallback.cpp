@@ -107,8 +107,12 @@ class Call {
       value = IValue(c10::Device(c10::DeviceType::CPU));
       on_device_ = true;
     } else if (value.isGenerator() && value.toGenerator().defined()) {
-      if (value.toGenerator().device().is_cpu()) host_generator_ = true;
-      else value = IValue(host_generator(value.toGenerator()));
+      if (value.toGenerator().device().is_cpu()) {
+        host_generator_ = true;
+      } else {
+        device_generator_ = true;
+        value = IValue(host_generator(value.toGenerator()));
+      }
     } else if (value.isNone() && op_.generators[i]) {
       value = IValue(host_generator(default_generator()));
     }
@@ -134,6 +138,7 @@ class Call {
                 "(when checking argument for argument ",
                 foreign_ ? *foreign_ : op_.name, " in method wrapper_CUDA_", op_.name, ")");
     TORCH_CHECK(!(host_generator_ && on_device_), "Expected a 'cuda' device type for generator but found 'cpu'");
+    TORCH_CHECK(!device_generator_ || on_device_, "Expected a 'cpu' device type for generator but found 'cuda'");
   }
 
   // The sizes of masks are needed on the host, but where one number fills them; indices of the host are uploaded.
@@ -205,7 +210,7 @@ class Call {
   const std::vector<IValue> given_;
   Aliases aliases_;
   std::vector<std::pair<Tensor, Tensor>> pairs_;  // of the device, of the host
-  bool on_device_ = false, host_generator_ = false;
+  bool on_device_ = false, host_generator_ = false, device_generator_ = false;
   const std::string* foreign_ = nullptr;  // the argument that lies on the host
 };
 

@@ -12,15 +12,22 @@ namespace {
 using at::Tensor;
 using c10::SymIntArrayRef;
 
+void check(std::optional<c10::Device> device) {
+  TORCH_CHECK(!device || device->index() <= 0, "CUDA error: invalid device ordinal");
+}
+
 Tensor empty(SymIntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
-             std::optional<c10::Device>, std::optional<bool> pinned, std::optional<c10::MemoryFormat> format) {
+             std::optional<c10::Device> device, std::optional<bool> pinned,
+             std::optional<c10::MemoryFormat> format) {
+  check(device);
   TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
   return at::detail::empty_generic(C10_AS_INTARRAYREF_SLOW(size), &device_allocator(), KEYS,
                                    c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(SymIntArrayRef size, SymIntArrayRef stride, std::optional<c10::ScalarType> dtype,
-                     std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>) {
+                     std::optional<c10::Layout>, std::optional<c10::Device> device, std::optional<bool>) {
+  check(device);
   return at::detail::empty_strided_generic(C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
                                            &device_allocator(), KEYS, c10::dtype_or_default(dtype));
 }

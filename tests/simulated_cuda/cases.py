@@ -1,0 +1,106 @@
+"""Arguments with which the tests run each script and config: the smallest sizes that do all of its work."""
+
+from collections.abc import Sequence
+
+RUN = ("run.steps=2", "run.trackers=[]", "run.checkpoint_every=1", "run.preview_every=2")
+EXPORT = (
+    "export.frames=2",
+    "export.resolution=32",
+    "export.mesh.resolution=24",
+    "export.texture.size=64",
+    "export.videos=[gif]",
+)
+ORIENTATION = (
+    "text_to_3d.stages.orientation.views=4",
+    "text_to_3d.stages.orientation.checks=[{fraction: 0.5, draws: 1}]",
+)
+REFINEMENT = (
+    "text_to_3d.stages.sdedit_refinement.views=2",
+    "text_to_3d.stages.sdedit_refinement.steps=4",
+    "text_to_3d.stages.sdedit_refinement.strengths=[0.5]",
+)
+TEXT_TO_3D = ("prompt=a red teapot", *RUN, *EXPORT, "text_to_3d.views=2")
+NO_REFINEMENT = ("text_to_3d.stages.sdedit_refinement=null", "text_to_3d.stages.orientation=null")
+OPTIMISE_IMAGE = ("prompt=a red teapot", *RUN, "optimise_image.particles=2", "optimise_image.frames=2")
+ONE_STEP = (
+    *RUN,
+    "distill.batch=4",
+    "distill.monitor.every=2",
+    "distill.monitor.captions=2",
+    "distill.monitor.real=8",
+    "distill.critic_diagnostics.every=1",
+)
+CONTROL = ("evaluation.samples=4", "evaluation.steps=2", "evaluation.batch=2")
+ADAPTER = (
+    *RUN,
+    "adapter.batch=2",
+    "adapter.validate_every=1",
+    "adapter.validation.samples=2",
+    "adapter.validation.steps=2",
+)
+TEACHER = (
+    "run.trackers=[]",
+    "run.preview_every=2",
+    *(f"teacher.steps.{part}=2" for part in ("clip", "hard_negatives", "vae", "unet")),
+    "teacher.clip.batch=4",
+    "teacher.vae.batch=4",
+    "teacher.unet.batch=4",
+)
+SCENE = "outputs/scene"  # a finished text-to-3D run
+TINY, STOCK = "teacher=tiny", "teacher=stable_diffusion"
+# What a script needs beside its defaults, in a folder that holds their data, `outputs/shapes64`.
+SCRIPTS: dict[str, Sequence[str]] = {
+    "ablate": [TINY, "subject=scenes", "losses=[sds]", "ablation.prompts=[a red teapot]",
+               "ablation.seeds=[0]", "ablation.budget=16", "output=outputs/ablation", "text_to_3d.views=2"],
+    "bench": [TINY, *TEXT_TO_3D, f"scene_from={SCENE}", "runs=1"],
+    "bench_one_step": [TINY, *ONE_STEP, "runs=1"],
+    "benchmark_3d": [TINY, *TEXT_TO_3D[1:], *NO_REFINEMENT, "prompts=[a red teapot]"],
+    "distill_one_step": [TINY, *ONE_STEP, "run.directory=outputs/one_step"],
+    "distill_points": ["seeds=[0]", "points.budget=64", "points.init_steps=2", "points.pairs=16",
+                       "methods=[dmd2]"],
+    "doctor": [],
+    "evaluate_control": [*CONTROL, "student=shapes64"],
+    "evaluate_generator": ["students=[shapes64]", "steps=[2]", "limit=8", "evaluation.samples=8",
+                           "evaluation.captions=2", "evaluation.each=2", "evaluation.batch=4"],
+    "evaluate_teacher": [TINY, "limit=8", "evaluation.samples=4", "evaluation.steps=2",
+                         "evaluation.guidance=[2]"],
+    "export": [f"run_directory={SCENE}", "output=outputs/export", *EXPORT],
+    "label_images": [TINY, f"folder={SCENE}/previews", "captions=[a red teapot, a blue torus]"],
+    "make_pairs": [TINY, "pairs.count=4", "pairs.steps=2", "pairs.batch=2", "output=outputs/more_pairs"],
+    "make_shapes": ["output=outputs/more_shapes", "world.train=4", "world.validation=2", "world.test=2",
+                    "workers=1"],
+    "optimise_image": [TINY, *OPTIMISE_IMAGE],
+    "sample": [TINY, "prompts=[a red teapot, a blue torus]", "count=2", "steps=2", "animation=true"],
+    "text_to_3d": [TINY, *TEXT_TO_3D, "run.steps=3", "run.directory=outputs/text_to_3d", *ORIENTATION,
+                   *REFINEMENT],
+    "train_controlnet": [*ADAPTER, "condition=depth", "run.directory=outputs/adapter"],
+    "train_judge": ["data=outputs/shapes64", *RUN, "judge.batch=8", "judge.width=8"],
+    "train_probe": [*RUN, "probe.batch=4", "probe.width=8"],
+    "train_teacher": TEACHER,
+}  # fmt: skip
+APART = {"entry", "view"}  # no script; a server, which has a test of its own
+TRAINED = {"distill_one_step": "outputs/one_step", "text_to_3d": "outputs/text_to_3d",
+           "train_controlnet": "outputs/adapter"}  # fmt: skip
+GROUPS = {
+    "objective": "text_to_3d",
+    "control": "text_to_3d",
+    "scene": "text_to_3d",
+    "method": "distill_one_step",
+}
+ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
+    "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
+                      "optimise_image.start=source"],
+    "control/depth": ["control.mesh=mesh.glb", "teacher=shapes64"],
+    "control/silhouette": ["control.mesh=mesh.glb", "teacher=shapes64"],
+}  # fmt: skip
+EXPERIMENT = {"text_to_3d": EXPORT}  # of the presets' scripts
+LARGE_EXPERIMENT = {  # of presets for teachers that are not here
+    "distill_one_step": ONE_STEP,
+    "train_controlnet": ADAPTER,
+}
+PREPARATION: dict[str, Sequence[str]] = {  # run once, in this order
+    "make_shapes": ["world.train=16", "world.validation=4", "world.test=12", "world.supersample=1",
+                    "workers=1", "world.geometry=true"],
+    "make_pairs": [TINY, "pairs.count=8", "pairs.steps=2", "pairs.batch=4"],
+    "text_to_3d": [TINY, *TEXT_TO_3D, f"run.directory={SCENE}", *NO_REFINEMENT],
+}  # fmt: skip
