@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network outputs; diffusers' names
 
@@ -27,6 +28,7 @@ class NoiseSchedule:
         if not decreasing or product[-1] < 0 or product[0] > 1:
             raise UserError("alphas_cumprod must be a decreasing sequence within [0, 1]")
         self._alpha, self._sigma = product.sqrt().float(), (1 - product).sqrt().float()
+        self._tables = {self._alpha.device: (self._alpha, self._sigma)}
 
     @property
     def num_train_timesteps(self) -> int:
@@ -35,11 +37,18 @@ class NoiseSchedule:
 
     def alpha(self, t: Tensor) -> Tensor:
         """alpha at integer times (B,), shaped (B, 1, 1, 1) for images and latents, on t's device."""
-        return self._alpha.to(t.device)[t][:, None, None, None]
+        return self._on(t.device)[0][t][:, None, None, None]
 
     def sigma(self, t: Tensor) -> Tensor:
         """sigma at integer times (B,), shaped (B, 1, 1, 1)."""
-        return self._sigma.to(t.device)[t][:, None, None, None]
+        return self._on(t.device)[1][t][:, None, None, None]
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """alpha and sigma (T,) on a device, uploaded once."""
+        if device not in self._tables:
+            alpha, sigma = upload_all([self._alpha, self._sigma], device)
+            self._tables[device] = alpha, sigma
+        return self._tables[device]
 
     def add_noise(self, clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of clean (B, C, H, W) and standard normal noise of the same shape at times (B,)."""
@@ -71,8 +80,8 @@ class NoiseSchedule:
 
     def sigma_to_t(self, noise_to_signal: Tensor) -> Tensor:
         """The times (B,) whose sigma / alpha is nearest, on a log scale, to `noise_to_signal` (B,)."""
-        ratio = self._sigma.double() / self._alpha.double().clamp_min(1e-12)
-        levels = ratio.log().to(noise_to_signal.device)
+        alpha, sigma = self._on(noise_to_signal.device)
+        levels = (sigma.double() / alpha.double().clamp_min(1e-12)).log()
         return (levels[None] - noise_to_signal.double().log()[:, None]).abs().argmin(1)
 
 

@@ -16,6 +16,7 @@ from distill.core.conditioning import Conditioning
 from distill.core.noise import from_flow, from_variance_exploding
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
 
 Callback = Callable[[int, Tensor, Prediction], None]  # the step, its x_t and its prediction
 Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
@@ -92,14 +93,19 @@ def _sample(
             f"steps is {steps}: expected 1 to {model.schedule.num_train_timesteps}, the schedule's"
         )
     scheduler = type(scheduler).from_config(scheduler.config)  # the caller's stays as it is
-    scheduler.set_timesteps(steps, device=noise.device)
-    timesteps, x_t = scheduler.timesteps, noise * scheduler.init_noise_sigma
+    scheduler.set_timesteps(steps)
+    x_t = noise * scheduler.init_noise_sigma
+    host_timesteps = scheduler.timesteps  # the scheduler reads them at every step
+    timesteps = upload(host_timesteps, noise.device)
     if init is not None:
-        timesteps, x_t = _init_img2img(scheduler, noise, steps, init)
+        first = _first_step(steps, init.strength)
+        host_timesteps, timesteps = host_timesteps[first:], timesteps[first:]
+        x_t = _init_img2img(scheduler, noise, first, timesteps, init)
 
-    for step, t in enumerate(timesteps):
+    for step, t in enumerate(host_timesteps):
         scaled = scheduler.scale_model_input(x_t, t)  # variance-exploding solvers carry x_t / alpha
-        prediction = model.predict(scaled, t.round().long().expand(len(x_t)), conditioning)
+        times = timesteps[step].round().long().expand(len(x_t))
+        prediction = model.predict(scaled, times, conditioning)
         if callback is not None:
             callback(step, scaled, prediction)
         output = _scheduler_input(prediction, scheduler.config.prediction_type)
@@ -114,17 +120,20 @@ def _sample(
     return x_t
 
 
+def _first_step(steps: int, strength: float) -> int:
+    """How many of the steps a strength leaves out."""
+    return steps - min(int(steps * strength), steps)
+
+
 def _init_img2img(
-    scheduler: Scheduler, noise: Tensor, steps: int, init: Img2ImgInit
-) -> tuple[Tensor, Tensor]:
-    """The remaining timesteps, and the initial latents noised to the first of them."""
-    first = steps - min(int(steps * init.strength), steps)
-    timesteps = scheduler.timesteps[first:]
+    scheduler: Scheduler, noise: Tensor, first: int, timesteps: Tensor, init: Img2ImgInit
+) -> Tensor:
+    """The initial latents, noised to the first of the remaining timesteps."""
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(first)
     if init.strength == 1 and init.mask is not None:  # pure noise inside the mask, as diffusers does
-        return timesteps, noise * scheduler.init_noise_sigma
-    return timesteps, scheduler.add_noise(init.clean, noise, timesteps[:1])
+        return noise * scheduler.init_noise_sigma
+    return scheduler.add_noise(init.clean, noise, timesteps[:1])
 
 
 @torch.no_grad()
@@ -172,7 +181,7 @@ def _heun_times(model: ScoreModel, steps: int, formulation: Formulation, rho: fl
 
 def _to_variance_preserving(x: Tensor, u: float, formulation: Formulation) -> tuple[Tensor, Tensor, Tensor]:
     """x_t with its alpha and sigma (B, 1, 1, 1)."""
-    value = torch.full((len(x), 1, 1, 1), u).to(x)
+    value = x.new_full((len(x), 1, 1, 1), u)
     if formulation == "flow":
         return from_flow(x, value)
     if formulation == "ve":

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from distill.runtime.errors import UserError
 
+# Corners of more bytes are recomputed in the backward pass, which takes a fifth longer on a CPU. The default
+# field's 64 bytes a sample and level stay below it up to 1.4 million samples.
+SAVED_CORNERS = 2**29
 # The primes of the spatial hash (Teschner et al. 2003); the second as the int32 of the same bits.
 PRIMES = (1, 2654435761 - 2**32, 805459861)
 
@@ -60,6 +63,10 @@ class HashEncodingOptions:
         """Table entries of each level: dense ones padded to a multiple of 8, as in tinycudann."""
         return [min(-(-(nodes**3) // 8) * 8, 2**self.log2_hashmap_size) for nodes in self.resolutions()]
 
+    def levels(self) -> list[tuple[float, int, int]]:
+        """Cells a side, nodes a side and table entries of each level."""
+        return list(zip(self.scales(), self.resolutions(), self.sizes(), strict=True))
+
     @property
     def width(self) -> int:
         """Features of one encoded position."""
@@ -92,27 +99,37 @@ class _Interpolate(torch.autograd.Function):
     """Sums of table entries for all levels; differentiable once, with respect to the table alone."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, sizes: list[int], *corners: Tensor) -> Tensor:
-        ctx.sizes = sizes
-        ctx.save_for_backward(*corners)
-        levels = zip(table.split(sizes), corners[0::2], corners[1::2])
-        return torch.cat([_gather(part, index, weight) for part, index, weight in levels], dim=1)
+    def forward(ctx: Any, table: Tensor, options: HashEncodingOptions, axes: Tensor) -> Tensor:
+        ctx.options = options
+        # A level's 8 corners of a position have an int32 index and a weight each.
+        size = options.n_levels * axes.shape[1] * 8 * (4 + axes.element_size())
+        saved: list[Tensor] = []
+        parts = []
+        for level, part in zip(options.levels(), table.split(options.sizes()), strict=True):
+            corners = level_corners(axes, *level)
+            parts.append(_gather(part, *corners))
+            if size <= SAVED_CORNERS:
+                saved += corners
+        ctx.save_for_backward(*(saved or [axes]))
+        return torch.cat(parts, dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        corners = ctx.saved_tensors
-        features = grad.shape[1] // len(ctx.sizes)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        options, saved = ctx.options, ctx.saved_tensors
         parts = []
         # Feature-major: one-dimensional index_add is torch's fastest scatter on a CPU, and deterministic.
-        for level, columns in enumerate(grad.t().contiguous().split(features)):
-            index, weight = corners[2 * level].flatten(), corners[2 * level + 1]
-            part = grad.new_zeros(features, ctx.sizes[level])
+        by_level = grad.t().contiguous().split(options.n_features_per_level)
+        for number, (level, columns) in enumerate(zip(options.levels(), by_level, strict=True)):
+            recomputed = len(saved) == 1
+            corners = level_corners(saved[0], *level) if recomputed else saved[2 * number : 2 * number + 2]
+            index, weight = corners[0].flatten(), corners[1]
+            part = grad.new_zeros(len(columns), level[2])
             values = torch.empty_like(weight)
             for row, column in zip(part, columns):
                 row.index_add_(0, index, torch.mul(weight, column[:, None], out=values).flatten())
             parts.append(part.t())
-        return torch.cat(parts), None, *(None for _ in corners)
+        return torch.cat(parts), None, None
 
 
 class HashEncoding(nn.Module):
@@ -132,13 +149,9 @@ class HashEncoding(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         axes = positions.detach().t().to(self.table.dtype).contiguous()
-        options = self.options
-        corners: list[Tensor] = []
-        for scale, nodes, size in zip(options.scales(), options.resolutions(), options.sizes()):
-            corners += level_corners(axes, scale, nodes, size)
         # Under autocast the sparse product would be in half precision, which has no CPU kernel.
         with torch.autocast(self.table.device.type, enabled=False):
-            return _Interpolate.apply(self.table, options.sizes(), *corners)
+            return _Interpolate.apply(self.table, self.options, axes)
 
 
 def level_corners(axes: Tensor, scale: float, nodes: int, size: int) -> tuple[Tensor, Tensor]:
@@ -159,8 +172,9 @@ def level_corners(axes: Tensor, scale: float, nodes: int, size: int) -> tuple[Te
 
 def _dense(low: Tensor, nodes: int, size: int) -> Tensor:
     base = (low[2] * nodes + low[1]) * nodes + low[0]
-    steps = [x + nodes * (y + nodes * z) for z in (0, 1) for y in (0, 1) for x in (0, 1)]
-    return base[:, None] + torch.tensor(steps, dtype=torch.int32, device=low.device)
+    corner = torch.arange(8, dtype=torch.int32, device=low.device)  # bits z y x
+    steps = (corner & 1) + nodes * ((corner >> 1 & 1) + nodes * (corner >> 2))
+    return base[:, None] + steps
 
 
 def _hashed(low: Tensor, nodes: int, size: int) -> Tensor:

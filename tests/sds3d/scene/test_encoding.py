@@ -104,6 +104,27 @@ def test_gradient_matches_finite_differences(options: HashEncodingOptions) -> No
     )
 
 
+@pytest.mark.parametrize("options", [MIXED, HASHED], ids=["dense and hashed", "hashed"])
+def test_recomputed_corners_give_the_same_gradient_from_less_memory(
+    options: HashEncodingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoding, positions = random_encoding(options), points(500)
+    target = torch.rand(500, options.width, generator=torch.Generator().manual_seed(2)).double()
+
+    def gradient() -> tuple[Tensor, int]:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            values = encoding(positions)
+        (grad,) = torch.autograd.grad(values, encoding.table, target)
+        return grad, sum(sizes)
+
+    grad, saved = gradient()
+    monkeypatch.setattr("sds3d.scene.encoding.SAVED_CORNERS", 0)
+    recomputed, positions_only = gradient()
+    assert torch.equal(recomputed, grad)
+    assert saved == 500 * options.n_levels * 8 * (4 + 8) and positions_only == 500 * 3 * 8
+
+
 def test_is_continuous_across_cells() -> None:
     encoding = random_encoding(MIXED)
     line = torch.linspace(0.01, 0.99, 4001, dtype=torch.float64)
