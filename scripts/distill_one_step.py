@@ -20,8 +20,8 @@ class Config(OneStepRecipe):
 def main(config: Config) -> None:
     metrics = run_one_step(config)
     if processes.rank() == 0:
-        distance = f"Frechet distance {metrics['frechet']:.3g}"
-        print(f"written: {config.run.directory}/student (averaged), student_raw; {distance}")
+        distance = f"; Frechet distance {metrics['frechet']:.3g}" if metrics else ""
+        print(f"written: {config.run.directory}/student{distance}")
 
 
 if __name__ == "__main__":

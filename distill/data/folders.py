@@ -54,10 +54,12 @@ def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def read_rows(folder: Path | str) -> list[dict[str, Any]]:
+def read_rows(
+    folder: Path | str, keys: Sequence[str] = ("file_name", "text")
+) -> list[dict[str, Any]]:
     """The rows of a folder's metadata.jsonl.
 
-    Raises `UserError` where the file is missing, is not JSON or lacks `file_name` or `text`.
+    Raises `UserError` where the file is missing, is not JSON or lacks one of the `keys`.
     """
     path = Path(folder) / "metadata.jsonl"
     if not path.is_file():
@@ -71,8 +73,8 @@ def read_rows(folder: Path | str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number} is not JSON ({error})") from None
-        if not isinstance(row, dict) or "file_name" not in row or "text" not in row:
-            raise UserError(f"{path}:{number} needs the keys file_name and text")
+        if not isinstance(row, dict) or not all(key in row for key in keys):
+            raise UserError(f"{path}:{number} needs the keys {' and '.join(keys)}")
         rows.append(row)
     if not rows:
         raise UserError(f"{path} is empty: at least one captioned image is needed")
@@ -87,7 +89,11 @@ def load_split(
     Raises `UserError` for a missing folder or split, malformed rows and unreadable images.
     """
     folder = Path(folder) / split
-    rows = read_rows(folder)[:limit]
+    return load_rows(folder, read_rows(folder)[:limit], resolution)
+
+
+def load_rows(folder: Path, rows: list[dict[str, Any]], resolution: int) -> CaptionedImages:
+    """The images of some rows of a folder's metadata. Raises `UserError` for unreadable ones."""
     images = [read_pixels(folder / row["file_name"], resolution) for row in rows]
     if len({image.shape[2] for image in images}) > 1:  # some have transparency: add it to the others
         opaque = np.full((resolution, resolution), 255, np.uint8)

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages, load_split
+from distill.data.prompts import PromptData
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 
@@ -21,11 +22,12 @@ EXTRA = "extra."  # prefix of the conditioning's further tensors in the cache fi
 
 
 @dataclass(frozen=True)
-class LatentCache:
+class LatentCache(PromptData):
     """All that denoiser training reads.
 
     latents (N, C, h, w); the conditioning of K distinct captions and, last, of the empty prompt (K + 1 rows);
-    `caption` (N,), the index of each latent's caption.
+    `caption` (N,), the index of each latent's caption. Those of a file stay there, in half precision: rows
+    are read from it, as float32, when they are needed.
     """
 
     latents: Tensor
@@ -43,7 +45,7 @@ class LatentCache:
     @property
     def uncond(self) -> Conditioning:
         """The empty prompt's conditioning, one row."""
-        return self.conditioning.select(slice(-1, None))
+        return self.conditioning.select(slice(-1, None)).apply(Tensor.float)
 
     def conditioning_of(self, indices: Tensor, dropped: Tensor | None = None) -> Conditioning:
         """The conditioning of the latents at `indices` (B,); the empty prompt's where `dropped` (B,) is
@@ -52,7 +54,11 @@ class LatentCache:
         caption = self.caption[indices]
         if dropped is not None:
             caption = torch.where(dropped, self.num_captions, caption)
-        return self.conditioning.select(caption)
+        return self.conditioning.select(caption).apply(Tensor.float)
+
+    def latents_of(self, indices: Tensor) -> Tensor:
+        """As of all prompt data."""
+        return self.latents[indices].float()
 
 
 @torch.no_grad()
@@ -82,9 +88,8 @@ def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> 
         _save(path, _encode_split(teacher, folder, split))
     try:
         saved = load_file(path)
-        extras = {name.removeprefix(EXTRA): v.float() for name, v in saved.items() if name.startswith(EXTRA)}
-        conditioning = Conditioning(saved["states"].float(), extras)
-        return LatentCache(saved["latents"].float(), conditioning, saved["caption"])
+        extras = {name.removeprefix(EXTRA): v for name, v in saved.items() if name.startswith(EXTRA)}
+        return LatentCache(saved["latents"], Conditioning(saved["states"], extras), saved["caption"])
     except (SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from None
 

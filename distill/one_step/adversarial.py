@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from distill.core.conditioning import Conditioning
 from distill.objectives.critic import Critic
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 Divergence = Literal[
     "reverse_kl", "forward_kl", "jensen_shannon", "squared_hellinger", "jeffreys", "softened_reverse_kl"
@@ -44,6 +45,7 @@ class GanOptions:
     # The generator's loss is taken at the lowest fraction of the noise levels: near pure noise real and
     # generated latents cannot be told apart.
     t_max: float = 0.5
+    start: float = 0.0  # fraction of the run from which there is a GAN at all
     width: int = 128
     learning_rate: float = 1e-3
 
@@ -52,6 +54,8 @@ class GanOptions:
             raise UserError(
                 f"gan.t_max is {self.t_max}: a fraction of the noise levels in (0, 1] is expected"
             )
+        if not 0 <= self.start < 1:
+            raise UserError(f"gan.start is {self.start}: a fraction of the run in [0, 1) is expected")
         weights = min(self.generator_weight, self.discriminator_weight)
         if weights < 0 or self.learning_rate <= 0 or self.width < 8:
             raise UserError(
@@ -100,14 +104,19 @@ class Adversary:
         self.head = Discriminator(features.shape[1], options.width).to(device)
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.learning_rate, weight_decay=0.0)
 
+    def active(self, progress: float) -> bool:
+        """Whether its losses count at a fraction of the run."""
+        return progress >= self.options.start
+
     def add_noise(
         self, latents: Tensor, generator: torch.Generator, t_max: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Latents noised to random times below t_max T, and the times (B,)."""
         levels = max(round(t_max * self.critic.schedule.num_train_timesteps), 1)
-        t = torch.randint(levels, (len(latents),), generator=generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        return self.critic.schedule.add_noise(latents, noise, t), t
+        t = torch.randint(levels, (len(latents),), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        t, noise = upload_all([t, noise], latents.device)
+        return self.critic.schedule.add_noise(latents, noise.to(latents.dtype), t), t
 
     def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Of noisy latents (B, C, h, w), with gradient; call it with the critic's adapter enabled."""

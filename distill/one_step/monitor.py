@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.evaluation.metrics import Moments, frechet_distance, moments, sample_diversity
+from distill.evaluation.metrics import Moments, frechet_distance, moments, sample_diversity, saturation
 from distill.runtime.errors import UserError
 
 
@@ -18,20 +18,23 @@ from distill.runtime.errors import UserError
 class MonitorOptions:
     """What is sampled how often, and the bounds beyond which a run has diverged and is rolled back."""
 
-    every: int = 100  # cycles between two evaluations
+    every: int = 100  # cycles between two evaluations; 0: never, which needs neither grader nor real images
     captions: int = 256
     samples_per_caption: int = 2
+    real: int = 2000  # real images that the samples are compared with
+    chunk: int | None = None  # images in memory at a time, samples and real ones; null: all
     max_fid_ratio: float = 4.0  # of the Fréchet distance to the best so far
     min_diversity_ratio: float = 0.2  # of the diversity of a caption's samples to the best so far
     max_saturation: float = 1.5  # over that of real images; beyond it a warning is printed
     max_rollbacks: int = 3  # after so many the run stops
 
     def __post_init__(self) -> None:
-        counts = min(self.every, self.captions) >= 1 and self.samples_per_caption >= 2
+        counts = min(self.captions, self.every + 1, 1 if self.chunk is None else self.chunk) >= 1
+        counts = counts and min(self.samples_per_caption, self.real) >= 2
         if not counts or self.max_fid_ratio <= 1 or not 0 <= self.min_diversity_ratio < 1:
             raise UserError(
-                "a monitor needs every and captions of at least 1, samples_per_caption of at least 2, "
-                "max_fid_ratio above 1 and min_diversity_ratio in [0, 1)"
+                "a monitor needs captions and chunk of at least 1, samples_per_caption and real of at least "
+                "2, every of at least 0, max_fid_ratio above 1 and min_diversity_ratio in [0, 1)"
             )
 
 
@@ -40,9 +43,10 @@ class Monitor:
     """Compares samples with real latents in the features of a network."""
 
     real: Moments
-    decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to images, once an evaluation
-    features: Callable[[Tensor], Tensor]  # of images: (N, D)
-    saturation: Callable[[Tensor], float]  # of images, over that of real ones
+    real_saturation: float
+    grade: Callable[
+        [Tensor], tuple[Tensor, Tensor]
+    ]  # latents (N, C, h, w) to features (N, D), saturation (N,)
     options: MonitorOptions
     best: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # all that were printed, for the report
@@ -51,12 +55,11 @@ class Monitor:
         """Metrics of samples (captions * samples_per_caption, C, h, w), those of one caption consecutive."""
         if not bool(latents.isfinite().all()):
             return {"frechet": math.nan, "diversity": math.nan, "saturation": math.nan}
-        images = self.decode(latents)
-        features = self.features(images)
+        features, saturations = self.grade(latents)
         return {
             "frechet": frechet_distance(moments(features), self.real),
             "diversity": sample_diversity(features, self.options.samples_per_caption),
-            "saturation": self.saturation(images),
+            "saturation": float(saturations.mean()) / self.real_saturation,
         }
 
     def check_divergence(self, metrics: dict[str, float]) -> str | None:
@@ -87,7 +90,23 @@ class Monitor:
         self.best, self.warnings = dict(state["best"]), list(state["warnings"])
 
 
+def grade_in_chunks(
+    decode: Callable[[Tensor], Tensor], features: Callable[[Tensor], Tensor], chunk: int | None
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Latents (N, C, h, w) to features (N, D) and saturation (N,) of their images, `chunk` at a time."""
+
+    def grade(latents: Tensor) -> tuple[Tensor, Tensor]:
+        graded = []
+        for part in latents.split(chunk or len(latents)):
+            images = decode(part)
+            graded.append((features(images), saturation(images)))
+        columns = [torch.cat(column) for column in zip(*graded, strict=True)]
+        return columns[0], columns[1]
+
+    return grade
+
+
 @torch.no_grad()
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every element is finite, by one sum a tensor."""
-    return bool(torch.stack([value.float().sum() for value in tensors]).isfinite().all())
+def finite(tensors: list[Tensor]) -> Tensor:
+    """Whether every element is finite, by one sum a tensor: a boolean on their device."""
+    return torch.stack([value.float().sum() for value in tensors]).isfinite().all()

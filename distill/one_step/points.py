@@ -142,7 +142,7 @@ def mixture_cache(exact: MixtureTeacher, count: int, generator: torch.Generator)
 def point_monitor(cache: LatentCache, options: MonitorOptions) -> Monitor:
     """Compares points by their coordinates."""
     real = moments(cache.latents.flatten(1))
-    return Monitor(real, lambda points: points, lambda points: points.flatten(1), lambda points: 1.0, options)
+    return Monitor(real, 1.0, lambda points: (points.flatten(1), torch.ones(len(points))), options)
 
 
 @torch.no_grad()

@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 
 from distill.core.teacher import Teacher
-from distill.data.latents import LatentCache, load_latents
+from distill.data.latents import load_latents
+from distill.data.prompts import PromptData, load_prompts
 from distill.evaluation.graders import Graders, load_graders
-from distill.evaluation.metrics import moments, saturation
+from distill.evaluation.metrics import moments
 from distill.one_step.folder import save_student
 from distill.one_step.methods.base import MethodOptions
-from distill.one_step.monitor import Monitor, MonitorOptions
+from distill.one_step.monitor import Monitor, MonitorOptions, grade_in_chunks
 from distill.one_step.student import describe_timestep
-from distill.one_step.trainer import OneStep, OneStepOptions
+from distill.one_step.trainer import SAMPLE_BATCH, OneStep, OneStepOptions
 from distill.runtime import processes
 from distill.runtime.config import as_mapping
 from distill.runtime.errors import UserError
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.machine import pick_device
+from distill.runtime.precision import resolve_precision
 from distill.runtime.run import Run, RunOptions
+from distill.runtime.transfer import upload
 from distill.teacher.load import load_teacher
 
 
@@ -32,7 +35,10 @@ class OneStepRecipe:
     teacher: str = (
         "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
     )
-    data: str = "outputs/shapes64"  # captions, and latents where a method needs real data (make_shapes.py)
+    # A captioned image folder (make_shapes.py), or a text file, a caption a line, where no image is needed.
+    data: str = "outputs/shapes64"
+    # Encode the captions of each batch anew, not all once: of 100,000 the embeddings fill 12 GB.
+    stream_captions: bool = False
     judge: str | None = "judge64"  # the monitor's features are the judge's; null: those of `features`
     features: str | None = None  # of the Fréchet distance in place of the judge's: a shipped or hub name
     run: RunOptions
@@ -48,28 +54,33 @@ class OneStepRecipe:
             )
 
 
-def decoder(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+def decoder(teacher: Teacher, batch: int = SAMPLE_BATCH) -> Callable[[Tensor], Tensor]:
     """Latents (N, C, h, w) to images (N, 3, H, W) on the CPU, in batches, without gradient."""
 
     @torch.no_grad()
     def decode(latents: Tensor) -> Tensor:
-        return torch.cat([teacher.decode(part.to(teacher.device)).cpu() for part in latents.split(64)])
+        parts = latents.split(batch)
+        return torch.cat([teacher.decode(upload(part, teacher.device)).cpu() for part in parts])
 
     return decode
 
 
 def image_monitor(
-    teacher: Teacher, graders: Graders, cache: LatentCache, options: MonitorOptions, count: int = 2000
+    decode: Callable[[Tensor], Tensor], graders: Graders, data: PromptData, options: MonitorOptions
 ) -> Monitor:
-    """Compares decoded samples, in the graders' features, with `count` decoded real latents."""
-    decode = decoder(teacher)
-    real = decode(cache.latents[torch.arange(count) * len(cache) // count])
-    real_saturation = float(saturation(real).mean())
+    """Compares decoded samples, in the graders' features, with decoded real latents."""
+    grade = grade_in_chunks(decode, graders.features, options.chunk)
+    features, saturations = grade(data.latents_of(torch.arange(options.real) * len(data) // options.real))
+    return Monitor(moments(features), float(saturations.mean()), grade, options)
 
-    def relative_saturation(images: Tensor) -> float:
-        return float(saturation(images).mean()) / real_saturation
 
-    return Monitor(moments(graders.features(real)), decode, graders.features, relative_saturation, options)
+def load_data(recipe: OneStepRecipe, teacher: Teacher) -> PromptData:
+    """The captions, and latents where the method or the monitor needs them; encoded once, by one process."""
+    images = recipe.method.needs_real or recipe.distill.monitor.every > 0
+    with processes.main_first():
+        if recipe.stream_captions or Path(recipe.data).suffix == ".txt":
+            return load_prompts(teacher, recipe.data, images)
+        return load_latents(teacher, recipe.data)
 
 
 def build_trainer(recipe: OneStepRecipe) -> OneStep:
@@ -77,26 +88,46 @@ def build_trainer(recipe: OneStepRecipe) -> OneStep:
 
     Raises `UserError` for data, pairs or graders that cannot be used.
     """
-    teacher = load_teacher(recipe.teacher, pick_device(recipe.run.device))
+    device = pick_device(recipe.run.device)
+    teacher = load_teacher(recipe.teacher, device, resolve_precision(recipe.run.precision, device).dtype)
     run = Run(recipe.run, as_mapping(recipe), Path(recipe.run.directory).name)
     if run.main:
         print(describe_timestep(teacher.schedule, recipe.distill.student, teacher.denoiser.prediction_type))
     # After the run has seeded the generators: loading a judge draws from them, as the discriminator does.
-    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features)
-    cache = load_latents(teacher, recipe.data)
-    monitor = image_monitor(teacher, graders, cache, recipe.distill.monitor)
+    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features, device=device)
+    data, options = load_data(recipe, teacher), recipe.distill.monitor
+    decode = decoder(teacher, min(options.chunk or SAMPLE_BATCH, SAMPLE_BATCH))
+    monitor = None
+    if options.every:
+        _check_judge(recipe, graders, teacher)
+        monitor = image_monitor(decode, graders, data, options)
     layers = None if graders.judge is None else graders.judge.layers
-    return OneStep(run, teacher, cache, recipe.method, recipe.distill, monitor, decoder(teacher), layers)
+    return OneStep(run, teacher, data, recipe.method, recipe.distill, monitor, decode, layers)
+
+
+def _check_judge(recipe: OneStepRecipe, graders: Graders, teacher: Teacher) -> None:
+    judge = graders.judge
+    if recipe.features is None and judge is not None and judge.resolution != teacher.resolution:
+        raise UserError(
+            f"the judge {recipe.judge} knows images of {judge.resolution} pixels and the teacher's have "
+            f"{teacher.resolution}: give judge=null features=facebook/dinov2-base (or a CLIP), "
+            "or distill.monitor.every=0"
+        )
 
 
 def run_one_step(recipe: OneStepRecipe) -> dict[str, float]:
-    """Distil, save `student` (averaged weights), `student_raw` and result.json; returns the last metrics."""
+    """Distil, save `student` (averaged weights), `student_raw` and result.json; returns the last metrics.
+
+    `student_raw` is left out where no average is kept, the metrics where there is no monitor.
+    """
     trainer = build_trainer(recipe)
     run, monitor = trainer.run, trainer.monitor
     averaged, raw = trainer.train()
     if run.main:
         save_student(run.directory / "student", averaged, trainer.teacher)
-        save_student(run.directory / "student_raw", raw, trainer.teacher)
-    metrics = monitor.evaluate(trainer.samples())
-    run.finish({**metrics, "warnings": monitor.warnings, "nfe": trainer.nfe, "config": as_mapping(recipe)})
+        if raw is not averaged:
+            save_student(run.directory / "student_raw", raw, trainer.teacher)
+    metrics = {} if monitor is None else monitor.evaluate(trainer.samples())
+    warnings = [] if monitor is None else monitor.warnings
+    run.finish({**metrics, "warnings": warnings, "nfe": trainer.nfe, "config": as_mapping(recipe)})
     return metrics

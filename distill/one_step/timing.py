@@ -23,7 +23,7 @@ def time_cycle(trainer: OneStep, runs: int) -> tuple[list[Timing], float]:
         trainer.teacher.predict(batch.noise, t, batch.conditioning)
 
     def update() -> None:
-        denoiser.denoising_loss(batch.real, noise, t, batch.conditioning).backward()
+        denoiser.denoising_loss(batch.noise, noise, t, batch.conditioning).backward()
 
     timings = [
         measure("one forward pass (F)", forward, runs),

@@ -2,9 +2,11 @@
 monitored on the way.
 """
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from distill.core.teacher import Teacher
 from distill.data.folders import batch_indices
-from distill.data.latents import LatentCache
+from distill.data.prompts import PromptData
+from distill.one_step.acceleration import prepare_networks
 from distill.one_step.critic_diagnostics import (
     CriticDiagnosticsOptions,
     CriticUpdateRate,
@@ -21,14 +24,20 @@ from distill.one_step.critic_diagnostics import (
     critic_error,
 )
 from distill.one_step.methods.base import Batch, MethodContext, MethodOptions, MicroBatch, simulation_cost
-from distill.one_step.monitor import Monitor, MonitorOptions, all_finite
+from distill.one_step.monitor import Monitor, MonitorOptions, finite
 from distill.one_step.regression import Pairs
 from distill.one_step.student import Student, StudentOptions
+from distill.one_step.updates import update_weights
 from distill.runtime import processes
+from distill.runtime.checkpoint import Stateful
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
-from distill.runtime.optim import cosine_decay, scale_learning_rates
+from distill.runtime.optim import backward, cosine_decay, scale_learning_rates
 from distill.runtime.run import Run
+from distill.runtime.transfer import upload, upload_all
+
+MIN_SCALE = 1.0  # of float16's losses: below it gradients overflow whatever the scale
+SAMPLE_BATCH = 64  # of the monitor's samples
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,13 @@ class OneStepOptions:
     batch: int = 32
     accumulate: int = 1
     learning_rate: float = 3e-4
-    # Fraction of the rates at the end of the cosine decay: late noise in the weights is most of what is left.
+    # Fraction of the rates at the end of their decay: late noise in the weights is most of what is left.
     final_rate: float = 0.02
+    drop_at: float | None = None  # fraction of the run at which the rates drop to that; null: along a cosine
     warmup: int = 50  # cycles
     betas: tuple[float, float] = (0.9, 0.999)
-    ema: float = 0.995
+    max_norm: float | None = None  # to which the student's gradient is clipped; null: as it is
+    ema: float | None = 0.995  # null: no average is kept, the student itself is what is evaluated
     critic_diagnostics: CriticDiagnosticsOptions = field(default_factory=CriticDiagnosticsOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
@@ -57,6 +68,10 @@ class OneStepOptions:
             raise UserError(
                 "batch and accumulate must be at least 1, learning_rate positive and final_rate in (0, 1]"
             )
+        if self.drop_at is not None and not 0 <= self.drop_at <= 1:
+            raise UserError(f"drop_at is {self.drop_at}: expected a fraction of the run in [0, 1], or null")
+        if self.max_norm is not None and self.max_norm <= 0:
+            raise UserError(f"max_norm is {self.max_norm}: a number above 0 is expected, or null")
 
 
 class OneStep:
@@ -70,41 +85,37 @@ class OneStep:
         self,
         run: Run,
         teacher: Teacher,
-        cache: LatentCache,
+        data: PromptData,
         method: MethodOptions,
         options: OneStepOptions,
-        monitor: Monitor,
+        monitor: Monitor | None,
         decode: Callable[[Tensor], Tensor] | None = None,
         features: Callable[[Tensor], Sequence[Tensor]] | None = None,
         pairs: Pairs | None = None,
     ) -> None:
-        """decode: latents to images for previews. features, pairs: as of `MethodContext`."""
-        self.run, self.teacher, self.cache, self.options = run, teacher, cache, options
+        """monitor: None where `options.monitor.every` is 0. decode: latents to images for previews.
+
+        features, pairs: as of `MethodContext`.
+        """
+        self.run, self.teacher, self.data, self.options = run, teacher, data, options
         self.monitor, self.decode = monitor, decode
         self.student = Student.from_teacher(teacher, options.student)
-        self.averaged = Student.from_teacher(teacher, options.student).requires_grad_(False).eval()
+        self._needs_real, self._uncond = method.needs_real, data.uncond.to(run.device)
         example = self.micro_batch(0, 0)[0]
-        self.method = method.build(MethodContext(teacher, self.student, example, features, pairs))
+        context = MethodContext(teacher, self.student, example, features, pairs, run.scaler)
+        self.method = method.build(context)
         self.update_rate = CriticUpdateRate(method.critic_updates)
 
-        self.ema = EMA(self.student, options.ema)
+        self.ema = None if options.ema is None else EMA(self.student, options.ema)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
         )
-        if run.compiled:
-            self._compile()
-        for optimizer in (self.optimizer, *self.method.optimizers):
-            processes.average_gradients(optimizer)
         self._rates = [float(group["lr"]) for group in self._param_groups()]
-        run.track(student=self.student, optimizer=self.optimizer, ema=self.ema, monitor=monitor)
-        run.track(update_rate=self.update_rate, **self.method.state())
-
-    def _compile(self) -> None:
-        self.student.denoiser.network.compile()
-        critic = self.method.critic
-        # A LoRA shares the teacher's network, whose bottleneck hooks compiled code would skip.
-        if critic is None or critic.options.kind == "copy":
-            self.teacher.denoiser.network.compile()
+        prepare_networks(run, teacher, self.student, self.method.critic)
+        parts: dict[str, Stateful | None] = {"ema": self.ema, "monitor": monitor}
+        parts = {"student": self.student, "optimizer": self.optimizer, **parts}
+        parts |= {"update_rate": self.update_rate, **self.method.state()}
+        run.track(**{name: part for name, part in parts.items() if part is not None})
 
     def _param_groups(self) -> list[dict[str, Any]]:
         """Those of all optimizers. Loading an optimizer's state replaces its groups: do not store them."""
@@ -112,7 +123,7 @@ class OneStep:
         return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def train(self) -> tuple[Student, Student]:
-        """Run to the end; returns the averaged student and the raw one."""
+        """Run to the end; returns the averaged student and the raw one, which are one without an average."""
         run, options = self.run, self.options
         for step in run.steps(keep_start=True):
             self.set_learning_rates(step)
@@ -121,78 +132,126 @@ class OneStep:
                 self._roll_back("the loss or a weight is not finite")
                 continue
             run.log(**metrics)
-            if run.due(options.monitor.every) or run.due(run.options.checkpoint_every):
-                divergence = self._evaluate()
-                if divergence is not None:
-                    self._roll_back(divergence)
-                    continue
+            divergence = self._evaluate()
+            if divergence is not None:
+                self._roll_back(divergence)
+                continue
             every = options.critic_diagnostics.every
             if every and self.update_rate.updates and (step + 1) % every == 0:
                 self._measure_critic(step)
-        self.ema.copy_to(self.averaged)
-        return self.averaged, self.student
+        if self.ema is None:
+            return self.student, self.student
+        averaged = copy.deepcopy(self.student).requires_grad_(False)
+        self.ema.copy_to(averaged)
+        return averaged, self.student
 
     def set_learning_rates(self, step: int) -> None:
-        """Warm-up, cosine decay, and half for every roll-back, on the rates of all optimizers."""
-        decay = cosine_decay(step, self.options.final_rate, self.run.options.steps)
-        factor = decay * min((step + 1) / self.options.warmup, 1.0) * 0.5**self.run.rollbacks
+        """Warm-up, decay, and half for every roll-back, on the rates of all optimizers."""
+        options, steps = self.options, self.run.options.steps
+        if options.drop_at is None:
+            decay = cosine_decay(step, options.final_rate, steps)
+        else:
+            decay = options.final_rate if step >= options.drop_at * steps else 1.0
+        factor = decay * min((step + 1) / options.warmup, 1.0) * 0.5**self.run.rollbacks
         scale_learning_rates(self._param_groups(), self._rates, factor)
 
     def cycle(self, step: int) -> tuple[dict[str, float | Tensor], bool]:
         """One update of the student, then of its critic; the metrics, and whether all is finite."""
-        run = self.run
+        metrics, critic_metrics = self.update(step)
+        finite_weights = finite(list(self.student.parameters()))
+        values = [*metrics.values(), *critic_metrics.values(), finite_weights]
+        # The one wait of a cycle for the device.
+        *numbers, weights = torch.stack([value.double() for value in values]).tolist()
+
+        good = bool(weights) and all(math.isfinite(number) for number in numbers)
+        if self.run.scaler is not None:  # it has skipped the updates by gradients that overflowed
+            good = bool(weights) and self.run.scaler.get_scale() >= MIN_SCALE
+        logged = {**metrics, **dict(zip(critic_metrics, numbers[len(metrics) :], strict=True))}
+        for name, number in zip(tuple(logged), numbers, strict=True):
+            if not math.isfinite(number):
+                del logged[name]
+        return logged, processes.all_reduce_max(int(not good)) == 0
+
+    def update(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A cycle's updates, without a wait for the device; the student's and the critic's metrics."""
+        run, options = self.run, self.options
         progress = step / run.options.steps
+        micro_batches = self.accumulate_gradients(step)
+        update_weights([self.optimizer], options.max_norm, run.scaler)
+
+        outcomes = [part.outcome for part in micro_batches]
+        metrics = {
+            name: torch.stack([outcome.metrics[name] for outcome in outcomes]).mean()
+            for name in outcomes[0].metrics
+        }
+        updates = self.update_rate.updates if options.critic_diagnostics.adapt else None
+        with run.precision.autocast():
+            critic_metrics = self.method.update_critic(micro_batches, progress, updates)
+        if self.ema is not None:
+            self.ema.update()
+        return metrics, critic_metrics
+
+    def accumulate_gradients(self, step: int) -> list[MicroBatch]:
+        """The student's gradient of a cycle, and what it has generated on the way."""
+        run = self.run
         parts = range(processes.rank(), self.options.accumulate, processes.world_size())
         micro_batches: list[MicroBatch] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
             batch, generator = self.micro_batch(step, part)
-            with run.precision.autocast():
-                outcome = self.method.loss(self.student, batch, progress, generator)
-            (outcome.loss / len(parts)).backward()
-            outcome = replace(outcome, loss=outcome.loss.detach())
-            micro_batches.append(MicroBatch(outcome, batch, generator))
-        self.optimizer.step()
-
-        outcomes = [part.outcome for part in micro_batches]
-        metrics: dict[str, float | Tensor] = {
-            name: torch.stack([outcome.metrics[name] for outcome in outcomes]).mean()
-            for name in outcomes[0].metrics
-        }
-        updates = self.update_rate.updates if self.options.critic_diagnostics.adapt else None
-        with run.precision.autocast():
-            metrics |= self.method.update_critic(micro_batches, updates)
-        self.ema.update()
-
-        finite = all(math.isfinite(float(value)) for value in metrics.values())
-        finite = finite and all_finite(list(self.student.parameters()))
-        return metrics, processes.all_reduce_max(int(not finite)) == 0
+            # Backward too: what checkpointing recomputes there must be as frozen as it was.
+            with self.method.frozen_critic():
+                with run.precision.autocast():
+                    outcome = self.method.loss(self.student, batch, step / run.options.steps, generator)
+                backward(outcome.loss / len(parts), run.scaler)
+            micro_batches.append(MicroBatch(replace(outcome, loss=outcome.loss.detach()), batch, generator))
+        return micro_batches
 
     def _evaluate(self) -> str | None:
-        """Log the monitor's metrics; why the run has diverged, or None."""
+        """Run the monitor and write previews where they are due; why the run has diverged, or None.
+
+        The monitor is due at every checkpoint too, so that a run rolls back to a good one.
+        """
         run, monitor = self.run, self.monitor
+        due = run.due(run.options.checkpoint_every) or run.due(self.options.monitor.every or sys.maxsize)
+        monitored = due if monitor is not None else run.due(run.options.preview_every)
+        if not monitored:
+            return None
         latents = self.samples()
+        divergence = None if monitor is None else self._monitor(monitor, latents)
+        if divergence is None and self.decode is not None and run.due(run.options.preview_every):
+            run.preview("samples", self.decode(latents[:: self.options.monitor.samples_per_caption][:64]))
+        return divergence
+
+    def _monitor(self, monitor: Monitor, latents: Tensor) -> str | None:
+        """Log the metrics of samples; why the run has diverged, or None."""
         metrics, warnings = monitor.evaluate(latents), len(monitor.warnings)
         divergence = monitor.check_divergence(metrics)
         for warning in monitor.warnings[warnings:]:
-            print(f"{run.label}: {warning}", file=sys.stderr)
+            print(f"{self.run.label}: {warning}", file=sys.stderr)
         if divergence is None:
-            run.log(**metrics)
-            if self.decode is not None and run.due(run.options.preview_every):
-                run.preview("samples", self.decode(latents[:: monitor.options.samples_per_caption][:64]))
+            self.run.log(**metrics)
         return divergence
 
     @torch.no_grad()
     def samples(self) -> Tensor:
         """Latents of the averaged student, for captions spread over the data, the same noise each time."""
-        self.ema.copy_to(self.averaged)
-        options, device = self.options.monitor, self.run.device
-        indices = torch.arange(options.captions) * len(self.cache) // options.captions
+        options, data, device = self.options.monitor, self.data, self.run.device
+        indices = torch.arange(options.captions) * len(data) // options.captions
         indices = indices.repeat_interleave(options.samples_per_caption)
         generator = torch.Generator().manual_seed(1)
-        noise = torch.randn(len(indices), *self.cache.latents.shape[1:], generator=generator)
-        batches = zip(noise.split(64), self.cache.conditioning_of(indices).split(64), strict=True)
-        return torch.cat([self.averaged(n.to(device), c.to(device), generator).cpu() for n, c in batches])
+        noise = torch.randn(len(indices), *self.teacher.latent_shape, generator=generator)
+        size = min(options.chunk or SAMPLE_BATCH, SAMPLE_BATCH)
+        latents = []
+        with self.averaged(), self.run.precision.autocast():
+            for part, rows in zip(noise.split(size), indices.split(size), strict=True):
+                conditioning = data.conditioning_of(rows).to(device)
+                latents.append(self.student(part.to(device), conditioning, generator).cpu())
+        return torch.cat(latents)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the student has its averaged weights, where there is an average."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     @property
     def nfe(self) -> float:
@@ -205,19 +264,16 @@ class OneStep:
 
     def micro_batch(self, step: int, part: int) -> tuple[Batch, torch.Generator]:
         """A part of a cycle's batch, and the generator of its further draws."""
-        options, cache, device = self.options, self.cache, self.run.device
+        options, data = self.options, self.data
         seed = self.run.options.seed
         generator = torch.Generator().manual_seed(hash((seed, step, part, self.run.rollbacks)) % 2**63)
-        indices = batch_indices(len(cache), options.batch * options.accumulate, step, seed)
+        indices = batch_indices(len(data), options.batch * options.accumulate, step, seed)
         indices = indices.chunk(options.accumulate)[part]
-        noise = torch.randn(len(indices), *cache.latents.shape[1:], generator=generator)
-        batch = Batch(
-            conditioning=cache.conditioning_of(indices).to(device),
-            uncond=cache.uncond.to(device),
-            real=cache.latents[indices].to(device),
-            noise=noise.to(device),
-        )
-        return batch, generator
+        noise = torch.randn(len(indices), *self.teacher.latent_shape, generator=generator)
+        real = data.latents_of(indices if self._needs_real else indices[:0])
+        real, noise = upload_all([real, noise], self.run.device)
+        conditioning = data.conditioning_of(indices).apply(lambda value: upload(value, self.run.device))
+        return Batch(conditioning, self._uncond, real, noise), generator
 
     def _roll_back(self, reason: str) -> None:
         if self.run.rollbacks >= self.options.monitor.max_rollbacks:
@@ -232,7 +288,7 @@ class OneStep:
         batch, generator = self.micro_batch(step, self.options.accumulate - 1)
         critic, options = self.method.critic, self.options.critic_diagnostics
         assert critic is not None
-        with torch.no_grad():
+        with torch.no_grad(), self.run.precision.autocast():
             generated = self.student(batch.noise, batch.conditioning, generator)
         others: dict[str, Any] = {"teacher": self.teacher}
         errors = critic_error(critic, generated, batch.conditioning, generator, others)

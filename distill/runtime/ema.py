@@ -1,6 +1,7 @@
 """Exponential moving average of a module's parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,19 @@ class EMA:
         """Overwrite the parameters and buffers of a module of the same structure with the averages."""
         _copy(dict(module.named_parameters()), self._average, "parameters")
         _copy(dict(module.named_buffers()), self._copied, "buffers")
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the module's parameters are the averages; they change places, nothing is copied."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self._module.named_parameters():
+            self._average[name], parameter.data = parameter.data, self._average[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name and the number of updates."""

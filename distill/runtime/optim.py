@@ -47,7 +47,7 @@ def optimizer_step(
     """One update by the gradient of `loss`."""
     optimizer.zero_grad(set_to_none=True)
     backward(loss, scaler)
-    apply_gradients(optimizer, max_norm, scaler)
+    apply_gradients([optimizer], max_norm, scaler)
 
 
 def backward(loss: Tensor, scaler: GradScaler | None = None) -> None:
@@ -56,20 +56,22 @@ def backward(loss: Tensor, scaler: GradScaler | None = None) -> None:
 
 
 def apply_gradients(
-    optimizer: Optimizer, max_norm: float | None = None, scaler: GradScaler | None = None
+    optimizers: Sequence[Optimizer], max_norm: float | None = None, scaler: GradScaler | None = None
 ) -> None:
-    """One update by the parameters' gradients, clipped to the norm `max_norm` over all of them.
+    """One update by the parameters' gradients, those of each optimizer clipped to the norm `max_norm`.
 
     With a `scaler`, gradients that overflowed skip the update and lower the scale.
     """
+    for optimizer in optimizers:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(
+                [parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm
+            )
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
     if scaler is not None:
-        scaler.unscale_(optimizer)
-    if max_norm is not None:
-        nn.utils.clip_grad_norm_(
-            [parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm
-        )
-    if scaler is None:
-        optimizer.step()
-        return
-    scaler.step(optimizer)
-    scaler.update()
+        scaler.update()

@@ -4,11 +4,14 @@ torchrun --nproc-per-node 2 scripts/distill_one_step.py distill.accumulate=2
 """
 
 import os
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.optim import Optimizer
+
+BUCKET = 2**25  # elements that are averaged in one collective operation
 
 
 def init() -> None:
@@ -35,6 +38,16 @@ def barrier() -> None:
         distributed.barrier()
 
 
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first process runs the block before the others, which then find what it has cached."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()
+
+
 def all_reduce_max(value: int) -> int:
     """The maximum of a value over all processes."""
     if world_size() == 1:
@@ -45,17 +58,25 @@ def all_reduce_max(value: int) -> int:
 
 
 def average_gradients(optimizer: Optimizer) -> None:
-    """Replace the gradients by their mean over all processes before every step of the optimizer."""
-    if world_size() > 1:
-        optimizer.register_step_pre_hook(_all_reduce_gradients)
-
-
-def _all_reduce_gradients(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not gradients:
+    """Replace the gradients of its parameters by their mean over all processes."""
+    if world_size() == 1:
         return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    means = (flat / world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(flat)
+        means = (flat / world_size()).split([gradient.numel() for gradient in bucket])
+        for gradient, mean in zip(bucket, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of together about `BUCKET` elements: their copies take memory of their own."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(value.numel() for value in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

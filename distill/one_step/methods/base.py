@@ -4,19 +4,23 @@ it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions
-from distill.one_step.adversarial import Adversary, GanOptions
+from distill.one_step.adversarial import Adversary, GanOptions, no_param_grad
 from distill.one_step.regression import Pairs
 from distill.one_step.student import Student
+from distill.one_step.updates import update_weights
 from distill.runtime.checkpoint import Stateful
+from distill.runtime.optim import backward
 
 # Of a U-Net's work, up to its bottleneck (measured on shapes64's, forward and backward alike).
 ENCODER_FLOP_FRACTION = 0.4
@@ -24,8 +28,10 @@ ENCODER_FLOP_FRACTION = 0.4
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions' conditioning (B rows), the empty prompt's (1 row), real latents of the captions (B, C, h,
-    w), noise.
+    """Captions' conditioning (B rows), the empty prompt's (1 row), real latents of the captions (B, C, h, w),
+    noise.
+
+    Without rows of `real` where the method reads none (`MethodOptions.needs_real`).
     """
 
     conditioning: Conditioning
@@ -62,10 +68,17 @@ class Method(ABC):
         """The student's loss at a fraction of the run."""
 
     def update_critic(
-        self, micro_batches: Sequence[MicroBatch], updates: int | None = None
-    ) -> dict[str, float]:
-        """Train the critic on what was just generated: as often as its options say, or `updates` times."""
+        self, micro_batches: Sequence[MicroBatch], progress: float, updates: int | None = None
+    ) -> dict[str, Tensor]:
+        """Train the critic on what was just generated: as often as its options say, or `updates` times.
+
+        Returns the mean losses, float64 scalars on the device.
+        """
         return {}
+
+    def frozen_critic(self) -> AbstractContextManager[None]:
+        """Inside the block, which holds the student's loss and its backward pass, the critic is frozen."""
+        return nullcontext()
 
     def state(self) -> dict[str, Stateful]:
         """What a checkpoint must hold, by name."""
@@ -93,7 +106,7 @@ class MethodContext:
     """What a method is built from. `example` gives shapes only.
 
     features: image layers of a perceptual distance, where there is a network for it. pairs: noise-image pairs
-    in place of those on disk.
+    in place of those on disk. scaler: the run's, for float16.
     """
 
     teacher: Teacher
@@ -101,6 +114,7 @@ class MethodContext:
     example: Batch
     features: Callable[[Tensor], Sequence[Tensor]] | None = None
     pairs: Pairs | None = None
+    scaler: GradScaler | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,11 @@ class MethodOptions(ABC):
     def critic_updates(self) -> int:
         """Updates of the critic a cycle; 0 without a critic."""
         return 0
+
+    @property
+    def needs_real(self) -> bool:
+        """Whether it learns from real images, not from their captions alone."""
+        return True
 
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "MethodOptions":
         """The same method without guidance, whose target is then the teacher's own distribution.
@@ -143,7 +162,7 @@ class CriticMethod(Method):
     """A method whose critic tracks the student, with or without an adversary."""
 
     def __init__(self, context: MethodContext, critic: CriticOptions, gan: GanOptions | None) -> None:
-        self.teacher = context.teacher
+        self.teacher, self.scaler = context.teacher, context.scaler
         self._critic = Critic(context.teacher, critic)
         self.adversary: Adversary | None = None
         if gan is not None:
@@ -152,33 +171,44 @@ class CriticMethod(Method):
             )
 
     def update_critic(
-        self, micro_batches: Sequence[MicroBatch], updates: int | None = None
-    ) -> dict[str, float]:
-        """Each update at fresh times and noise on the same generated latents; the mean losses."""
-        optimizers = self.optimizers
-        losses: list[tuple[float, float]] = []
-        for _ in range(self._critic.options.updates if updates is None else updates):
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            losses += [self._backward(part, len(micro_batches)) for part in micro_batches]
-            for optimizer in optimizers:
-                optimizer.step()
-        critic, head = (sum(values) / max(len(values), 1) for values in zip(*losses, strict=True))
-        return {"critic": critic} if self.adversary is None else {"critic": critic, "discriminator": head}
+        self, micro_batches: Sequence[MicroBatch], progress: float, updates: int | None = None
+    ) -> dict[str, Tensor]:
+        """Each update at fresh times and noise on the same generated latents."""
+        options, losses = self._critic.options, []
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for _ in range(options.updates if updates is None else updates):
+            for part in micro_batches:
+                losses.append(self._backward(part, len(micro_batches), progress))
+            update_weights(self.optimizers, options.max_norm, self.scaler)
+        means = torch.stack(losses).double().mean(0)
+        names = ["critic"] if self.adversary is None else ["critic", "discriminator"]
+        return dict(zip(names, means, strict=False))
 
-    def _backward(self, part: MicroBatch, count: int) -> tuple[float, float]:
-        """Gradients of the denoising and the discriminator loss of one of `count` parts, and the losses."""
+    def frozen_critic(self) -> AbstractContextManager[None]:
+        """As of every method; a LoRA is frozen where it is used, as it is trainable while enabled."""
+        modules: list[nn.Module] = [] if self.adversary is None else [self.adversary.head]
+        if self._critic.options.kind == "copy":
+            modules.append(self._critic.denoiser.network)
+        return no_param_grad(*modules)
+
+    def critic_loss(self, part: MicroBatch) -> Tensor:
+        """The critic's denoising loss on a part of what was generated."""
         assert part.outcome.generated is not None
+        return self._critic.loss(part.outcome.generated, part.batch.conditioning, part.generator)
+
+    def _backward(self, part: MicroBatch, count: int, progress: float) -> Tensor:
+        """Gradients of the denoising and the discriminator loss of one of `count` parts; both losses (2,)."""
         batch, denoiser = part.batch, self._critic.denoiser
         with denoiser.adapter_enabled(), denoiser.capture_mid_block() as features:
-            loss = self._critic.loss(part.outcome.generated, batch.conditioning, part.generator)
+            loss = self.critic_loss(part)
             gan_loss = 0 * loss
-            if self.adversary is not None:
+            if self.adversary is not None and self.adversary.active(progress):
                 gan_loss = self.adversary.discriminator_loss(
                     features[0], batch.real, batch.conditioning, part.generator
                 )
-            ((loss + gan_loss) / count).backward()
-        return float(loss.detach()), float(gan_loss.detach())
+            backward((loss + gan_loss) / count, self.scaler)
+        return torch.stack([loss.detach(), gan_loss.detach()])
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -198,7 +228,7 @@ class CriticMethod(Method):
             state |= {"head": self.adversary.head, "head_optimizer": self.adversary.optimizer}
         return state
 
-    def critic_cost(self) -> float:
-        """F of the critic's updates; an adversary's evaluates the encoder on real latents."""
-        update = 3.0 if self.adversary is None else 3.0 + 3 * ENCODER_FLOP_FRACTION
-        return self._critic.options.updates * update
+    def critic_cost(self, progress: float) -> float:
+        """F of the critic's updates; an active adversary's evaluate the encoder on real latents."""
+        active = self.adversary is not None and self.adversary.active(progress)
+        return self._critic.options.updates * (3.0 + 3 * ENCODER_FLOP_FRACTION * active)

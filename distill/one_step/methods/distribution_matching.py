@@ -46,6 +46,10 @@ class DistributionMatchingOptions(MethodOptions):
             raise UserError(
                 f"the divergence {self.divergence} needs the discriminator's density ratio: give method.gan"
             )
+        if self.divergence != "reverse_kl" and self.gan is not None and self.gan.start:
+            raise UserError(
+                f"the divergence {self.divergence} needs the density ratio from the start: set gan.start=0"
+            )
         if self.objective.image:
             raise UserError("objective.image weighs rendered images: a student has none, leave it 0")
 
@@ -57,6 +61,11 @@ class DistributionMatchingOptions(MethodOptions):
     def critic_updates(self) -> int:
         """As of every method."""
         return 0 if self.objective.critic is None else self.objective.critic.updates
+
+    @property
+    def needs_real(self) -> bool:
+        """As of every method: only a discriminator sees real images."""
+        return self.gan is not None
 
     def unguided(
         self, critic_learning_rate: float, gan_weights: tuple[float, float]
@@ -108,7 +117,7 @@ class DistributionMatching(CriticMethod):
 
         loss = surrogate_loss(generated, gradient)
         metrics = {"g": gradient.square().mean().sqrt()}
-        if self.adversary is not None and self.adversary.options.generator_weight:
+        if self.adversary is not None and self._generator_loss(progress):
             metrics["gan"] = self.adversary.generator_loss(generated, batch.conditioning, generator)
             loss = loss + metrics["gan"]
         if self.regression is not None:
@@ -116,14 +125,19 @@ class DistributionMatching(CriticMethod):
             loss = loss + metrics["regression"]
         return Outcome(loss, generated.detach(), {name: value.detach() for name, value in metrics.items()})
 
+    def _generator_loss(self, progress: float) -> bool:
+        """Whether the student has an adversarial loss at a fraction of the run."""
+        adversary = self.adversary
+        return adversary is not None and adversary.active(progress) and adversary.options.generator_weight > 0
+
     def cost(self, progress: float) -> float:
         """As of every method.
 
         Regression generates once more; the adversary evaluates the encoder, forward and back to its inputs.
         """
         nfe = sum(component.nfe(progress) for component in self.objective.options.components)
-        cost = 3 + nfe + self.critic_cost()
-        if self.adversary is not None and self.adversary.options.generator_weight:
+        cost = 3 + nfe + self.critic_cost(progress)
+        if self._generator_loss(progress):
             cost += 2 * ENCODER_FLOP_FRACTION
         if self.divergence != "reverse_kl":
             cost += ENCODER_FLOP_FRACTION

@@ -88,4 +88,4 @@ class SiD(CriticMethod):
 
     def cost(self, progress: float) -> float:
         """As of every method: forward and backward through the student, and to the inputs of both models."""
-        return 3 + 4 * (1 if self.options.guidance == 1 else 2) + self.critic_cost()
+        return 3 + 4 * (1 if self.options.guidance == 1 else 2) + self.critic_cost(progress)

@@ -241,7 +241,7 @@ def test_an_exact_critic_has_no_error(schedule: NoiseSchedule) -> None:
 
 
 def test_divergence_is_detected() -> None:
-    monitor = Monitor(None, None, None, None, MonitorOptions(max_fid_ratio=4.0, min_diversity_ratio=0.2))  # type: ignore[arg-type]
+    monitor = Monitor(None, 1.0, None, MonitorOptions(max_fid_ratio=4.0, min_diversity_ratio=0.2))  # type: ignore[arg-type]
     assert (
         monitor.check_divergence({"frechet": 10.0, "diversity": 1.0, "saturation": 1.0}) is None
         and monitor.check_divergence({"frechet": 2.0, "diversity": 3.0, "saturation": 1.6}) is None
@@ -255,7 +255,7 @@ def test_divergence_is_detected() -> None:
     assert monitor.warnings == [
         "samples are 1.60 times as saturated as real ones: lower the teacher's guidance"
     ]
-    again = Monitor(None, None, None, None, MonitorOptions())  # type: ignore[arg-type]
+    again = Monitor(None, 1.0, None, MonitorOptions())  # type: ignore[arg-type]
     again.load_state_dict(monitor.state_dict())
     assert again.best == {"frechet": 2.0, "diversity": 3.0} and again.warnings == monitor.warnings
 
