@@ -20,6 +20,30 @@ CHUNK = 1 << 17  # evaluations at once, which bounds the memory
 
 
 @dataclass(frozen=True)
+class BandOptions:
+    """Levels of the encoding that are unlocked over steps: coarse shapes first, with smooth normals.
+
+    Neuralangelo (Li et al. 2023, section 3.2); defaults are threestudio's for 16 levels and 10,000 steps.
+    Raises `UserError` for a value out of range.
+    """
+
+    start_level: int = 8  # levels that are active from the first step
+    start_step: int = 2000  # until which no other is unlocked
+    update_steps: int = 500  # steps from each level to the next
+
+    def __post_init__(self) -> None:
+        if min(self.start_level, self.update_steps) < 1 or self.start_step < 0:
+            raise UserError(
+                f"bands start_level {self.start_level}, start_step {self.start_step}, update_steps "
+                f"{self.update_steps}: at least 1 level, step 0 and 1 step are expected"
+            )
+
+    def levels(self, step: int) -> int:
+        """How many levels are active at a step."""
+        return self.start_level + max(step - self.start_step, 0) // self.update_steps
+
+
+@dataclass(frozen=True)
 class FieldOptions:
     """Size of the field and its initial density. Raises `UserError` for sizes that are not positive.
 
@@ -35,6 +59,7 @@ class FieldOptions:
     density_bias: float = 0.0
     blob_density: float = 6.0  # 10 and a radius of 0.5 prevented spouts and handles
     blob_radius: float = 0.6  # world units; the box is [-1, 1]^3
+    bands: BandOptions | None = None  # null: all levels of the encoding from the first step on
 
     def __post_init__(self) -> None:
         if self.hidden_width < 1 or self.hidden_layers < 1 or self.blob_radius <= 0:
@@ -79,7 +104,20 @@ class Field(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(options.hidden_width, 4)).to(device)
         self.rotation: Tensor  # the product of all `rotate` calls
         self.register_buffer("rotation", torch.eye(3, device=device))
+        self.taps: Tensor
+        self.register_buffer("taps", torch.tensor(TETRAHEDRON, device=device), persistent=False)
+        self.level_mask: Tensor  # of the encoding's features
+        if options.bands is not None:
+            self.register_buffer("level_mask", torch.zeros(options.encoding.width, device=device))
+            self.unlock_levels(0)
         self.register_load_state_dict_pre_hook(_rename_buffers)
+
+    @torch.no_grad()
+    def unlock_levels(self, step: int) -> None:
+        """Activate the encoding's levels that are unlocked at `step`; the features of the others are 0."""
+        if self.options.bands is not None:
+            levels = self.options.bands.levels(step)
+            self.level_mask[: levels * self.options.encoding.n_features_per_level] = 1.0
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (N, 3) -> density (N,) per world unit, 0 outside the box, and albedo (N, 3) in [0, 1]."""
@@ -96,8 +134,10 @@ class Field(nn.Module):
         Four evaluations of the density at the corners of a tetrahedron of half-width `step`; differentiable
         with respect to the parameters.
         """
-        taps = positions.new_tensor(TETRAHEDRON)
-        density = self.density((positions[:, None] + step * taps).flatten(0, 1)).view(-1, 4)
+        taps = self.taps.to(positions)
+        # Differences of densities in half precision would be noise.
+        with torch.autocast(positions.device.type, enabled=False):
+            density = self.density((positions[:, None] + step * taps).flatten(0, 1)).view(-1, 4)
         # log1p keeps the direction and bounds slopes of thousands at a hard surface.
         return functional.normalize(-torch.log1p(density) @ taps, dim=-1, eps=1e-8)
 
@@ -110,8 +150,11 @@ class Field(nn.Module):
         # In half precision, positions would be off by a cell.
         with torch.autocast(positions.device.type, enabled=False):
             rotated = positions @ self.rotation
+        features = self.encoding((rotated + 1) / 2)
+        if self.options.bands is not None:
+            features = features * self.level_mask
         # Under autocast the MLP's output is in half precision, too coarse for compositing.
-        return self.mlp(self.encoding((rotated + 1) / 2)).to(positions.dtype)
+        return self.mlp(features).to(positions.dtype)
 
     def _activate(self, raw: Tensor, positions: Tensor) -> Tensor:
         options = self.options

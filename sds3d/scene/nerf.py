@@ -2,13 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.runtime.errors import UserError
+from sds3d.scene.background import Background, BackgroundOptions
 from sds3d.scene.cameras import Cameras
+from sds3d.scene.compositing import RenderedRays
 from sds3d.scene.field import Field, FieldOptions, surface_colours
 from sds3d.scene.occupancy import OccupancyGrid
 from sds3d.scene.protocol import (
@@ -20,31 +22,10 @@ from sds3d.scene.protocol import (
     SceneOptions,
 )
 from sds3d.scene.regularizers import RegularizerOptions, opacity_regularization, ray_regularization
-from sds3d.scene.renderer import RenderedRays, RenderOptions, render
+from sds3d.scene.renderer import RenderOptions, render
+from sds3d.scene.shading import PointLights
 
 CHUNK = 2**14  # rays rendered at once without gradients, which bounds the memory
-
-
-@dataclass(frozen=True)
-class BackgroundOptions:
-    """The background: a `fixed` colour, a learned `constant`, or a learned `mlp` of the ray's direction.
-
-    Raises `UserError` for an unknown kind or a colour out of range.
-    """
-
-    kind: Literal["fixed", "constant", "mlp"] = "fixed"
-    colour: tuple[float, float, float] = (
-        0.85,
-        0.85,
-        0.85,
-    )  # RGB in [0, 1], the initial value of a learned one
-    width: int = 16  # of the MLP's hidden layer
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("fixed", "constant", "mlp"):
-            raise UserError(f"background kind is '{self.kind}': use fixed, constant or mlp")
-        if len(self.colour) != 3 or not all(0 <= value <= 1 for value in self.colour):
-            raise UserError(f"background colour is {self.colour}: give three numbers from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -97,33 +78,6 @@ class NerfViews(RenderedViews):
         return rgb_density_grad, rgb_albedo_grad
 
 
-class Background(nn.Module):
-    """Background colours for ray directions (R, 3) -> (R, 3) in [0, 1]."""
-
-    def __init__(self, options: BackgroundOptions) -> None:
-        super().__init__()
-        self.kind = options.kind
-        self.colour: Tensor
-        colour = torch.tensor(options.colour, dtype=torch.float32)
-        if options.kind == "fixed":
-            self.register_buffer("colour", colour)
-            return
-        logit = colour.clamp(0.02, 0.98).logit()
-        if options.kind == "constant":
-            self.logit = nn.Parameter(logit)
-            return
-        last = nn.Linear(options.width, 3)
-        self.mlp = nn.Sequential(nn.Linear(3, options.width), nn.ReLU(), last)
-        nn.init.zeros_(last.weight)
-        last.bias.data.copy_(logit)
-
-    def forward(self, directions: Tensor) -> Tensor:
-        if self.kind == "mlp":
-            return self.mlp(directions).sigmoid()
-        colour = self.colour if self.kind == "fixed" else self.logit.sigmoid()
-        return colour.expand_as(directions)
-
-
 @final
 class NeRF(Scene3D):
     """A radiance field without view dependence (Mildenhall et al. 2020; encoding: Mueller et al. 2022)."""
@@ -138,9 +92,14 @@ class NeRF(Scene3D):
         self.background = Background(options.background).to(device)
 
     def update(self, step: int, generator: torch.Generator | None = None) -> None:
-        """Update the occupancy grid when `step` is a multiple of its interval."""
+        """Unlock the encoding's levels of `step`; update the grid when it is a multiple of its interval."""
+        self.field.unlock_levels(step)
         if step % self.options.grid.every == 0:
             self.grid.update(self.field, generator)
+
+    def compile_networks(self) -> None:
+        """As of every scene: the field's MLP, whose batch differs from step to step."""
+        self.field.mlp.compile(dynamic=True)
 
     def rotate(self, quarter_turns: int) -> None:
         """Rotate field and grid about the vertical, by 90 degrees a quarter turn."""
@@ -184,24 +143,28 @@ class NeRF(Scene3D):
         generator: torch.Generator | None = None,
         training: bool = False,
         normals: bool = False,
+        lights: PointLights | None = None,
     ) -> NerfViews:
-        """Images through `cameras` over `background` (B, 3), or over the scene's own.
+        """Images through `cameras` over `background` (B, 3), or over the scene's own, lit by B `lights`.
 
-        Training renders all rays at once, with samples jittered by `generator`; otherwise rays go in chunks,
-        without jitter. Normals cost four more field evaluations a sample.
+        Training renders with samples jittered by `generator`, and in chunks as the options say; otherwise
+        rays go in chunks, without jitter. Normals cost four more field evaluations a visible sample.
         """
         origins, directions = (value.to(self.device) for value in cameras.rays())
         origins, directions = origins.reshape(-1, 3), directions.reshape(-1, 3)
+        pixels = cameras.resolution**2
         if background is not None:
-            background = background.to(directions)[:, None].expand(-1, cameras.resolution**2, -1)
-            background = background.reshape(-1, 3)
+            background = background.to(directions)[:, None].expand(-1, pixels, -1).reshape(-1, 3)
+        if lights is not None:
+            lights = lights.to(self.device).repeat_interleave(pixels)
 
         with torch.set_grad_enabled(training):
-            rays = self._rays(origins, directions, background, generator) if training else None
-            if rays is not None:
-                values = self._pixel_values(rays, normals)
+            rays = None
+            if training:
+                rays = self._rays(origins, directions, background, generator, lights, normals)
+                values = _pixel_values(rays)
             else:
-                values = self._render_chunks(origins, directions, background, normals)
+                values = self._render_chunks(origins, directions, background, lights, normals)
 
         images = values.view(len(cameras), cameras.resolution, cameras.resolution, -1).permute(0, 3, 1, 2)
         normal = images[:, 5:8] if normals else None
@@ -213,26 +176,34 @@ class NeRF(Scene3D):
         directions: Tensor,
         background: Tensor | None,
         generator: torch.Generator | None,
+        lights: PointLights | None,
+        normals: bool,
     ) -> RenderedRays:
         background = self.background(directions) if background is None else background
-        return render(self.field, self.grid, origins, directions, background, self.options.render, generator)
+        options = self.options.render
+        return render(
+            self.field, self.grid, origins, directions, background, options, generator, lights, normals
+        )
 
     def _render_chunks(
-        self, origins: Tensor, directions: Tensor, background: Tensor | None, normals: bool
+        self,
+        origins: Tensor,
+        directions: Tensor,
+        background: Tensor | None,
+        lights: PointLights | None,
+        normals: bool,
     ) -> Tensor:
-        backgrounds = [None] * -(-len(origins) // CHUNK) if background is None else background.split(CHUNK)
-        chunks = zip(origins.split(CHUNK), directions.split(CHUNK), backgrounds, strict=True)
-        return torch.cat([self._pixel_values(self._rays(o, d, b, None), normals) for o, d, b in chunks])
+        values = []
+        for first in range(0, len(origins), CHUNK):
+            part = slice(first, first + CHUNK)
+            over = None if background is None else background[part]
+            lit = None if lights is None else lights.select(part)
+            rays = self._rays(origins[part], directions[part], over, None, lit, normals)
+            values.append(_pixel_values(rays))
+        return torch.cat(values)
 
-    def _pixel_values(self, rays: RenderedRays, normals: bool) -> Tensor:
-        """Colour, opacity, depth and optionally normals side by side: (R, 5 or 8)."""
-        values = [rays.rgb, rays.opacity[:, None], rays.depth[:, None]]
-        if normals:
-            values.append(rays.gather(self._normals(rays)))
-        return torch.cat(values, dim=1)
 
-    def _normals(self, rays: RenderedRays, min_weight: float = 1e-3) -> Tensor:
-        """Normals (M, 3) of samples of more than `min_weight`; zero for the others, which are invisible."""
-        visible = (rays.weights > min_weight).nonzero().squeeze(1)
-        normal = self.field.normal(rays.points[visible])
-        return torch.zeros_like(rays.points).index_copy(0, visible, normal)
+def _pixel_values(rays: RenderedRays) -> Tensor:
+    """Colour, opacity, depth and, where rendered, normals side by side: (R, 5 or 8)."""
+    values = [rays.rgb, rays.opacity[:, None], rays.depth[:, None]]
+    return torch.cat(values if rays.normal is None else [*values, rays.normal], dim=1)

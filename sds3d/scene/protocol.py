@@ -21,6 +21,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, write_json
 from sds3d.scene.cameras import Cameras
 from sds3d.scene.regularizers import RegularizerOptions
+from sds3d.scene.shading import PointLights
 
 if TYPE_CHECKING:  # a heavy import that nothing else here needs
     import trimesh
@@ -114,6 +115,9 @@ class Scene3D(nn.Module, ABC):
     def update(self, step: int, generator: torch.Generator | None = None) -> None:
         """Update what gradients do not train (an occupancy grid, a set of Gaussians) before step `step`."""
 
+    def compile_networks(self) -> None:
+        """Apply torch.compile, in place, to the networks that it consists of, where there are any."""
+
     @abstractmethod
     def render(
         self,
@@ -122,8 +126,12 @@ class Scene3D(nn.Module, ABC):
         generator: torch.Generator | None = None,
         training: bool = False,
         normals: bool = False,
+        lights: PointLights | None = None,
     ) -> RenderedViews:
         """Images through B cameras over a `background` (B, 3), or over the scene's own.
+
+        `lights`, one a view, shade the surfaces; without, views show the albedo. A representation that cannot
+        be shaded raises `UserError`.
 
         `training` renders with gradients, and with what `regularization` needs; `generator` then drives
         stochastic sampling. Otherwise rendering is deterministic, without gradients, in bounded memory.

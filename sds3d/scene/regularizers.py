@@ -9,30 +9,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distill.objectives.options import LinearSchedule, resolve
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
+from sds3d.scene.compositing import RenderedRays
 from sds3d.scene.field import Field
-from sds3d.scene.renderer import RenderedRays
 
 
 @dataclass(frozen=True)
 class RegularizerOptions:
     """Weights on the summed-gradient scale of the objective; a term of weight 0 is not evaluated.
 
+    A weight is a number, or a schedule over the progress of the stage: {start: 10, end: 1000, until: 0.5}.
     Raises `UserError` for a negative weight, or no samples.
     """
 
-    opacity: float = 80.0  # against floaters
-    entropy: float = 20.0
+    opacity: float | LinearSchedule = 80.0  # against floaters
+    entropy: float | LinearSchedule = 20.0
     entropy_start: float = 0.5  # fraction of the run from which entropy is penalised
-    orientation: float = 0.0  # multiplied by progress
-    depth_variance: float = 1000.0  # multiplied by progress; without it large objects remain fog
-    sparsity: float = 0.0
-    smooth_density: float = 20.0
-    smooth_albedo: float = 60.0
+    orientation: float | LinearSchedule = 0.0
+    # without it large objects remain fog
+    depth_variance: float | LinearSchedule = LinearSchedule(0.0, 1000.0)
+    sparsity: float | LinearSchedule = 0.0
+    smooth_density: float | LinearSchedule = 20.0
+    smooth_albedo: float | LinearSchedule = 60.0
     samples: int = 4096  # random points, or rendered samples, that a term is evaluated at
 
     def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or self.samples < 1:
+        ends = [min(resolve(value, 0), resolve(value, 1)) for value in vars(self).values()]
+        if min(ends) < 0 or self.samples < 1:
             raise UserError("regulariser weights must not be negative and samples must be positive")
 
 
@@ -90,15 +95,17 @@ def scene_orientation(
     weighted sum divided by the sum of weights. 0 where nothing was rendered.
     """
     weights = rays.weights.detach()
-    if not weights.any():
+    if len(weights) == 0:
         return weights.sum()
     # Inverse transform sampling: torch.multinomial takes at most 2^24 weights, on its generator's device.
     cumulative = weights.double().cumsum(0)
     draws = torch.rand(count, generator=generator, dtype=torch.float64, device=generator.device)
-    draws = draws.to(cumulative) * cumulative[-1]
+    draws = upload(draws, weights.device) * cumulative[-1]
     chosen = torch.searchsorted(cumulative, draws).clamp(max=len(weights) - 1)
     normals = field.normal(rays.points[chosen])
-    return orientation(torch.ones_like(weights[chosen]), normals, directions[rays.ray_indices[chosen]])
+    # 0 where all weights are: not asked of the device before, lest the host wait for it.
+    equal = (cumulative[-1] > 0).to(weights).expand(count)
+    return orientation(equal, normals, directions[rays.ray_indices[chosen]])
 
 
 def total_variation(
@@ -112,7 +119,8 @@ def total_variation(
     """
     if len(points) == 0:
         return points.new_zeros(()), points.new_zeros(())
-    offsets = torch.randn(points.shape, generator=generator, device=generator.device).to(points)
+    offsets = torch.randn(points.shape, generator=generator, device=generator.device)
+    offsets = upload(offsets, points.device).to(points)
     neighbours = points + step * offsets / offsets.norm(dim=-1, keepdim=True).clamp(min=1e-6)
     density, albedo = field(torch.cat([points, neighbours]))
     opacity = -torch.expm1(-density * step)
@@ -126,16 +134,16 @@ def _mean_difference(values: Tensor) -> Tensor:
 
 def random_points(count: int, generator: torch.Generator, device: torch.device | str = "cpu") -> Tensor:
     """Points (count, 3) uniform in the box [-1, 1]^3, for `sparsity` and `total_variation`."""
-    return (torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1).to(device)
+    return upload(torch.rand(count, 3, generator=generator, device=generator.device) * 2 - 1, device)
 
 
 def opacity_regularization(opacity: Tensor, options: RegularizerOptions, progress: float) -> Tensor:
     """The weighted sum of the terms on opacities in [0, 1], any shape."""
     total = opacity.new_zeros(())
-    if options.opacity:
-        total = total + options.opacity * opacity_penalty(opacity)
-    if options.entropy and progress >= options.entropy_start:
-        total = total + options.entropy * opacity_entropy(opacity)
+    if weight := resolve(options.opacity, progress):
+        total = total + weight * opacity_penalty(opacity)
+    if (weight := resolve(options.entropy, progress)) and progress >= options.entropy_start:
+        total = total + weight * opacity_entropy(opacity)
     return total
 
 
@@ -148,23 +156,24 @@ def ray_regularization(
     generator: torch.Generator,
 ) -> Iterator[Tensor]:
     """The weighted terms on a field and its samples along rays with unit directions (R, 3)."""
-    if options.orientation:
-        term = scene_orientation(field, rays, directions, options.samples, generator)
-        yield options.orientation * progress * term
-    if options.depth_variance:
-        yield options.depth_variance * progress * depth_variance(rays.depth_variance, rays.opacity)
-    if options.sparsity:
+    if weight := resolve(options.orientation, progress):
+        yield weight * scene_orientation(field, rays, directions, options.samples, generator)
+    if weight := resolve(options.depth_variance, progress):
+        yield weight * depth_variance(rays.depth_variance, rays.opacity)
+    if weight := resolve(options.sparsity, progress):
         points = random_points(options.samples, generator, rays.rgb.device)
-        yield options.sparsity * sparsity(field.density(points))
-    if options.smooth_density or options.smooth_albedo:
+        yield weight * sparsity(field.density(points))
+    smooth_density = resolve(options.smooth_density, progress)
+    smooth_albedo = resolve(options.smooth_albedo, progress)
+    if smooth_density or smooth_albedo:
         points = surface_points(rays, options.samples, generator)
         density, albedo = total_variation(field, points, 0.02, generator)
-        yield options.smooth_density * density
-        yield options.smooth_albedo * albedo
+        yield smooth_density * density
+        yield smooth_albedo * albedo
 
 
 def surface_points(rays: RenderedRays, count: int, generator: torch.Generator) -> Tensor:
     """Up to `count` (N, 3) of the rendered samples, chosen uniformly with repetition."""
     points = rays.points
     indices = torch.randint(max(len(points), 1), (min(count, len(points)),), generator=generator)
-    return points[indices.to(points.device)]
+    return points[upload(indices, points.device)]

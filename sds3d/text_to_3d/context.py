@@ -10,14 +10,17 @@ from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
 from distill.data.images import BACKGROUND
 from distill.objectives.critic import Critic
+from distill.objectives.networks import prepare_networks
 from distill.objectives.options import PERP_NEG_PROMPTS, ObjectiveOptions
 from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
 from distill.runtime.run import Run
+from distill.runtime.transfer import upload
 from sds3d.scene.cameras import CameraOptions, Cameras
 from sds3d.scene.protocol import RenderedViews, SceneOptions
 from sds3d.scene.regularizers import RegularizerOptions
+from sds3d.scene.shading import PointLights
 from sds3d.text_to_3d.mesh_control import MeshControl
 from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, view_of, view_prompt
 
@@ -34,6 +37,9 @@ class SharedOptions:
     view_words: bool = True  # view-dependent prompts: "..., front view"
     camera: CameraOptions = field(default_factory=lambda: CameraOptions(elevation=(-10.0, 70.0)))
     background: tuple[float, float] = BACKGROUND  # grey levels of the views, as in the teacher's data
+    background_replacement: float = (
+        1.0  # probability of these greys a step; else views stand on the scene's own background
+    )
     learning_rate: float = 0.03  # of what the scene stores by place, such as a feature grid
     mlp_learning_rate: float = 0.005
     adam_epsilon: float = 1e-15  # larger values freeze parameters with tiny gradients, such as empty space
@@ -47,6 +53,11 @@ class SharedOptions:
         if not 0 <= self.background[0] <= self.background[1] <= 1:
             raise UserError(
                 f"background is {list(self.background)}: expected two grey levels in [0, 1], low then high"
+            )
+        if not 0 <= self.background_replacement <= 1:
+            raise UserError(
+                f"background_replacement is {self.background_replacement}: "
+                "a probability in [0, 1] is expected"
             )
 
 
@@ -71,6 +82,11 @@ class TextTo3dContext:
         critic = objective.critic
         self.critic = None if critic is None else Critic(teacher, critic, camera_dim=CAMERA_DIM)
 
+        # Under mesh control the denoiser's conditions are other objects at every step.
+        prepare_networks(run, teacher, self.critic, compile_denoiser=control is None)
+        if run.compiled:
+            self.scene.compile_networks()
+
         groups = self.scene.parameter_groups()
         by_role = {"explicit": options.learning_rate, "mlp": options.mlp_learning_rate}
         self.learning_rates = [by_role[group.role] * group.lr_scale for group in groups]
@@ -85,7 +101,18 @@ class TextTo3dContext:
 
     def backgrounds(self, count: int) -> Tensor:
         """Random grey backgrounds (count, 3) on the run's device."""
-        return grey_backgrounds(self.options.background, count, self.run.generator).to(self.run.device)
+        greys = grey_backgrounds(self.options.background, count, self.run.generator)
+        return upload(greys, self.run.device)
+
+    def training_backgrounds(self, count: int) -> Tensor | None:
+        """Random greys, or None for the scene's own background, with which it is trained.
+
+        threestudio replaces a learned background in the same way, lest it paint the object.
+        """
+        probability = self.options.background_replacement
+        if probability < 1 and float(torch.rand((), generator=self.run.generator)) >= probability:
+            return None
+        return self.backgrounds(count)
 
     def set_cameras(self, cameras: Cameras) -> None:
         """Render the mesh control, where there is one, from the cameras of the teacher's next batches."""
@@ -106,16 +133,31 @@ class TextTo3dContext:
             critic = critic.with_extras(camera=cameras.to(self.run.device).poses())
         return conditionings.updated(critic=critic)
 
+    def render(
+        self, cameras: Cameras, background: Tensor | None, lights: PointLights | None = None
+    ) -> RenderedViews:
+        """Views for training, in the run's precision; as `Scene3D.render`."""
+        generator = self.run.generator
+        with self.run.precision.autocast():
+            return self.scene.render(cameras, background, generator, training=True, lights=lights)
+
     def regularization(
         self, views: RenderedViews, progress: float, options: RegularizerOptions | None = None
     ) -> Tensor:
         """The scene's penalties, by default those of the run's options."""
         weights = self.options.regularizers if options is None else options
-        return self.scene.regularization(views, weights, progress, self.run.generator)
+        with self.run.precision.autocast():
+            return self.scene.regularization(views, weights, progress, self.run.generator)
 
     def optimizer_step(self, loss: Tensor) -> None:
         """One update of the scene."""
-        optimizer_step(self.optimizer, loss)
+        optimizer_step(self.optimizer, loss, scaler=self.run.scaler)
+
+    def train_critic(self, latents: Tensor, conditionings: PromptConditionings) -> None:
+        """Updates of the critic, where there is one, on latents (B, C, h, w) of the scene."""
+        if self.critic is not None:
+            conditioning = conditionings.by_name["critic"]
+            self.critic.train_on(latents, conditioning, self.run.generator, self.run.scaler)
 
 
 def prompt_conditionings(

@@ -6,7 +6,7 @@ from pathlib import Path
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
-from distill.runtime.machine import pick_device
+from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher, require_latent
 from sds3d.export.export import ExportOptions, export_run
@@ -35,7 +35,8 @@ class TextTo3dRecipe:
 
 def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
-    teacher = load_teacher(recipe.teacher, pick_device(recipe.run.device))
+    precision = pick_precision(recipe.run.device, recipe.run.precision)
+    teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
     check_inputs(teacher, recipe.text_to_3d)  # this and the mesh first: they leave no directory behind
     control = None
     if recipe.control is not None:

@@ -15,9 +15,10 @@ from distill.objectives.diagnostics import DiagnosticOptions, diagnose_run
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import cosine_decay, scale_learning_rates
-from distill.teacher.linear import fit_linear_encoder
-from sds3d.scene.cameras import sample_cameras
+from distill.teacher.linear import fit_linear_decoder, fit_linear_encoder
+from sds3d.scene.cameras import Cameras, sample_cameras
 from sds3d.scene.protocol import RenderedViews
+from sds3d.scene.shading import ShadingOptions
 from sds3d.text_to_3d.context import TextTo3dContext
 from sds3d.text_to_3d.stages.base import Stage, StageOptions
 
@@ -29,18 +30,25 @@ class ScoreDistillationOptions(StageOptions):
 
     coarse_resolution: int = 32  # of the warm-up's renders, which are upsampled for the teacher
     coarse_until: float = 0.3  # progress at which the warm-up ends
+    resolution: int | None = None  # of the renders after it, upsampled likewise; null: the teacher's
     coarse_latents: Literal["vae", "linear"] = (
         "vae"  # linear: no encoder in the warm-up (distill/teacher/linear.py)
     )
     pixel_loss_target: Literal["albedo", "scene"] = (
         "albedo"  # albedo: latent gradients then update density only
     )
+    pixel_decoder: Literal["vae", "linear"] = (
+        "vae"  # of the residual in pixels; linear: of mean colours, without the VAE's decoder
+    )
+    shading: ShadingOptions | None = None  # random lights; null: views show the albedo
     final_lr_scale: float = 0.1  # the learning rates fall to it as a cosine: late gradients are mostly noise
     diagnostics: DiagnosticOptions = DiagnosticOptions()
 
     def __post_init__(self) -> None:
         if self.coarse_resolution < 8:
             raise UserError(f"coarse_resolution is {self.coarse_resolution}: at least 8 pixels are expected")
+        if self.resolution is not None and self.resolution < 8:
+            raise UserError(f"resolution is {self.resolution}: at least 8 pixels, or null, are expected")
         if not 0 <= self.coarse_until <= 1:
             raise UserError(f"coarse_until is {self.coarse_until}: a fraction in [0, 1] is expected")
         if not 0 <= self.final_lr_scale <= 1:
@@ -63,8 +71,13 @@ class ScoreDistillationStage(Stage):
     def __init__(self, context: TextTo3dContext, options: ScoreDistillationOptions) -> None:
         self.context, self.options = context, options
         teacher = context.teacher
+        linear_pixels = options.pixel_decoder == "linear" and context.objective.image > 0
+        self.linear_decoder = fit_linear_decoder(teacher) if linear_pixels else None
         self.objective = ScoreDistillation(
-            context.conditioned_teacher, context.objective, context.critic, teacher.decode
+            context.conditioned_teacher,
+            context.objective,
+            context.critic,
+            self.linear_decoder or teacher.decode,
         )
         self.linear_encoder = fit_linear_encoder(teacher) if options.coarse_latents == "linear" else None
 
@@ -91,30 +104,52 @@ class ScoreDistillationStage(Stage):
 
         context.scene.update(step, generator)
         coarse = progress < options.coarse_until
-        resolution = options.coarse_resolution if coarse else context.teacher.resolution
-        cameras = sample_cameras(context.options.camera, context.options.views, resolution, generator)
-        background = context.backgrounds(context.options.views)
-        views = context.scene.render(cameras.to(context.run.device), background, generator, training=True)
+        views, cameras = self.render(progress, coarse)
 
         # The latents' residual then updates the density, the residual in pixels the albedo.
         separate = options.pixel_loss_target == "albedo" and self.objective.options.image and not coarse
         rgb_density_grad, rgb_albedo_grad = views.split_gradients() if separate else (views.rgb, views.rgb)
         latents = self.encode(rgb_density_grad, coarse)
-        images = None if coarse else rgb_albedo_grad
+        images = None if coarse else self.pixels(rgb_albedo_grad, latents)
 
         context.set_cameras(cameras)
         conditionings = context.prompt_conditionings(cameras)
         output = self.objective(latents, conditionings, progress, generator, images=images)
         context.optimizer_step(output.loss + context.regularization(views, progress))
-        if context.critic is not None:
-            context.critic.train_on(latents, conditionings.by_name["critic"], generator)
+        context.train_critic(latents, conditionings)
         return output, views
 
+    def render(self, progress: float, coarse: bool) -> tuple[RenderedViews, Cameras]:
+        """Views for training from random cameras, over random backgrounds, and the cameras on the CPU."""
+        context, options, generator = self.context, self.options, self.context.run.generator
+        fine = context.teacher.resolution if options.resolution is None else options.resolution
+        resolution = options.coarse_resolution if coarse else fine
+        cameras = sample_cameras(context.options.camera, context.options.views, resolution, generator)
+        background = context.training_backgrounds(context.options.views)
+        lights = None if options.shading is None else options.shading.sample(cameras, progress, generator)
+        return context.render(cameras.to(context.run.device), background, lights), cameras
+
     def encode(self, images: Tensor, coarse: bool) -> Tensor:
-        """Latents of renders (B, 3, H, W); coarse ones are upsampled, or go through the linear encoder."""
+        """Latents of renders (B, 3, H, W), upsampled; coarse ones may go through the linear encoder."""
         if coarse and self.linear_encoder is not None:
             return self.linear_encoder(images)
-        if coarse:
-            size = (self.context.teacher.resolution,) * 2
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-        return self.context.teacher.encode_images(images)
+        return self.context.teacher.encode_images(self.upsample(images))
+
+    def pixels(self, images: Tensor, latents: Tensor) -> Tensor:
+        """What the residual in pixels compares with the decoded prediction, of renders and their latents.
+
+        With the linear decoder that is the latents' colours, with the gradient of the cells' mean colours:
+        its errors cancel, where a comparison with the renders themselves would teach them to the scene.
+        """
+        images = self.upsample(images)
+        if self.linear_decoder is None:
+            return images
+        cells = self.linear_decoder.cells(images)
+        return self.linear_decoder(latents.detach()) + (cells - cells.detach())
+
+    def upsample(self, images: Tensor) -> Tensor:
+        """Renders (B, 3, H, W) at the teacher's resolution."""
+        side = self.context.teacher.resolution
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from distill.runtime.errors import UserError
 from sds3d.scene.encoding import HashEncodingOptions
-from sds3d.scene.field import Field, FieldOptions
+from sds3d.scene.field import BandOptions, Field, FieldOptions
 
 SMALL = HashEncodingOptions(
     n_levels=2, n_features_per_level=2, log2_hashmap_size=5, base_resolution=3, per_level_scale=1.7
@@ -124,3 +124,39 @@ def test_cuda_matches_cpu() -> None:
     inner = positions * 0.9  # tinycudann differs in the outermost half cell
     for ours, theirs in zip(field(inner), twin(inner.cuda())):
         torch.testing.assert_close(theirs.cpu(), ours, rtol=1e-2, atol=1e-3)
+
+
+def test_levels_are_unlocked_over_steps() -> None:
+    """A locked level neither changes the field nor gets a gradient."""
+    torch.manual_seed(0)
+    bands = BandOptions(start_level=1, start_step=10, update_steps=5)
+    field = Field(FieldOptions(SMALL, 6, bands=bands))
+    field.encoding.table.data.normal_()
+    first = SMALL.sizes()[0]
+    positions = points(200).float()
+    for step, unlocked in ((0, False), (14, False), (15, True), (1000, True)):
+        field.unlock_levels(step)
+        field.zero_grad()
+        field.density(positions).sum().backward()
+        grad = field.encoding.table.grad
+        assert grad[:first].abs().max() > 0
+        assert bool(grad[first:].abs().max() > 0) == unlocked
+    plain = Field(FieldOptions(SMALL, 6))
+    plain.load_state_dict({k: v for k, v in field.state_dict().items() if k != "level_mask"})
+    torch.testing.assert_close(plain.density(positions), field.density(positions))
+    assert "level_mask" not in plain.state_dict()  # which scenes without bands have never had
+
+
+def test_unlocked_levels_are_those_of_threestudio() -> None:
+    bands = BandOptions()
+    assert [bands.levels(step) for step in (0, 1999, 2499, 2500, 3000, 6000)] == [8, 8, 8, 9, 10, 16]
+    with pytest.raises(UserError, match="start_level 0"):
+        BandOptions(start_level=0)
+
+
+def test_a_scene_is_saved_with_its_unlocked_levels() -> None:
+    field = Field(FieldOptions(SMALL, 6, bands=BandOptions(1, 0, 1)))
+    field.unlock_levels(1)
+    again = Field(FieldOptions(SMALL, 6, bands=BandOptions(1, 0, 1)))
+    again.load_state_dict(field.state_dict())
+    assert again.level_mask.tolist() == [1.0] * 4

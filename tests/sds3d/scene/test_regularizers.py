@@ -1,14 +1,19 @@
 """The regularizers on cases computed by hand, and on the views of a NeRF."""
 
+import pytest
 import torch
 from torch import Tensor
 
+from distill.objectives.options import LinearSchedule
+from distill.runtime.config import build
+from distill.runtime.errors import UserError
 from sds3d.scene import regularizers
 from sds3d.scene.cameras import ring
+from sds3d.scene.compositing import RenderedRays
 from sds3d.scene.encoding import HashEncodingOptions
 from sds3d.scene.field import FieldOptions
 from sds3d.scene.nerf import GridOptions, NeRF, NerfOptions
-from sds3d.scene.renderer import RenderedRays, RenderOptions
+from sds3d.scene.renderer import RenderOptions
 
 
 class LinearField:
@@ -31,9 +36,8 @@ def generator() -> torch.Generator:
 def rendered(weights: list[float], ray_indices: list[int], count: int) -> RenderedRays:
     points, zero = torch.zeros(len(weights), 3), torch.zeros(count)
     indices = torch.tensor(ray_indices, dtype=torch.long)
-    return RenderedRays(
-        torch.zeros(count, 3), zero, zero, zero, torch.tensor(weights), points, points, indices
-    )
+    rgb = torch.zeros(count, 3)
+    return RenderedRays(rgb, rgb, zero, zero, zero, None, torch.tensor(weights), points, indices)
 
 
 def test_opacity_penalty() -> None:
@@ -127,3 +131,18 @@ def test_every_term_has_gradients_of_a_nerf() -> None:
         term.backward(retain_graph=True)  # some share the render
         grad = scene.field.encoding.table.grad
         assert term.shape == () and term > 0 and grad.isfinite().all() and grad.abs().sum() > 0
+
+
+def test_weights_are_numbers_or_schedules() -> None:
+    """DreamFusion's orientation loss in threestudio: 10 to 1000 over the first half."""
+    options = build(
+        regularizers.RegularizerOptions,
+        {"opacity": {"start": 1.0, "end": 3.0}, "entropy": 0, "depth_variance": {"end": 500.0}},
+    )
+    opacity = torch.tensor([1.0])
+    for progress, weight in ((0.0, 1.0), (0.5, 2.0), (1.0, 3.0)):
+        total = regularizers.opacity_regularization(opacity, options, progress)
+        torch.testing.assert_close(total, torch.tensor(weight * 1.01**0.5))
+    assert options.depth_variance == LinearSchedule(0.0, 500.0)
+    with pytest.raises(UserError, match="must not be negative"):
+        regularizers.RegularizerOptions(orientation=LinearSchedule(10.0, -1.0, until=0.5))

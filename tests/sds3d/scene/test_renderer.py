@@ -6,10 +6,12 @@ from torch import Tensor, nn
 
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import ring
+from sds3d.scene.compositing import RenderedRays
 from sds3d.scene.encoding import HashEncodingOptions
 from sds3d.scene.field import Field, FieldOptions
 from sds3d.scene.occupancy import OccupancyGrid, slab
-from sds3d.scene.renderer import RenderedRays, RenderOptions, nerfacc_cuda, render
+from sds3d.scene.ray_sampling import nerfacc_cuda
+from sds3d.scene.renderer import RenderOptions, render
 
 RADIUS, SIGMA = 0.6, 2.5
 COLOUR = (0.9, 0.3, 0.1)
@@ -183,7 +185,7 @@ def test_jitter_depends_on_the_generator() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_weights_and_gather_sum_along_the_rays() -> None:
+def test_weights_sum_along_the_rays() -> None:
     rendered = render_sphere(Sphere(), exact_grid(), 64)
     sums = torch.zeros(1200).index_add(0, rendered.ray_indices, rendered.weights)
     torch.testing.assert_close(sums, rendered.opacity)
@@ -191,8 +193,6 @@ def test_weights_and_gather_sum_along_the_rays() -> None:
     indices = rendered.ray_indices
     cross = torch.linalg.cross(rendered.points - origins[indices], directions[indices])
     assert cross.abs().max() < 1e-5  # each sample is on its ray
-    ones = torch.ones(len(rendered.weights), 1)
-    torch.testing.assert_close(rendered.gather(ones)[:, 0], rendered.opacity)
 
 
 def test_split_gradients_have_equal_values_and_sum_to_the_gradient() -> None:
@@ -267,7 +267,7 @@ def test_cuda_sampler_renders_the_sphere() -> None:
 @pytest.mark.gpu
 @NO_CUDA
 def test_torch_sampling_runs_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sds3d.scene.renderer.nerfacc_cuda", lambda: False)
+    monkeypatch.setattr("sds3d.scene.ray_sampling.nerfacc_cuda", lambda: False)
     origins, directions = (value.cuda() for value in rays())
     background = torch.tensor([0.0, 0.0, 1.0]).cuda()
     theirs = render(
