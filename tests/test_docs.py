@@ -32,6 +32,7 @@ from distill.one_step.monitor import MonitorOptions
 from distill.one_step.recipe import image_monitor
 from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime.config import build, defaults_of, fields_of
+from distill.runtime.experiment import load_experiments
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
@@ -48,9 +49,11 @@ ROOT = Path(__file__).parent.parent
 CARDS = sorted((ROOT / "distill" / "weights").rglob("README.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 PLACEHOLDERS = {"CYCLES": "100", "objective=NAME": "objective=sds", "method=NAME": "method=dmd2"}
+PLACEHOLDERS |= {"experiment=NAME": "experiment=tiny_dreamfusion"}
 README = (ROOT / "README.md").read_text()
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+GPU = (ROOT / "docs" / "gpu.md").read_text()
 
 
 def page_id(path: Path) -> str:
@@ -258,6 +261,16 @@ def test_table_of_losses_states_every_loss_and_its_nfe() -> None:
         path.stem: build(ObjectiveOptions, yaml.safe_load(path.read_text()), path.stem).cost()
         for path in (ROOT / "configs" / "objective").glob("*.yaml")
     }
+
+
+def test_table_of_presets_is_that_of_the_files() -> None:
+    expected = [
+        f"| `{info.name}` | `{info.script}` | {info.summary} ({info.paper}) "
+        f"| {info.memory_gib:g} GiB, {info.duration} on {info.hardware} | {info.verified} |"
+        for info in load_experiments(ROOT / "configs" / "experiment").values()
+    ]
+    rows = [line for line in GPU.splitlines() if re.match(r"\| `\w+` \| `\w+` \|", line)]
+    assert rows == expected, "\n".join(["the table should be", *expected])
 
 
 def test_the_example_loss_is_valid() -> None:
