@@ -15,6 +15,8 @@ from distill.data.folders import load_split
 from distill.data.latents import load_latents
 from distill.evaluation.control import finish
 from distill.evaluation.probe import load_probe
+from distill.planning.control import adapter_subject
+from distill.planning.start import plan_start, record_work
 from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.precision import pick_precision
@@ -44,6 +46,7 @@ class Config:
 
 def main(config: Config) -> None:
     condition = config.condition
+    plan = plan_start(adapter_subject(config.teacher, config.adapter, config.run), config)
     precision = pick_precision(config.run.device, config.run.precision)
     teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
     train = load_split(config.data, "train", teacher.resolution)
@@ -54,9 +57,12 @@ def main(config: Config) -> None:
     trainer = AdapterTrainer(run, teacher, latents, conditions, condition, config.adapter)
     adapter = trainer.train(held_out)
     metrics = finish(run)
+    record_work(run.directory / "result.json", plan)
     save_adapter(run.directory / "adapter", adapter, condition, metrics)
     files = ["adapter", *(["fidelity.png"] if metrics else [])]
-    print(f"written: {run.directory}/{', '.join(files)}", *(f"{k} {v:.3f}" for k, v in metrics.items()))
+    if metrics:
+        print(*(f"{name} {value:.3f}" for name, value in metrics.items()))
+    print(f"written: {run.directory}/{', '.join(files)}")
 
 
 def load_held_out(config: Config, resolution: int, device: torch.device) -> HeldOut | None:

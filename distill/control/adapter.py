@@ -28,6 +28,7 @@ AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 CONDITION_FILE = "condition.json"  # marks an adapter's folder and names its condition
 # Channels of the condition encoder, each after the first at half the resolution.
 CONDITION_CHANNELS = (16, 32, 48, 64)
+SHAPE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")  # the U-Net's
 STOCK_CHANNELS, STOCK_RESOLUTION = (16, 32, 96, 256), 512  # of the published adapters of Stable Diffusion
 
 
@@ -211,7 +212,25 @@ def controlled_student(student: Student, controls: Sequence[Control]) -> Student
 def _controlled_denoiser(denoiser: Denoiser, controls: Sequence[Control]) -> UNetDenoiser:
     if not isinstance(denoiser, UNetDenoiser):
         raise UserError(f"adapters need a U-Net, not a {type(denoiser).__name__}: leave the controls out")
+    for control in controls:
+        _check_shape(control.adapter, denoiser.network)
     return denoiser.with_network(ControlledUnet(denoiser.network, denoiser.schedule, controls))
+
+
+def _check_shape(adapter: ControlNetModel, unet: Any) -> None:
+    ours, theirs = (
+        {name: _plain(config[name]) for name in SHAPE} for config in (adapter.config, unet.config)
+    )
+    different = [f"{name} {ours[name]} and {theirs[name]}" for name in SHAPE if ours[name] != theirs[name]]
+    if different:
+        raise UserError(
+            f"the adapter belongs to another teacher (its own and this one's {', '.join(different)}): "
+            "give the teacher that it was trained on"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # a list in a folder's JSON
 
 
 def save_adapter(

@@ -15,15 +15,17 @@ from distill.core.teacher import Teacher
 from distill.one_step import pipeline as pipeline_file
 from distill.one_step.student import Student, spaced_timesteps
 from distill.runtime.errors import UserError
-from distill.runtime.files import atomic_folder, write_json
+from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.shipped import names, resolve
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.folder import save_pipeline
+from distill.teacher.folder import original_parts, save_pipeline
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.vocabulary import VOCABULARY
 
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
 PIPELINE = "pipeline.py"  # its presence marks a student's folder
+DEFAULTS = "student.json"  # steps and guidance scale, of a student that allows a choice of them
+NO_BLENDING = 1e9  # a timestep_scaling at which c_skip is 0 and c_out 1
 
 
 def student_scheduler(student: Student) -> LCMScheduler:
@@ -36,8 +38,9 @@ def student_scheduler(student: Student) -> LCMScheduler:
         num_train_timesteps=last + 1,
         trained_betas=student.schedule.betas(last + 1),
         prediction_type=student.denoiser.prediction_type,
-        original_inference_steps=len(student.timesteps),
-        timestep_scaling=1e9,  # no blending with its input, which consistency models need at t = 0
+        original_inference_steps=student.grid or len(student.timesteps),
+        # without one no blending with its input, which consistency models need at t = 0
+        timestep_scaling=NO_BLENDING if student.timestep_scaling is None else student.timestep_scaling,
         clip_sample=False,
         set_alpha_to_one=True,
         steps_offset=1,  # not used by its spacing; the stock pipeline warns at 0
@@ -47,17 +50,19 @@ def student_scheduler(student: Student) -> LCMScheduler:
 def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None:
     """Write the folder in fp16 safetensors, whole or not at all; an older student there is replaced.
 
-    Of a teacher that is no latent diffusion model only the network's weights are written, in float32.
-    Raises `UserError` when the folder holds something other than a student.
+    The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. Of a
+    teacher that is no latent diffusion model only the network's weights are written, in float32. Raises
+    `UserError` when the folder holds something other than a student.
     """
     if not isinstance(teacher, LatentDiffusionTeacher):
         with atomic_folder(folder, WEIGHTS, "a student") as temporary:
             temporary.mkdir(parents=True)
             save_model(student.denoiser.network, str(temporary / WEIGHTS))
         return
+    text_encoder, vae = original_parts(teacher)
     pipeline = StableDiffusionPipeline(
-        vae=copy.deepcopy(teacher.vae),
-        text_encoder=copy.deepcopy(teacher.text_encoder),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=teacher.tokenizer,
         unet=copy.deepcopy(student.denoiser.network),
         scheduler=student_scheduler(student),
@@ -66,18 +71,20 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
         requires_safety_checker=False,
     )
     with atomic_folder(folder, PIPELINE, "a student") as temporary:
-        save_pipeline(temporary, pipeline)
+        save_pipeline(temporary, pipeline, exact=("vae", "text_encoder"))
         if teacher.vocabulary is not None:
             write_json(temporary / "tokenizer" / VOCABULARY, sorted(teacher.vocabulary))
+        if student.grid is not None or student.guidance is not None:
+            write_json(temporary / DEFAULTS, {"steps": len(student.timesteps), "guidance": student.guidance})
         shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
 
 
 def load_student(
-    name_or_path: Path | str, device: torch.device | str = "cpu"
+    name_or_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Student, LatentDiffusionTeacher]:
     """A student by shipped name or folder, and its text encoder and VAE as a teacher of their own.
 
-    Raises `UserError` where there is none.
+    `dtype` is that of their weights, by default the device's. Raises `UserError` where there is none.
     """
     folder = resolve("student", name_or_path)
     if not (folder / PIPELINE).is_file():
@@ -85,8 +92,14 @@ def load_student(
             f"{name_or_path} is no student: give {names('student')}, "
             "or a folder that distill_one_step.py wrote (outputs/one_step/.../student)"
         )
-    parts = load_latent_diffusion(str(folder), device)
+    parts = load_latent_diffusion(str(folder), device, dtype)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     schedule, config = NoiseSchedule(scheduler.alphas_cumprod), scheduler.config
-    timesteps = spaced_timesteps(config.num_train_timesteps, config.original_inference_steps)
-    return Student(UNetDenoiser(parts.unet, schedule, config.prediction_type), timesteps), parts
+    denoiser = UNetDenoiser(parts.unet, schedule, config.prediction_type)
+    scaling = None if config.timestep_scaling == NO_BLENDING else config.timestep_scaling
+    if not (folder / DEFAULTS).is_file():
+        timesteps = spaced_timesteps(config.num_train_timesteps, config.original_inference_steps)
+        return Student(denoiser, timesteps, timestep_scaling=scaling), parts
+    defaults, grid = read_json(folder / DEFAULTS), config.original_inference_steps
+    timesteps = spaced_timesteps(config.num_train_timesteps, defaults["steps"], grid)
+    return Student(denoiser, timesteps, grid, scaling, defaults["guidance"]), parts

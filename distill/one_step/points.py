@@ -214,7 +214,7 @@ def run_points(
         StudentOptions(sigma_max=None) if trajectory else StudentOptions(),
         options.batch,
         learning_rate=options.learning_rate,
-        final_rate=0.1,
+        final_lr_scale=0.1,
         ema=0.99,
         critic_diagnostics=CriticDiagnosticsOptions(every=0),
         monitor=MonitorOptions(every=10**6, max_fid_ratio=1e9, min_diversity_ratio=0.0),

@@ -247,6 +247,9 @@ def test_adapter_folders_and_their_errors(tmp_path: Path, tiny_teacher: LatentDi
     figures = json.loads((tmp_path / "a" / "condition.json").read_text())["figures"]
     assert figures == {"depth_correlation": 0.5}
     assert adapter_input(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)).shape == (2, 3, 4, 4)
+    shipped, _ = load_adapter("silhouette")
+    with pytest.raises(UserError, match="belongs to another teacher .*in_channels 16 and 8"):
+        controlled(tiny_teacher, [Control(shipped, disc())])
 
 
 def test_scripts_train_probe_and_adapter_resume_and_evaluate(
