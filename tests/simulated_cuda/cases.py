@@ -3,13 +3,7 @@
 from collections.abc import Sequence
 
 RUN = ("run.steps=2", "run.trackers=[]", "run.checkpoint_every=1", "run.preview_every=2")
-EXPORT = (
-    "export.frames=2",
-    "export.resolution=32",
-    "export.mesh.resolution=24",
-    "export.texture.size=64",
-    "export.videos=[gif]",
-)
+EXPORT = ("export.frames=2", "export.resolution=32", "export.mesh.resolution=24", "export.texture.size=64")
 ORIENTATION = (
     "text_to_3d.stages.orientation.views=4",
     "text_to_3d.stages.orientation.checks=[{fraction: 0.5, draws: 1}]",
@@ -51,8 +45,9 @@ TINY, STOCK = "teacher=tiny", "teacher=stable_diffusion"
 # What a script needs beside its defaults, in a folder that holds their data, `outputs/shapes64`.
 SCRIPTS: dict[str, Sequence[str]] = {
     "ablate": [TINY, "subject=scenes", "losses=[sds]", "ablation.prompts=[a red teapot]",
-               "ablation.seeds=[0]", "ablation.budget=16", "output=outputs/ablation", "text_to_3d.views=2"],
-    "bench": [TINY, *TEXT_TO_3D, f"scene_from={SCENE}", "runs=1"],
+               "ablation.seeds=[0]", "ablation.budget=16", "output=outputs/ablation", "text_to_3d.views=2",
+               "text_to_3d.stages.orientation=null"],
+    "bench": [TINY, *TEXT_TO_3D, *NO_REFINEMENT, f"scene_from={SCENE}", "runs=1"],
     "bench_one_step": [TINY, *ONE_STEP, "runs=1"],
     "benchmark_3d": [TINY, *TEXT_TO_3D[1:], *NO_REFINEMENT, "prompts=[a red teapot]"],
     "distill_one_step": [TINY, *ONE_STEP, "run.directory=outputs/one_step"],
@@ -93,8 +88,9 @@ ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "control/depth": ["control.mesh=mesh.glb", "teacher=shapes64"],
     "control/silhouette": ["control.mesh=mesh.glb", "teacher=shapes64"],
 }  # fmt: skip
-EXPERIMENT = {"text_to_3d": EXPORT}  # of the presets' scripts
+EXPERIMENT = {"text_to_3d": ("prompt=a red teapot", *EXPORT)}  # of the presets' scripts
 LARGE_EXPERIMENT = {  # of presets for teachers that are not here
+    "text_to_3d": ("scene.render.samples=64", "scene.field.encoding.log2_hashmap_size=14"),
     "distill_one_step": ONE_STEP,
     "train_controlnet": ADAPTER,
 }

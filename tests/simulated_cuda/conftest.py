@@ -27,10 +27,11 @@ def built() -> None:
 
 @pytest.fixture(scope="session")
 def device(
-    built: None, tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, testrun_uid: str
+    built: None, tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, worker_id: str
 ) -> Iterator[DeviceProcess]:
     """Works in a folder that all processes of a test run share."""
-    folder = tmp_path_factory.getbasetemp().parent / f"device-{testrun_uid}"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "device"
     folder.mkdir(exist_ok=True)
     process = DeviceProcess(folder)
     with locked(folder / "lock"):
