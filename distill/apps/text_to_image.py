@@ -142,7 +142,7 @@ def sample_latents(
     config, steps = teacher.scheduler.config, options.steps
     if options.sampler == "ddpm":
         scheduler = DDPMScheduler.from_config(config)
-        generator = torch.Generator(teacher.device).manual_seed(options.seed)
+        generator = torch.Generator().manual_seed(options.seed)
         return sample_ddpm(model, scheduler, conditioning, noise, steps, generator, callback, init)
     ddim = options.sampler == "ddim"
     solver = teacher.scheduler if ddim else DPMSolverMultistepScheduler.from_config(config)

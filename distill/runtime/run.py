@@ -41,7 +41,7 @@ MAX_LABEL = 80  # characters of a label, which may be a prompt, in progress bars
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how long a run goes on; only `seed` and `steps` change its results."""
+    """Where and how long a run goes on; only `seed`, `steps` and `precision` change its results."""
 
     directory: str
     steps: int = 1  # of the optimisation
@@ -57,7 +57,8 @@ class RunOptions:
     precision: PrecisionName = "auto"  # auto: bfloat16 on CUDA (float16 where it lacks it), float32 on a CPU
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile of the networks; auto: on CUDA
     gradient_checkpointing: bool = False  # less memory, a third more time for what is trained
-    deterministic: bool = False  # the same bits from every run on CUDA too, at a lower speed
+    deterministic: bool = False  # on CUDA deterministic kernels where torch has them, slower
+    plan: bool = True  # predict work and memory before the start, and stop where too little memory is free
 
     def __post_init__(self) -> None:
         periods = {"checkpoint_every": self.checkpoint_every, "preview_every": self.preview_every}

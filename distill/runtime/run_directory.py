@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 
 # options that may differ on resume, at the top level or in the `run` group: none changes a finished step
-SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device")
+SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device", "plan")
 EXECUTION = ("compile", "gradient_checkpointing", "deterministic")  # results differ by rounding at most
 INTERVALS = ("checkpoint_every", "preview_every", "log_every", "keep")
 MUTABLE = frozenset((*SESSION, *EXECUTION, *INTERVALS))
@@ -34,6 +35,8 @@ def acquire(directory: Path, config: Mapping[str, Any], resume: bool, overwrite:
             if not resume:
                 raise UserError(f"{directory} holds a run; use another one, resume=true or overwrite=true")
             _check_same(plain, read_json(snapshot), directory)
+        elif not overwrite:
+            _warn_of_others(directory)
         release = _lock(directory)
         if overwrite:
             _remove(directory)
@@ -75,6 +78,14 @@ def portable(value: Any, directory: Path) -> Any:
         if path.is_relative_to(base):
             return str(path.relative_to(base))
     return os.path.relpath(path)
+
+
+def _warn_of_others(directory: Path) -> None:
+    """Report the files that a new run would lie among, as in a mistyped directory."""
+    names = sorted(path.name for path in directory.glob("[!.]*"))
+    if names:
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        print(f"warning: {directory} holds other files ({listed}); the run's lie among them", file=sys.stderr)
 
 
 def _remove(directory: Path) -> None:

@@ -162,8 +162,6 @@ def _train(
     batch: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> CLIPModel:
     """The loop of both stages; `batch` returns images of rows, and negative captions with their features."""
-    if run.options.gradient_checkpointing:
-        model.train().gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=options.weight_decay, betas=(0.9, 0.98)
     )

@@ -103,6 +103,8 @@ def train_unet(
     averaged.eval().requires_grad_(False)
     if run.options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    if run.compiled:
+        unet.compile()
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
     lr_schedule = one_cycle(optimizer, run.options.steps, warmup=0.05)

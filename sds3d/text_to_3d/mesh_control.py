@@ -11,10 +11,12 @@ import trimesh
 from distill.control.adapter import Control, ControlledUnet, controlled, load_adapter
 from distill.control.conditions import adapter_input
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
 from distill.teacher.latent import LatentDiffusionTeacher
 from sds3d.export.files import TO_FILE, read_scene
 from sds3d.scene.cameras import Cameras
 from sds3d.world.conditions import CONDITIONS, mesh_condition_images
+from sds3d.world.raycast import RayCaster
 from sds3d.world.shapes import RADIUS
 
 MOST_FACES = 1_000_000
@@ -55,8 +57,9 @@ def coarse_mesh(path: Path | str) -> trimesh.Trimesh:
         )
     mesh.apply_translation(-mesh.bounds.mean(axis=0))
     radius = float(np.linalg.norm(mesh.vertices, axis=1).max())
-    if radius <= 0 or mesh.area <= 0:
-        raise UserError(f"{path} has no extent: all of its vertices lie in one point or on one line")
+    centred = mesh.vertices - mesh.vertices.mean(axis=0)
+    if np.linalg.matrix_rank(centred, tol=1e-6 * radius * len(centred) ** 0.5) < 3:
+        raise UserError(f"{path} is flat: all of its vertices lie in one plane, on one line or in one point")
     mesh.apply_scale(RADIUS / radius)
     return mesh
 
@@ -66,8 +69,8 @@ class MeshControl:
 
     def __init__(self, teacher: LatentDiffusionTeacher, options: MeshControlOptions) -> None:
         """Raises `UserError` for a mesh or an adapter that cannot be used."""
-        self.mesh = coarse_mesh(options.mesh)
-        adapter, trained_on = load_adapter(options.adapter, teacher.device)
+        self.caster = RayCaster(coarse_mesh(options.mesh))
+        adapter, trained_on = load_adapter(options.adapter, teacher.device, teacher.precision.dtype)
         self.condition = options.condition or trained_on
         if self.condition not in CONDITIONS:
             raise UserError(
@@ -82,7 +85,8 @@ class MeshControl:
 
     def set_cameras(self, cameras: Cameras) -> None:
         """Condition the teacher on the mesh from cameras (B), in the order of its next batches."""
-        images = adapter_input(mesh_condition_images(self.mesh, self.condition, cameras))
+        renders = mesh_condition_images(self.caster, self.condition, cameras)
+        images = adapter_input(upload(renders, self.teacher.device))
         network = self.teacher.denoiser.network
         assert isinstance(network, ControlledUnet)
-        network.controls = [replace(self.control, images=images.to(self.teacher.device))]
+        network.controls = [replace(self.control, images=images)]

@@ -36,7 +36,7 @@ class Cell:
     directory: Path
 
     def run_options(self, precision: Precision) -> RunOptions:
-        """Options of the cell's run: no trackers, previews or checkpoints."""
+        """Options of the cell's run: no trackers, previews or checkpoints; too short to compile for."""
         never = 10**9
         return RunOptions(
             str(self.directory),
@@ -47,6 +47,7 @@ class Cell:
             checkpoint_every=never,
             device=str(precision.device),
             precision=precision.name,
+            compile="off",
         )
 
 

@@ -9,6 +9,8 @@ import torch
 import yaml
 from command_line import ROOT
 from PIL import Image
+from precision_checks import assert_float32_checkpoints
+from torch.amp import GradScaler
 
 from distill.apps.optimise_image import OptimiseImage, OptimiseImageOptions
 from distill.core.teacher import Teacher
@@ -18,7 +20,9 @@ from distill.objectives.diagnostics import DiagnosticOptions
 from distill.objectives.options import ObjectiveOptions, Term
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
+from distill.runtime.precision import DTYPES, PrecisionName
 from distill.runtime.run import Run, RunOptions
+from distill.teacher.latent import load_latent_diffusion
 
 OBJECTIVES = ROOT / "configs" / "objective"
 SDS = ObjectiveOptions((Term("teacher", guidance=3.0), Term("noise", -1.0)))
@@ -53,6 +57,39 @@ def test_every_loss_updates_the_particles(
     assert images.shape == (2, 3, 64, 64) and len(task.frames) == 2
     distance = (task.particles.detach() - before).abs().mean()
     assert 1e-3 < float(distance) <= 2 * OPTIONS.learning_rate * 1.5
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", sorted({path.stem for path in OBJECTIVES.glob("*.yaml")} - {"sds_perp_neg"}))
+def test_every_loss_in_half_precision(
+    name: str, precision: PrecisionName, tmp_path: Path, tiny_teacher_folder: Path, source: str
+) -> None:
+    """The teacher's weights are half, the particles, the critic and all moments float32."""
+    teacher = load_latent_diffusion(str(tiny_teacher_folder), dtype=DTYPES[precision])
+    options = replace(OPTIONS, source=source, source_prompt="a blue cube")
+    precise = replace(run(tmp_path / "first").options, directory=str(tmp_path / "run"), precision=precision)
+    task = OptimiseImage(Run(precise, {}, "optimise_image"), teacher, objective(name), options)
+    assert task.train().isfinite().all()
+    assert_float32_checkpoints(tmp_path / "run")
+
+
+def test_float16_with_a_critic_resumes_bit_for_bit(tmp_path: Path, tiny_teacher_folder: Path) -> None:
+    """The loss scale, lowered by overflows from a start that is too high, is part of the checkpoint."""
+    results = []
+    for cut in (False, True):
+        for steps in (4, 8) if cut else (8,):
+            teacher = load_latent_diffusion(str(tiny_teacher_folder), dtype=torch.float16)
+            options = RunOptions(
+                str(tmp_path / f"run{cut}"), steps, checkpoint_every=2, trackers=(), precision="float16"
+            )
+            resumed = Run(options, {}, "optimise_image")
+            assert resumed.scaler is not None
+            resumed.scaler = GradScaler("cpu", init_scale=2.0**40)
+            task = OptimiseImage(resumed, teacher, objective("vsd"), replace(OPTIONS, space="pixel"))
+            images = task.train()
+        assert resumed.scaler.get_scale() < 2.0**40
+        results.append(images)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("space", ["latent", "pixel"])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from precision_checks import assert_float32_checkpoints
 from torch import Tensor
 
 from distill.data.folders import CaptionedImages
@@ -25,10 +26,22 @@ from distill.evaluation.judge import (
 )
 from distill.evaluation.labels import judge_accuracy
 from distill.runtime.errors import UserError
+from distill.runtime.precision import PrecisionName
 from distill.runtime.run import Run, RunOptions
 
 LABELS = {"object": ("bar", "disc"), "colour": ("blue", "red"), "view": ("back", "front")}
 TINY = JudgeOptions(tuple(LABELS), (("view", "has_front"),), width=8, batch=32)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_it_is_trained_in_half_precision_with_float32_weights(
+    precision: PrecisionName, tmp_path: Path
+) -> None:
+    options = RunOptions(str(tmp_path), 40, checkpoint_every=20, trackers=(), precision=precision)
+    judge = train_judge(Run(options, {}, "judge"), toy(128, 0), TINY)
+    assert_float32_checkpoints(tmp_path)
+    data = toy(64, 1)
+    assert judge_accuracy(judge, data.composite(slice(None)), data.rows)["colour"] > 0.9
 
 
 def row(view: str | None = "front", has_front: bool | None = True) -> dict[str, Any]:

@@ -377,3 +377,22 @@ def test_batch_indices_cover_each_epoch_once_and_are_pure() -> None:
 
 if __name__ == "__main__":
     train(sys.argv[1], pause=float(sys.argv[2]))
+
+
+def test_a_directory_with_other_files_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    train(str(tmp_path), steps=7)
+    assert "holds other files (thesis.tex); the run's lie among them" in capsys.readouterr().err
+    train(str(tmp_path), steps=9)  # a resume: they have been reported
+    (tmp_path / "fresh").mkdir()
+    (tmp_path / "fresh" / ".hidden").write_text("")
+    train(str(tmp_path / "fresh"), steps=1)
+    assert "other files" not in capsys.readouterr().err
+
+
+def test_a_run_that_lacked_memory_resumes_with_checkpointing(tmp_path: Path) -> None:
+    """How a run is executed may change; what its numbers depend on may not."""
+    train(str(tmp_path), steps=7)
+    train(str(tmp_path), steps=9, gradient_checkpointing=True, deterministic=False, compile="off")
+    with pytest.raises(UserError, match=r"run.precision \(auto -> bfloat16\)"):
+        train(str(tmp_path), steps=9, precision="bfloat16")

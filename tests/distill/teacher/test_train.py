@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from precision_checks import assert_float32_checkpoints
 
 from distill.runtime.errors import UserError
+from distill.runtime.precision import PrecisionName
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions
 from distill.teacher.latent import load_latent_diffusion
@@ -24,7 +26,7 @@ from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
 from distill.teacher.vocabulary import words_of
 
-ROOT = str(Path(__file__).parents[3])
+PATHS = os.pathsep.join(map(str, (Path(__file__).parents[3], Path(__file__).parents[2])))
 PARTS = ("clip", "hard_negatives", "vae", "unet")
 # words enough that a tokenizer with random ties would differ in every process
 CAPTION = "a {} square on top of an orange teapot from the other side"
@@ -161,6 +163,52 @@ def test_an_interrupted_part_resumes_bit_for_bit(
     assert_equal(weights(train_teacher(run_options(tmp_path), chosen)), weights(out / "teacher"))
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_trains_float32_weights_and_resumes_bit_for_bit(
+    trained: tuple[Path, TeacherOptions],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: PrecisionName,
+) -> None:
+    """Interrupted once in every part, after its first checkpoint; loss scaling included."""
+    out, chosen = trained
+    full, cut = (
+        replace(run_options(tmp_path / name), precision=precision, keep=9) for name in ("full", "cut")
+    )
+    expected = weights(train_teacher(full, chosen))
+    for part in PARTS:
+        assert_float32_checkpoints(tmp_path / "full" / part)
+    single = weights(out / "teacher")
+    near = [torch.allclose(value, single[name], atol=0.05) for name, value in expected.items()]
+    assert 0.9 * len(near) < sum(near) and any(
+        not value.equal(single[name]) for name, value in expected.items()
+    )
+
+    log = Run.log
+    interrupted: list[str] = []
+
+    def interrupt(run: Run, **figures: Any) -> None:
+        log(run, **figures)
+        if run.step == 2 and run.label not in interrupted:
+            interrupted.append(run.label)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", interrupt)
+    for _ in PARTS:
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(cut, chosen)
+    assert_equal(weights(train_teacher(cut, chosen)), expected)
+    assert tuple(interrupted) == PARTS
+
+
+def test_gradient_checkpointing_changes_no_weight(
+    trained: tuple[Path, TeacherOptions], tmp_path: Path
+) -> None:
+    out, chosen = trained
+    checkpointed = replace(run_options(tmp_path), gradient_checkpointing=True)
+    assert_equal(weights(train_teacher(checkpointed, chosen)), weights(out / "teacher"))
+
+
 def train_until_killed(directory: str, part: str, step: str, data: str) -> None:
     """Train and send SIGKILL to this process within a step of a part."""
     log = Run.log
@@ -183,7 +231,7 @@ def test_a_training_killed_in_each_part_ends_with_the_same_weights(
     for part, step in kills:
         command = [sys.executable, __file__, str(tmp_path), part, step, chosen.data]
         process = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True
+            command, env={**os.environ, "PYTHONPATH": PATHS}, capture_output=True, text=True
         )
         assert process.returncode == -signal.SIGKILL, process.stderr
         assert not (tmp_path / part / "result.json").exists()

@@ -21,6 +21,7 @@ from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions, coars
 from sds3d.text_to_3d.stages.sdedit_refinement import SDEditRefinementOptions
 from sds3d.text_to_3d.trainer import TextTo3d
 from sds3d.world.conditions import depth_images, mesh_condition_images, normal_images
+from sds3d.world.raycast import RayCaster
 from sds3d.world.shapes import make_shape
 
 
@@ -36,12 +37,12 @@ def chair(tmp_path: Path) -> str:
 def test_mesh_is_normalised_to_the_worlds_size_and_axes(chair: str) -> None:
     mesh, truth = coarse_mesh(chair), make_shape("chair").mesh
     np.testing.assert_allclose(mesh.bounds, truth.bounds, atol=1e-5)
-    images = [mesh_condition_images(each, "depth", ring(4)) for each in (mesh, truth)]
+    images = [mesh_condition_images(RayCaster(each), "depth", ring(4)) for each in (mesh, truth)]
     assert (images[0].int() - images[1].int()).abs().float().mean() < 0.5
 
 
 def test_depth_of_a_ball() -> None:
-    ball, cameras = trimesh.creation.icosphere(4, 0.8), ring(2, elevation=0.0)
+    ball, cameras = RayCaster(trimesh.creation.icosphere(4, 0.8)), ring(2, elevation=0.0)
     image = mesh_condition_images(ball, "depth", cameras)[0, 0]
     assert int(image[0, 0]) == 0
     assert (
@@ -55,7 +56,7 @@ def test_depth_of_a_ball() -> None:
 
 
 def test_silhouette_and_normals_of_a_ball() -> None:
-    ball, cameras = trimesh.creation.icosphere(4, 0.8), ring(2, elevation=0.0)
+    ball, cameras = RayCaster(trimesh.creation.icosphere(4, 0.8)), ring(2, elevation=0.0)
     silhouette = mesh_condition_images(ball, "silhouette", cameras)
     radius = 32 * np.tan(np.arcsin(0.8 / 3)) / np.tan(np.deg2rad(17.5))  # pixels
     assert float((silhouette[0] > 127).sum()) == pytest.approx(np.pi * radius**2, rel=0.02)
@@ -80,7 +81,8 @@ def test_depth_images_are_normalised_per_view() -> None:
         ("none.obj", "", "none.obj"),
         ("points.obj", "v 0 0 0\nv 1 0 0\n", "points.obj"),
         ("broken.obj", "v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "not finite"),
-        ("line.obj", "v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", "no extent"),
+        ("line.obj", "v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", "is flat"),
+        ("triangle.obj", "v 0 0 0\nv 1 0 1\nv 0 1 1\nf 1 2 3\n", "is flat"),
         ("letter.glb", "Dear Sir,", "cannot be read as a mesh"),
         ("letter.doc", "Dear Sir,", "cannot be read as a mesh"),
         ("absent.glb", None, "does not exist"),
