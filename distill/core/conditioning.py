@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 
 @final
@@ -40,7 +41,8 @@ class Conditioning:
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """The same rows on another device."""
-        return self.apply(lambda value: value.to(device))
+        embedding, *extras = upload_all([self.embedding, *self.extras.values()], device)
+        return Conditioning(embedding, dict(zip(self.extras, extras, strict=True)))
 
     def select(self, indices: Tensor | slice) -> "Conditioning":
         """The rows at `indices` (N,), or of a slice."""

@@ -28,6 +28,7 @@ from distill.objectives.options import (
 )
 from distill.objectives.prompts import PromptConditionings
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload, upload_all
 
 Predictions = dict[Query, Prediction]
 
@@ -159,8 +160,9 @@ class ScoreDistillation:
         reference: Tensor | None,
     ) -> NoisyDraw:
         schedule, source, count = self.model.schedule, component.noise, len(clean)
-        t = component.time.sample(count, schedule.num_train_timesteps, progress, generator).to(clean.device)
+        t = component.time.sample(count, schedule.num_train_timesteps, progress, generator)
         if source.kind == "inversion":
+            t = upload(t, clean.device)
             prompts = {name: conditionings.select(name, count) for name in component.trajectory_prompts}
             gap = round(resolve(source.gap, progress) * schedule.num_train_timesteps)
             trajectory = invert(self.model, clean, t, prompts, source.guidance, source.steps, gap)
@@ -174,7 +176,9 @@ class ScoreDistillation:
 
         fixed = source.kind == "fixed"
         noise_generator = torch.Generator().manual_seed(source.seed) if fixed else generator
-        noise = torch.randn(clean.shape, generator=noise_generator).to(clean)
+        noise = torch.randn(clean.shape, generator=noise_generator)
+        t, noise = upload_all([t, noise], clean.device)
+        noise = noise.to(clean.dtype)
         inputs: dict[EvalPoint, tuple[Tensor, Tensor]] = {"now": (schedule.add_noise(clean, noise, t), t)}
         if reference is not None:
             inputs["reference"] = (schedule.add_noise(reference, noise, t), t)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 16  # bytes; every dtype can be viewed at a multiple of it
+PINNED = 2**28  # bytes; more are copied from where they are, as pinned memory is not given back
 
 
 def upload(value: Tensor, device: torch.device | str) -> Tensor:
@@ -20,10 +21,11 @@ def upload_all(values: Sequence[Tensor], device: torch.device | str) -> list[Ten
     into one pinned buffer, and the results are views of its copy. They are detached.
     """
     device = torch.device(device)
-    if device.type != "cuda" or any(value.device.type != "cpu" for value in values):
+    sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in values]
+    on_host = all(value.device.type == "cpu" for value in values)
+    if device.type != "cuda" or not on_host or sum(sizes) > PINNED:
         return [value.to(device) for value in values]
 
-    sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in values]
     buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
     for part, value in zip(buffer.split(sizes), values, strict=True):
         _view(part, value).copy_(value.detach())

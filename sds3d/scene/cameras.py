@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Cameras:
 
     def to(self, device: torch.device | str) -> "Cameras":
         """The same cameras on another device."""
-        return self._apply(lambda value: value.to(device))
+        *tensors, resolution = vars(self).values()
+        return Cameras(*upload_all(tensors, device), resolution)
 
     def with_resolution(self, resolution: int) -> "Cameras":
         """The same cameras at another resolution."""

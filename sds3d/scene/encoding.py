@@ -68,6 +68,11 @@ class HashEncodingOptions:
         return list(zip(self.scales(), self.resolutions(), self.sizes(), strict=True))
 
     @property
+    def border(self) -> float:
+        """The coordinate in [0, 1] up to which no level needs a node outside of the box."""
+        return min(1.0, *((math.ceil(scale) - 0.5) / scale for scale in self.scales()))
+
+    @property
     def width(self) -> int:
         """Features of one encoded position."""
         return self.n_levels * self.n_features_per_level
@@ -135,9 +140,12 @@ class _Interpolate(torch.autograd.Function):
 class HashEncoding(nn.Module):
     """Positions (N, 3) in [0, 1]^3 -> (N, n_levels * n_features_per_level), trilinear in each level.
 
-    As in tinycudann a level's nodes are half a cell from the border (`x * scale + 0.5`); unlike there, the
-    outermost half cell repeats its border value instead of wrapping around. Positions get no gradient:
-    normals are finite differences of density.
+    As in tinycudann a level's nodes are half a cell from the border (`x * scale + 0.5`). Where a coordinate
+    exceeds `options.border` the border's value is repeated; tinycudann wraps around there, to the opposite
+    side of the box. Positions get no gradient: normals are finite differences of density.
+
+    On CUDA the gradient adds up in an order that differs from run to run, unless
+    `torch.use_deterministic_algorithms` is on; tinycudann's always does.
     """
 
     def __init__(self, options: HashEncodingOptions) -> None:

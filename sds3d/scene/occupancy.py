@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
 from sds3d.scene.field import Field
 
 EMPTY = -1.0
@@ -43,6 +44,8 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("occlusion_lower_bound", torch.zeros(shape))
         self.bounds: Tensor
         self.register_buffer("bounds", torch.tensor([[-1.0] * 3, [1.0] * 3]))
+        self.box: Tensor  # (2, 3) the corners of the whole grid
+        self.register_buffer("box", torch.tensor([[-1.0] * 3, [1.0] * 3]), persistent=False)
         self.register_load_state_dict_pre_hook(_rename_buffers)
 
     @property
@@ -57,7 +60,8 @@ class OccupancyGrid(nn.Module):
         jitter = (
             torch.full((count, 3), 0.5) if generator is None else torch.rand(count, 3, generator=generator)
         )
-        points = (self._corners() + jitter.to(self.density_ema.device)) * (2 / self.resolution) - 1
+        jitter = upload(jitter, self.density_ema.device)
+        points = (self._corners() + jitter) * (2 / self.resolution) - 1
         density = torch.cat([field.density(part) for part in points.split(2**16)]).view_as(self.density_ema)
         self.set_densities(torch.maximum(self.density_ema * self.decay, density), density)
 
@@ -65,8 +69,7 @@ class OccupancyGrid(nn.Module):
     def set_densities(self, upper: Tensor, lower: Tensor) -> None:
         """Set densities (G, G, G): `upper` decides which cells are empty, `lower` which ones occlude."""
         self.density_ema.copy_(upper)
-        least = min(self.threshold * self.resolution / 2, upper.mean().item())
-        occupied = upper >= max(least, 1e-6)
+        occupied = upper >= upper.mean().clamp(max=self.threshold * self.resolution / 2).clamp(min=1e-6)
         # Only cells that are dense on all sides occlude: a surface anywhere within its cell stays visible.
         core = -functional.max_pool3d(-lower[None, None], 3, stride=1, padding=1)[0, 0]
         self.occlusion_lower_bound.copy_(torch.where(occupied, core.clamp(min=0), EMPTY))
@@ -80,11 +83,13 @@ class OccupancyGrid(nn.Module):
         self._update_bounds()
 
     def _update_bounds(self) -> None:
-        cells = self.occupied.nonzero()
-        low, high = (
-            (cells.amin(0), cells.amax(0) + 1) if len(cells) else (cells.new_zeros(3), cells.new_zeros(3))
-        )
-        self.bounds.copy_(torch.stack([low, high]) * (2 / self.resolution) - 1)
+        occupied, side = self.occupied, self.resolution
+        slices = torch.stack([occupied.any(2).any(1), occupied.any(2).any(0), occupied.any(1).any(0)])
+        index = torch.arange(side, device=occupied.device).expand(3, side)
+        low = torch.where(slices, index, side).amin(1)
+        high = torch.where(slices, index + 1, 0).amax(1)
+        low = torch.minimum(low, high)  # both are 0 where no cell is occupied
+        self.bounds.copy_(torch.stack([low, high]) * (2 / side) - 1)
 
     def _corners(self) -> Tensor:
         steps = torch.arange(self.resolution, device=self.density_ema.device, dtype=torch.float32)

@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import trimesh
 from torch import Tensor
 
 from distill.control.conditions import condition_images
 from distill.data.folders import CaptionedImages
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras, orbit
+from sds3d.world.raycast import RayCaster, render
 
 CONDITIONS = ("silhouette", "depth", "normals")
 NEAR, FAR = 1.7, 4.3  # range of distances of the unit ball from the world's cameras
@@ -84,11 +84,9 @@ def split_condition_images(folder: Path | str, split: str, condition: str, data:
     return condition_images(condition, Path(folder) / split, data)
 
 
-def mesh_condition_images(mesh: trimesh.Trimesh, condition: str, cameras: Cameras) -> Tensor:
+def mesh_condition_images(caster: RayCaster, condition: str, cameras: Cameras) -> Tensor:
     """Condition images (B, 1 or 3, H, W) uint8 of a mesh in scene axes, rendered as those of the world."""
-    from sds3d.world.raycast import RayCaster, render
-
-    caster, blank = RayCaster(mesh), np.zeros((len(mesh.faces), 3))
+    blank = np.zeros((len(caster.faces), 3))
     views = [render(caster, blank, camera) for camera in cameras.split(1)]
     if condition == "silhouette":
         alpha = torch.from_numpy(np.stack([view.rgba[..., 3] for view in views]))

@@ -9,6 +9,7 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.score import ScoreModel
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
 from sds3d.scene.cameras import Cameras, ring
 from sds3d.text_to_3d.context import TextTo3dContext, grey_backgrounds
 from sds3d.text_to_3d.prompts import VIEWS, view_of, view_prompt
@@ -97,7 +98,8 @@ class OrientationStage(Stage):
 
         cameras = ring(options.views, options.elevation, teacher.resolution)
         background = grey_backgrounds(context.options.background, options.views, generator)
-        latents = teacher.encode_images(context.scene.render(cameras, background).rgb)
+        views = context.scene.render(cameras.to(context.run.device), upload(background, context.run.device))
+        latents = teacher.encode_images(views.rgb)
 
         prompts = [view_prompt(context.options.prompt, view) for view in AZIMUTH_VIEWS]
         errors = denoising_errors(teacher, latents, teacher.encode_text(prompts), check.draws, generator)
@@ -121,7 +123,8 @@ def denoising_errors(
     for level in NOISE_LEVELS:
         t = torch.full((count,), round(level * model.schedule.num_train_timesteps), device=latents.device)
         for _ in range(draws):
-            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            noise = upload(torch.randn(latents.shape, generator=generator), latents.device)
+            noise = noise.to(latents.dtype)
             x_t = model.schedule.add_noise(latents, noise, t)
             eps = model.predict(x_t.repeat(classes, 1, 1, 1), t.repeat(classes), conditioning).eps
             total += (eps.view(classes, *noise.shape) - noise).square().sum((2, 3, 4)).T

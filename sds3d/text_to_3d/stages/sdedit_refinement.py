@@ -17,6 +17,7 @@ from distill.core.score import Guided
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import scale_learning_rates
+from distill.runtime.transfer import upload
 from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
 from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.context import TextTo3dContext
@@ -104,8 +105,8 @@ class SDEditRefinementStage(Stage):
         self.refined = RefinedViews(options.views, resolution).to(context.run.device)
 
     def state(self) -> Mapping[str, Stateful]:
-        """The resampled views."""
-        return {"refined_views": self.refined} if self.rounds else {}
+        """The resampled views, in runs too short for a round as well: they may be continued."""
+        return {"refined_views": self.refined} if self.options.strengths else {}
 
     def nfe(self, updates: int) -> int:
         """NFE of the rounds; fitting needs none."""
@@ -129,24 +130,25 @@ class SDEditRefinementStage(Stage):
         renders = context.scene.render(cameras.to(context.run.device), background).rgb
 
         clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noise = upload(torch.randn(clean.shape, generator=generator), clean.device).to(clean.dtype)
         uncond = teacher.encode_text([context.options.negative_prompt])
         guided = Guided(context.conditioned_teacher, uncond, options.guidance)
         images = []
-        for indices in torch.arange(len(renders)).split(CHUNK):
-            chunk = cameras.select(indices)
+        for first in range(0, len(renders), CHUNK):
+            part = slice(first, first + CHUNK)
+            chunk = cameras.select(part)
             context.set_cameras(chunk)
             latents = sample_ode(
                 guided,
                 teacher.scheduler,
                 context.encode_prompts(chunk),
-                noise[indices],
+                noise[part],
                 options.steps,
-                init=Img2ImgInit(clean[indices], strength),
+                init=Img2ImgInit(clean[part], strength),
             )
             images.append(teacher.decode(latents))
 
-        self.refined.replace(cameras, background, torch.cat(images).clamp(0, 1))
+        self.refined.replace(cameras.to(context.run.device), background, torch.cat(images).clamp(0, 1))
         context.run.preview("refined", self.refined.images)
 
     def refine_step(self, step: int) -> RenderedViews:
@@ -158,7 +160,7 @@ class SDEditRefinementStage(Stage):
 
         context.scene.update(step, generator)
         cameras, background, images = self.refined.sample(context.options.views, generator)
-        views = context.scene.render(cameras, background, generator, training=True)
+        views = context.render(cameras, background)
         rgb_loss = (views.rgb - images).square().mean()
         regularizers = replace(context.options.regularizers, opacity=options.opacity)
         context.optimizer_step(options.weight * rgb_loss + context.regularization(views, 1.0, regularizers))
@@ -194,7 +196,8 @@ class RefinedViews(nn.Module):
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Cameras, Tensor, Tensor]:
         """Cameras, backgrounds (count, 3) and images (count, 3, H, W) of random views without repetition."""
-        indices = torch.randperm(len(self.images), generator=generator)[:count].to(self.images.device)
+        indices = torch.randperm(len(self.images), generator=generator)[:count]
+        indices = upload(indices, self.images.device)
         cameras = Cameras(
             self.position, self.azimuth, self.elevation, self.rotation, self.fovy, self.resolution
         )

@@ -17,6 +17,7 @@ from distill.runtime.shipped import SHIPPED, WEIGHTS, resolve
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.scene.cameras import ring
 from sds3d.world.conditions import mesh_condition_images
+from sds3d.world.raycast import RayCaster
 from sds3d.world.shapes import COLOURS, OBJECTS, make_shape, noun_phrase
 
 
@@ -82,7 +83,8 @@ def test_adapter_controls_the_view_of_a_mesh(name: str, teacher: LatentDiffusion
     """Captions without a view: samples match the mesh's condition with the adapter and not without it."""
     objects = ("teapot", "car", "rocket", "mug", "torus", "bunny")
     views = ring(7, elevation=30.0)
-    renders = [mesh_condition_images(make_shape(key).mesh, name, views)[[i]] for i, key in enumerate(objects)]
+    casters = [RayCaster(make_shape(key).mesh) for key in objects]
+    renders = [mesh_condition_images(caster, name, views)[[i]] for i, caster in enumerate(casters)]
     pictures = torch.cat(renders)
     adapter, condition = load_adapter(name)
     assert condition == name

@@ -73,6 +73,8 @@ def test_sizes_are_those_of_the_paper() -> None:
     assert MIXED.resolutions() == [4, 8, 15]
     assert MIXED.sizes() == [64, 512, 512]
     assert MIXED.width == 6
+    # Cells a side: 3, 6.6 and 13.44, of which the first is whole and the last has room for half a cell.
+    assert MIXED.border == 2.5 / 3
     padded = HashEncodingOptions(n_levels=1, base_resolution=5)
     assert padded.sizes() == [128]  # 125, padded to a multiple of 8
 
@@ -169,7 +171,7 @@ def test_tinycudann_matches_torch() -> None:
 
     twin, theirs = random_encoding(MIXED).float().cuda(), TinyCudaEncoding(MIXED)
     theirs.load_state_dict(twin.state_dict())
-    positions = (points(500) * 0.7 + 0.15).float().cuda()  # the outermost half cell differs by design
+    positions = (points(500) * MIXED.border).float().cuda()
     ours, other = twin(positions), theirs(positions)
     torch.testing.assert_close(other, ours, rtol=2e-3, atol=2e-3)
     ours.square().sum().backward()
