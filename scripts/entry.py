@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,6 +26,7 @@ from distill.runtime.experiment import (  # noqa: E402
     experiment_body,
     find_experiment,
     load_experiments,
+    preset_lines,
 )
 from distill.runtime.help import help_lines  # noqa: E402
 from distill.runtime.names import slug  # noqa: E402
@@ -182,13 +183,22 @@ def load_experiment(name: str, arguments: Sequence[str] = ()) -> Any:
 
     Their `experiment` is the preset's description. Raises `UserError`.
     """
+    return load_script(preset_script(name), [f"experiment={name}", *arguments])
+
+
+def preset_script(name: str) -> str:
+    """The script that a preset belongs to. Raises `UserError` where there is none of that name."""
     experiments = load_experiments(CONFIGS / "experiment")
     scripts = {info.script for info in experiments.values()}
-    script = find_experiment(name, sorted(scripts), experiments).script
+    return find_experiment(name, sorted(scripts), experiments).script
+
+
+def load_script(script: str, arguments: Sequence[str] = ()) -> Any:
+    """The options that a script has with command-line arguments. Raises `UserError`."""
     cls = importlib.import_module(script).Config
     register_resolvers(cls)
     chosen = chosen_groups(script)
-    words = with_experiments([f"experiment={name}", *map(quoted, arguments)], cls, [script], chosen)
+    words = with_experiments([*map(quoted, arguments)], cls, [script], chosen)
     return build(cls, _values(compose_config(script, [forced(word, chosen) for word in words])))
 
 
@@ -214,16 +224,6 @@ def _option(cls: type, path: str, *, _root_: Any) -> Any:
     return value
 
 
-def _experiment_lines(scripts: Sequence[str]) -> Iterator[str]:
-    experiments = load_experiments(CONFIGS / "experiment").values()
-    own = [info for info in experiments if info.script in scripts]
-    if own:
-        yield "\npresets, experiment=NAME:"
-    for info in own:
-        cost = f"{info.memory_gib:g} GiB, {info.duration} on {info.hardware}"
-        yield f"  {info.name:20} {info.summary} ({info.paper}); {cost}"
-
-
 def _print_help(
     cls: type, name: str, overrides: list[str], chosen: list[str], scripts: Sequence[str]
 ) -> None:
@@ -236,7 +236,7 @@ def _print_help(
         f"usage: python {sys.argv[0]} [key=value ...]   (lists: key=[a, b]; sweeps: --multirun key=a,b)\n"
     ]
     lines += [f"{group}: {', '.join(groups()[group])}" for group in chosen]
-    lines += _experiment_lines(scripts)
+    lines += preset_lines(load_experiments(CONFIGS / "experiment"), scripts)
     description = ("  experiment.", "\nexperiment:")
     lines += [line for line in help_lines(cls, values) if not line.startswith(description)]
     try:

@@ -52,14 +52,24 @@ def as_mapping(options: Any) -> Any:
     if dataclasses.is_dataclass(options):
         cls = type(options)
         target = {TARGET: f"{cls.__module__}.{cls.__qualname__}"} if isinstance(cls, ABCMeta) else {}
+        fields = fields_of(cls)
+        defaults = defaults_of(fields, None)
         return target | {
-            key: as_mapping(value) for key, value in defaults_of(fields_of(cls), options).items()
+            key: _removed_entries(value, defaults.get(key)) | as_mapping(value)
+            if isinstance(value, Mapping)
+            else as_mapping(value)
+            for key, value in defaults_of(fields, options).items()
         }
     if isinstance(options, Mapping):
         return {key: as_mapping(value) for key, value in options.items()}
     if isinstance(options, list | tuple):
         return [as_mapping(item) for item in options]
     return options
+
+
+def _removed_entries(values: Mapping[str, Any], default: object) -> dict[str, None]:
+    """null for the entries of a default mapping that are not among `values`, as `build` expects it."""
+    return {key: None for key in default if key not in values} if isinstance(default, Mapping) else {}
 
 
 def fields_of(cls: type) -> dict[str, dataclasses.Field[Any]]:

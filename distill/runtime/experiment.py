@@ -74,6 +74,16 @@ def find_experiment(
     return info
 
 
+def preset_lines(experiments: Mapping[str, ExperimentInfo], scripts: Collection[str]) -> list[str]:
+    """One line for each preset of `scripts`, after a title; none where there is no preset."""
+    lines = []
+    for name, info in experiments.items():
+        if info.script in scripts:
+            cost = f"{info.memory_gib:g} GiB, {info.duration} on {info.hardware}"
+            lines.append(f"  {name:20} {info.summary} ({info.paper}); {cost}")
+    return ["\npresets, experiment=NAME:", *lines] if lines else []
+
+
 def check_mixture(name: str, body: Mapping[str, Any], groups: Mapping[str, str]) -> None:
     """Raise `UserError` where a preset sets options within a group that the user has chosen anew.
 

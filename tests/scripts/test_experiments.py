@@ -123,7 +123,6 @@ def test_a_preset_without_its_teacher_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
     arguments = ["experiment=sd15_dreamfusion", "prompt=a red teapot", f"run.directory={tmp_path / 'run'}"]
     message = script("text_to_3d", *arguments, code=2)
     assert str(tmp_path / "hub") in message and "`hf download stable-diffusion-v1-5/" in message

@@ -159,3 +159,15 @@ def test_target_mistakes(shape: dict[str, Any], message: str) -> None:
 def test_as_mapping_is_json_and_builds_the_same_options() -> None:
     for options in (Drawing(Circle(radius=2.0)), Outer("x", many=(Inner(1),), either=(1.0, 2.0))):
         assert build(type(options), json.loads(json.dumps(as_mapping(options)))) == options
+
+
+@dataclass(frozen=True)
+class Named:
+    entries: dict[str, Inner] = field(default_factory=lambda: {"first": Inner(), "second": Inner()})
+
+
+def test_as_mapping_states_which_default_entries_are_removed() -> None:
+    options = build(Named, {"entries": {"first": None, "third": {"size": 4}}})
+    assert list(options.entries) == ["second", "third"]
+    assert as_mapping(options)["entries"]["first"] is None
+    assert build(Named, as_mapping(options)).entries == options.entries
