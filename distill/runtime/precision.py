@@ -1,5 +1,6 @@
 """The dtype of a run: of its frozen networks' weights, and of the arithmetic of the networks it trains."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +44,11 @@ class Precision:
 
     def scaler(self) -> GradScaler | None:
         """The loss scaling that float16 gradients need; None for the other dtypes."""
-        return GradScaler(self.device.type) if self.dtype == torch.float16 else None
+        if self.dtype != torch.float16:
+            return None
+        # Updates that overflow are skipped, the first ones on purpose; torch takes that for a wrong order.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        return GradScaler(self.device.type)
 
 
 def pick_precision(device: str, precision: PrecisionName) -> Precision:
