@@ -16,6 +16,7 @@ from distill.evaluation.metrics import pixel_diversity, saturation
 from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.critic import Critic
 from distill.objectives.diagnostics import DiagnosticOptions, diagnose_run
+from distill.objectives.networks import prepare_networks
 from distill.objectives.options import ObjectiveOptions
 from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.checkpoint import TensorState
@@ -71,22 +72,11 @@ class OptimiseImage:
             self.reference = latents.expand(options.particles, -1, -1, -1)
         self.particles = self._initial_particles(source).requires_grad_()
         self.critic = None if objective.critic is None else Critic(teacher, objective.critic)
-        self._prepare_networks()
+        prepare_networks(run, teacher, self.critic)
         self.objective = ScoreDistillation(teacher, objective, self.critic, teacher.decode)
         self.conditionings = self._prompt_conditionings(objective)
         self.optimizer = torch.optim.Adam([self.particles], lr=options.learning_rate, betas=(0.9, 0.99))
         self.frames: list[Tensor] = []
-
-    def _prepare_networks(self) -> None:
-        """Activation checkpointing and torch.compile of the denoisers, as the run's options say."""
-        run, critic = self.run, self.critic
-        if run.options.gradient_checkpointing:
-            self.teacher.enable_gradient_checkpointing()
-            if critic is not None:
-                critic.denoiser.enable_gradient_checkpointing()
-        # A LoRA is switched on and off inside the teacher's network, which compiled code would not follow.
-        if run.compiled and (critic is None or critic.options.kind == "copy"):
-            self.teacher.denoiser.network.compile()
 
     def _initial_particles(self, source: Tensor | None) -> Tensor:
         """Latents (N, C, h, w), or the logits of pixels (N, 3, H, W)."""

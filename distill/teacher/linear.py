@@ -21,7 +21,7 @@ class LinearEncoder:
     matrix: Tensor
     bias: Tensor
     side: int
-    explained: float  # fraction of the latents' variance over the fitted images (R^2)
+    explained: Tensor  # () fraction of the latents' variance over the fitted images (R^2)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Latents (B, C, side, side) of images (B, 3, H, W) in [0, 1] of any resolution."""
@@ -40,14 +40,19 @@ def fit_linear_encoder(teacher: Teacher, count: int = 64, seed: int = 0) -> Line
 
     latents = teacher.encode_images(images).permute(0, 2, 3, 1).reshape(-1, channels)
     cells = F.adaptive_avg_pool2d(images, side).permute(0, 2, 3, 1).reshape(-1, 3)
-    inputs = torch.cat([cells, torch.ones_like(cells[:, :1])], 1).double().cpu()
-    outputs = latents.double().cpu()
-    solution = torch.linalg.lstsq(inputs, outputs).solution
+    weight, bias, explained = _least_squares(cells, latents)
+    return LinearEncoder(weight, bias, side, explained)
 
-    variance = (outputs - outputs.mean(0)).square().sum()
-    residual = (outputs - inputs @ solution).square().sum() / variance
-    matrix, bias = solution[:3].T.to(images), solution[3].to(images)
-    return LinearEncoder(matrix.contiguous(), bias, side, float(1 - residual))
+
+def _least_squares(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight (D, C), bias (D,) and R^2 of the affine fit of outputs (N, D) to inputs (N, C)."""
+    x = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1).double()
+    y = outputs.double()
+    gram = x.T @ x
+    solution = torch.linalg.solve(gram + 1e-12 * gram.diagonal().diag(), x.T @ y)
+    residual = (y - x @ solution).square().sum() / (y - y.mean(0)).square().sum()
+    coefficients = solution.T.to(outputs.dtype)
+    return coefficients[:, :-1].contiguous(), coefficients[:, -1].contiguous(), 1 - residual
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class LinearDecoder:
     weight: Tensor
     bias: Tensor
     factor: int  # pixels a side of a cell
-    explained: float  # fraction of the colours' variance over the fitted images (R^2)
+    explained: Tensor  # () fraction of the colours' variance over the fitted images (R^2)
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of latents (B, C, h, w), of one colour a cell."""
@@ -85,16 +90,11 @@ def fit_linear_decoder(teacher: Teacher, cells: int = 8192, seed: int = 0) -> Li
     for _ in range(-(-cells // (4 * side**2))):  # four images at a time, which bounds the memory
         images = dead_leaves(4, teacher.resolution, generator).to(teacher.device)
         latents = F.pad(teacher.encode_images(images), (1, 1, 1, 1), mode="replicate")
-        features.append(F.unfold(latents, 3).transpose(1, 2).flatten(0, 1).double().cpu())
-        colours.append(F.avg_pool2d(images, factor).flatten(2).transpose(1, 2).flatten(0, 1).double().cpu())
+        features.append(F.unfold(latents, 3).transpose(1, 2).flatten(0, 1))
+        colours.append(F.avg_pool2d(images, factor).flatten(2).transpose(1, 2).flatten(0, 1))
 
-    inputs, outputs = torch.cat(features), torch.cat(colours)
-    inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
-    solution = torch.linalg.lstsq(inputs, outputs).solution
-    variance = (outputs - outputs.mean(0)).square().sum()
-    residual = (outputs - inputs @ solution).square().sum() / variance
-    weight = solution[:-1].T.reshape(3, channels, 3, 3).float().to(teacher.device)
-    return LinearDecoder(weight, solution[-1].float().to(teacher.device), factor, float(1 - residual))
+    weight, bias, explained = _least_squares(torch.cat(features), torch.cat(colours))
+    return LinearDecoder(weight.view(3, channels, 3, 3), bias, factor, explained)
 
 
 def dead_leaves(count: int, side: int, generator: torch.Generator, discs: int = 30) -> Tensor:

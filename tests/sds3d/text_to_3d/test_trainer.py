@@ -99,6 +99,17 @@ def test_later_stages_take_over(tmp_path: Path) -> None:
     assert task.updates["sdedit_refinement"] == range(6, 10)
 
 
+def test_a_run_too_short_for_refinement_is_continued_with_more_steps(tmp_path: Path) -> None:
+    refinement = SDEditRefinementOptions((0.5,), start=0.9, views=2, steps=2)
+    options = with_stages(OPTIONS, sdedit_refinement=refinement)
+    short = trainer(tmp_path, 1, options)
+    assert not refinement.rounds(1)
+    short.train()
+    longer = trainer(tmp_path, 4, options)
+    longer.train()
+    assert longer.run.step == 4 and longer.updates["sdedit_refinement"] == range(4, 4)
+
+
 @final
 @dataclass(frozen=True)
 class Counting(StageOptions):
