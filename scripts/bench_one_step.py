@@ -1,6 +1,7 @@
-"""Time a cycle of distillation against its floor.
+"""Time a cycle of distillation against its floor, or count its work, without weights or data.
 
 python scripts/bench_one_step.py method=dmd2 method.gan=null
+python scripts/bench_one_step.py count=true teacher=stable-diffusion-v1-5/stable-diffusion-v1-5
 """
 
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from entry import entry
 
 from distill.one_step.recipe import OneStepRecipe, build_trainer
 from distill.one_step.timing import profile_cycle, time_cycle
+from distill.planning.cycle_work import cycle_work
 from distill.runtime.machine import machine_info
 
 
@@ -18,9 +20,15 @@ class Config(OneStepRecipe):
 
     runs: int = 5  # repetitions of each part; the median is printed
     profile: bool = False  # where a cycle's time goes, by torch's profiler
+    count: bool = False  # its floating-point operations, counted on the meta device, in place of its time
 
 
 def main(config: Config) -> None:
+    if config.count:
+        for work in cycle_work(config):
+            counted = f"{work.counted:.4g} NFE a sample are counted, {work.stated:.4g} stated"
+            print(f"cycle {work.step}: {counted} ({work.ratio:.3f})")
+        return
     trainer = build_trainer(config)
     timings, ratio = time_cycle(trainer, config.runs)
     for timing in timings:

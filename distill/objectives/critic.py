@@ -15,6 +15,7 @@ from distill.core.teacher import Teacher
 from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
+from distill.runtime.transfer import upload_all
 
 
 @final
@@ -79,11 +80,12 @@ class Critic(ScoreModel):
         """
         clean = latents.detach()
         times = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator)
-        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        noise = torch.randn(clean.shape, generator=generator)
         drop_camera = torch.rand(len(clean), generator=generator) < self.options.camera_dropout
+        times, noise, drop_camera = upload_all([times, noise, drop_camera], clean.device)
         with self.precision.autocast():
-            conditioning = self._with_camera(conditioning, drop_camera.to(clean.device))
-            return self.denoiser.denoising_loss(clean, noise, times.to(clean.device), conditioning)
+            conditioning = self._with_camera(conditioning, drop_camera)
+            return self.denoiser.denoising_loss(clean, noise.to(clean.dtype), times, conditioning)
 
     def train_on(
         self,

@@ -120,7 +120,7 @@ class Adversary:
 
     def logits(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Of noisy latents (B, C, h, w), with gradient; call it with the critic's adapter enabled."""
-        return self.head(self.critic.denoiser.mid_block_features(x_t, t, conditioning))
+        return self.head(self.critic.denoiser.mid_block_features(x_t, t, conditioning)).float()
 
     def generator_loss(
         self, generated: Tensor, conditioning: Conditioning, generator: torch.Generator
@@ -139,7 +139,7 @@ class Adversary:
         features: the bottleneck of the generated latents, from the critic's denoising loss.
         """
         real_logits = self.logits(*self.add_noise(real, generator), conditioning)
-        loss = F.softplus(self.head(features)).mean() + F.softplus(-real_logits).mean()
+        loss = F.softplus(self.head(features).float()).mean() + F.softplus(-real_logits).mean()
         return self.options.discriminator_weight * loss
 
 

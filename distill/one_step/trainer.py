@@ -53,7 +53,7 @@ class OneStepOptions:
     accumulate: int = 1
     learning_rate: float = 3e-4
     # Fraction of the rates at the end of their decay: late noise in the weights is most of what is left.
-    final_rate: float = 0.02
+    final_lr_scale: float = 0.02
     drop_at: float | None = None  # fraction of the run at which the rates drop to that; null: along a cosine
     warmup: int = 50  # cycles
     betas: tuple[float, float] = (0.9, 0.999)
@@ -63,10 +63,10 @@ class OneStepOptions:
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
     def __post_init__(self) -> None:
-        rates = self.learning_rate > 0 and 0 < self.final_rate <= 1
+        rates = self.learning_rate > 0 and 0 < self.final_lr_scale <= 1
         if min(self.batch, self.accumulate) < 1 or not rates:
             raise UserError(
-                "batch and accumulate must be at least 1, learning_rate positive and final_rate in (0, 1]"
+                "batch and accumulate must be at least 1, learning_rate positive and final_lr_scale in (0, 1]"
             )
         if self.drop_at is not None and not 0 <= self.drop_at <= 1:
             raise UserError(f"drop_at is {self.drop_at}: expected a fraction of the run in [0, 1], or null")
@@ -111,7 +111,7 @@ class OneStep:
             self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
         )
         self._rates = [float(group["lr"]) for group in self._param_groups()]
-        prepare_networks(run, teacher, self.student, self.method.critic)
+        prepare_networks(run, teacher, self.student, self.method)
         parts: dict[str, Stateful | None] = {"ema": self.ema, "monitor": monitor}
         parts = {"student": self.student, "optimizer": self.optimizer, **parts}
         parts |= {"update_rate": self.update_rate, **self.method.state()}
@@ -149,9 +149,9 @@ class OneStep:
         """Warm-up, decay, and half for every roll-back, on the rates of all optimizers."""
         options, steps = self.options, self.run.options.steps
         if options.drop_at is None:
-            decay = cosine_decay(step, options.final_rate, steps)
+            decay = cosine_decay(step, options.final_lr_scale, steps)
         else:
-            decay = options.final_rate if step >= options.drop_at * steps else 1.0
+            decay = options.final_lr_scale if step >= options.drop_at * steps else 1.0
         factor = decay * min((step + 1) / options.warmup, 1.0) * 0.5**self.run.rollbacks
         scale_learning_rates(self._param_groups(), self._rates, factor)
 
@@ -185,8 +185,7 @@ class OneStep:
             for name in outcomes[0].metrics
         }
         updates = self.update_rate.updates if options.critic_diagnostics.adapt else None
-        with run.precision.autocast():
-            critic_metrics = self.method.update_critic(micro_batches, progress, updates)
+        critic_metrics = self.method.update_critic(micro_batches, progress, updates)
         if self.ema is not None:
             self.ema.update()
         return metrics, critic_metrics

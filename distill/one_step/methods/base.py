@@ -94,6 +94,11 @@ class Method(ABC):
         """The critic, where there is one."""
         return None
 
+    @property
+    def through_critic(self) -> bool:
+        """Whether the student's gradient passes through the critic."""
+        return False
+
     @abstractmethod
     def cost(self, progress: float) -> float:
         """U-Net work of a cycle a sample in F, one forward pass; a backward pass counts 2, through inputs
@@ -200,13 +205,15 @@ class CriticMethod(Method):
     def _backward(self, part: MicroBatch, count: int, progress: float) -> Tensor:
         """Gradients of the denoising and the discriminator loss of one of `count` parts; both losses (2,)."""
         batch, denoiser = part.batch, self._critic.denoiser
-        with denoiser.adapter_enabled(), denoiser.capture_mid_block() as features:
-            loss = self.critic_loss(part)
-            gan_loss = 0 * loss
-            if self.adversary is not None and self.adversary.active(progress):
-                gan_loss = self.adversary.discriminator_loss(
-                    features[0], batch.real, batch.conditioning, part.generator
-                )
+        with denoiser.adapter_enabled():
+            # Not around several updates: autocast keeps its copies of the weights until its end.
+            with self._critic.precision.autocast(), denoiser.capture_mid_block() as features:
+                loss = self.critic_loss(part)
+                gan_loss = 0 * loss
+                if self.adversary is not None and self.adversary.active(progress):
+                    gan_loss = self.adversary.discriminator_loss(
+                        features[0], batch.real, batch.conditioning, part.generator
+                    )
             backward((loss + gan_loss) / count, self.scaler)
         return torch.stack([loss.detach(), gan_loss.detach()])
 
@@ -220,6 +227,11 @@ class CriticMethod(Method):
     def critic(self) -> Critic:
         """As of every method."""
         return self._critic
+
+    @property
+    def through_critic(self) -> bool:
+        """As of every method."""
+        return self.adversary is not None
 
     def state(self) -> dict[str, Stateful]:
         """Critic, discriminator and its optimizer."""

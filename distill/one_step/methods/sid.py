@@ -7,13 +7,24 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from distill.core.conditioning import Conditioning
 from distill.core.score import Guided, Prediction
 from distill.objectives.options import CriticOptions
 from distill.one_step.adversarial import no_param_grad
-from distill.one_step.methods.base import Batch, CriticMethod, MethodContext, MethodOptions, Outcome, generate
+from distill.one_step.methods.base import (
+    Batch,
+    CriticMethod,
+    MethodContext,
+    MethodOptions,
+    MicroBatch,
+    Outcome,
+    generate,
+)
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload_all
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,12 @@ class SiDOptions(MethodOptions):
     low: float = 0.02  # t / T is uniform in [low, high]
     high: float = 0.8
     critic: CriticOptions = field(default_factory=lambda: CriticOptions("copy", learning_rate=6e-4))
+    critic_guidance: float = 1.0  # CFG scale under which the critic is trained (SiD-LSG: that of `guidance`)
+    caption_dropout: float = 0.0  # fraction of the captions that are empty in the critic's training
 
     def __post_init__(self) -> None:
+        if not 0 <= self.caption_dropout <= 1:
+            raise UserError(f"caption_dropout is {self.caption_dropout}: a fraction in [0, 1] is expected")
         if not 0 <= self.low < self.high <= 1:
             raise UserError(f"times from {self.low} to {self.high}: expected 0 <= low < high <= 1")
 
@@ -39,9 +54,15 @@ class SiDOptions(MethodOptions):
         """As of every method."""
         return self.critic.updates
 
+    @property
+    def needs_real(self) -> bool:
+        """As of every method: it is free of data."""
+        return False
+
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "SiDOptions":
         """As of every method."""
-        return replace(self, guidance=1.0, critic=replace(self.critic, learning_rate=critic_learning_rate))
+        critic = replace(self.critic, learning_rate=critic_learning_rate)
+        return replace(self, guidance=1.0, critic_guidance=1.0, critic=critic)
 
 
 def identity_loss(teacher: Prediction, critic: Prediction, generated: Tensor, alpha: float) -> Tensor:
@@ -73,19 +94,42 @@ class SiD(CriticMethod):
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
         """As of every method."""
         generated = generate(student, batch, generator)
-        t = self.times(len(generated), generator).to(generated.device)
-        noise = torch.randn(generated.shape, generator=generator).to(generated)
-        x_t = student.schedule.add_noise(generated, noise, t)
+        t = self.times(len(generated), generator)
+        noise = torch.randn(generated.shape, generator=generator)
+        t, noise = upload_all([t, noise], generated.device)
+        x_t = student.schedule.add_noise(generated, noise.to(generated.dtype), t)
 
-        denoiser = self.critic.denoiser
+        denoiser, guidance = self.critic.denoiser, self.options.guidance
+        teacher = Guided(self.teacher, batch.uncond, guidance).predict(x_t, t, batch.conditioning)
         with denoiser.adapter_enabled(), no_param_grad(denoiser.network):
-            teacher, critic = (
-                Guided(model, batch.uncond, self.options.guidance).predict(x_t, t, batch.conditioning)
-                for model in (self.teacher, denoiser)
-            )
-            loss = identity_loss(teacher, critic, generated, self.options.alpha)
+            critic = Guided(denoiser, batch.uncond, guidance).predict(x_t, t, batch.conditioning)
+        loss = identity_loss(teacher, critic, generated, self.options.alpha)
         return Outcome(loss, generated.detach(), {"sid": loss.detach()})
+
+    @property
+    def through_critic(self) -> bool:
+        """As of every method."""
+        return True
+
+    def critic_loss(self, part: MicroBatch) -> Tensor:
+        """As of every method; under guidance the error of the guided eps (SiD-LSG, algorithm 1)."""
+        options, batch, clean = self.options, part.batch, part.outcome.generated
+        if options.critic_guidance == 1 and options.caption_dropout == 0:
+            return super().critic_loss(part)
+        assert clean is not None
+        generator, schedule = part.generator, self.critic.schedule
+        t = torch.randint(schedule.num_train_timesteps, (len(clean),), generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
+        dropped = torch.rand(len(clean), generator=generator) < options.caption_dropout
+        rows = torch.where(dropped, 0, torch.arange(len(clean)) + 1)
+        t, noise, rows = upload_all([t, noise, rows], clean.device)
+
+        conditioning = Conditioning.cat([batch.uncond, batch.conditioning]).select(rows)
+        guided = Guided(self.critic.denoiser, batch.uncond, options.critic_guidance)
+        eps = guided.predict(schedule.add_noise(clean, noise, t), t, conditioning).eps
+        return functional.mse_loss(eps, noise)
 
     def cost(self, progress: float) -> float:
         """As of every method: forward and backward through the student, and to the inputs of both models."""
-        return 3 + 4 * (1 if self.options.guidance == 1 else 2) + self.critic_cost(progress)
+        models = 4 * (1 if self.options.guidance == 1 else 2)
+        return 3 + models + self.critic_cost(progress) * (1 if self.options.critic_guidance == 1 else 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
-from distill.core.score import Prediction, ScoreModel
+from distill.core.score import Guided, Prediction, ScoreModel
 from distill.evaluation.metrics import kernel_distance, precision_recall
 from distill.objectives.algebra import ScoreDistillation
 from distill.objectives.critic import Critic
@@ -19,8 +19,8 @@ from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, Ti
 from distill.objectives.prompts import PromptConditionings
 from distill.one_step.adversarial import WEIGHTS, Adversary, Divergence, GanOptions, divergence_weight
 from distill.one_step.critic_diagnostics import CriticDiagnosticsOptions, adapt_updates, critic_error
-from distill.one_step.methods.base import Batch, MethodContext, MethodOptions
-from distill.one_step.methods.sid import identity_loss
+from distill.one_step.methods.base import Batch, MethodContext, MethodOptions, MicroBatch, Outcome
+from distill.one_step.methods.sid import SiDOptions, identity_loss
 from distill.one_step.methods.trajectories import ddim_step, ddim_target, grid_times
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.student import Student, StudentOptions
@@ -151,6 +151,27 @@ def test_sid_by_hand(schedule: NoiseSchedule) -> None:
     torch.testing.assert_close(identity_loss(real, fake, z, alpha), paper.mean(), rtol=1e-6, atol=1e-9)
     crossed = difference * (fake.x0 - z)
     assert abs(float(crossed.mean())) < 4 * float(crossed.std()) / count**0.5
+
+
+def test_a_guided_critic_by_hand(tiny_teacher: LatentDiffusionTeacher) -> None:
+    """SiD-LSG's critic loss is the error of the guided eps; without captions both halves are one."""
+    batch = batch_of(tiny_teacher)
+    student = Student.from_teacher(tiny_teacher, StudentOptions())
+    values = {"critic_guidance": 3.0, "caption_dropout": 1.0}
+    losses = []
+    for changes in (values, values | {"critic_guidance": 1.0}, values | {"caption_dropout": 0.0}):
+        method = SiDOptions(**changes).build(MethodContext(tiny_teacher, student, batch))
+        outcome = Outcome(torch.zeros(()), batch.real, {})
+        part = MicroBatch(outcome, batch, torch.Generator().manual_seed(0))
+        losses.append(method.critic_loss(part).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != pytest.approx(losses[2], rel=1e-4)
+
+    source = torch.Generator().manual_seed(0)
+    t = torch.randint(tiny_teacher.schedule.num_train_timesteps, (4,), generator=source)
+    noise = torch.randn(batch.real.shape, generator=source)
+    guided = Guided(tiny_teacher, batch.uncond, 3.0)
+    eps = guided.predict(tiny_teacher.schedule.add_noise(batch.real, noise, t), t, batch.conditioning).eps
+    assert losses[2] == pytest.approx(float((eps - noise).square().mean()), rel=1e-4)
 
 
 def test_ddim_target_inverts_a_ddim_step(tiny_teacher: LatentDiffusionTeacher) -> None:

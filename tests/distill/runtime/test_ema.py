@@ -60,3 +60,18 @@ def test_restored_state_continues_and_other_structures_are_refused() -> None:
         first.copy_to(nn.Linear(2, 2, bias=False))
     with pytest.raises(UserError, match="decay is 1.5"):
         EMA(module, 1.5)
+
+
+def test_averages_change_places_with_the_parameters() -> None:
+    module = nn.Linear(3, 2)
+    average = EMA(module, 0.5)
+    initial = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(1)
+    trained, storage = module.weight.detach().clone(), module.weight.data_ptr()
+    with average.applied():
+        assert torch.equal(module.weight, initial) and module.weight.data_ptr() != storage
+    assert torch.equal(module.weight, trained) and module.weight.data_ptr() == storage
+    with pytest.raises(RuntimeError), average.applied():
+        raise RuntimeError
+    assert torch.equal(module.weight, trained)
