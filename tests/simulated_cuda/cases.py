@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-RUN = ("run.steps=2", "run.trackers=[]", "run.checkpoint_every=1", "run.preview_every=2")
+RUN = ("run.steps=2", "run.trackers=[]", "run.checkpoint_every=1", "run.preview_every=2", "run.plan=false")
 EXPORT = ("export.frames=2", "export.resolution=32", "export.mesh.resolution=24", "export.texture.size=64")
 ORIENTATION = (
     "text_to_3d.stages.orientation.views=4",
@@ -50,7 +50,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "bench": [TINY, *TEXT_TO_3D, *NO_REFINEMENT, f"scene_from={SCENE}", "runs=1"],
     "bench_one_step": [TINY, *ONE_STEP, "runs=1"],
     "benchmark_3d": [TINY, *TEXT_TO_3D[1:], *NO_REFINEMENT, "prompts=[a red teapot]"],
-    "distill_one_step": [TINY, *ONE_STEP, "run.directory=outputs/one_step"],
+    "distill_one_step": [TINY, *ONE_STEP, "run.directory=outputs/one_step", "run.plan=true"],
     "distill_points": ["seeds=[0]", "points.budget=64", "points.init_steps=2", "points.pairs=16",
                        "methods=[dmd2]"],
     "doctor": [],
@@ -66,8 +66,8 @@ SCRIPTS: dict[str, Sequence[str]] = {
                     "workers=1"],
     "optimise_image": [TINY, *OPTIMISE_IMAGE],
     "sample": [TINY, "prompts=[a red teapot, a blue torus]", "count=2", "steps=2", "animation=true"],
-    "text_to_3d": [TINY, *TEXT_TO_3D, "run.steps=3", "run.directory=outputs/text_to_3d", *ORIENTATION,
-                   *REFINEMENT],
+    "text_to_3d": [TINY, *TEXT_TO_3D, "run.steps=3", "run.directory=outputs/text_to_3d", "run.plan=true",
+                   *ORIENTATION, *REFINEMENT],
     "train_controlnet": [*ADAPTER, "condition=depth", "run.directory=outputs/adapter"],
     "train_judge": ["data=outputs/shapes64", *RUN, "judge.batch=8", "judge.width=8"],
     "train_probe": [*RUN, "probe.batch=4", "probe.width=8"],

@@ -138,12 +138,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(device: DeviceProcess, script
     assert first.keys() == second.keys() and not different
 
 
+@pytest.mark.parametrize("plan", [True, False], ids=["predicted", "allocated"])
 @pytest.mark.parametrize("script", ["text_to_3d", "distill_one_step"])
-def test_too_little_memory_is_one_sentence(device: DeviceProcess, script: str) -> None:
+def test_too_little_memory_is_one_sentence(device: DeviceProcess, script: str, plan: bool) -> None:
     arguments = (*cases.SCRIPTS[script], "run.directory=outputs/no_memory", "run.overwrite=true")
-    result = device.run(script, *arguments, memory_gib=0.005)
+    result = device.run(script, *arguments, f"run.plan={str(plan).lower()}", memory_gib=0.005)
     lines = [line for line in result.errors.splitlines() if "error" in line]
-    assert result.code == 2 and len(lines) == 1 and "memory" in lines[0], result.errors
+    assert result.code == 2 and len(lines) == 1 and re.search("GiB|memory", lines[0]), result.errors
     assert "Traceback" not in result.errors
 
 

@@ -64,8 +64,8 @@ def record_steps(device: Device) -> Iterator[list[StepWaits]]:
     phases = [StepWaits("before the first step")]
     original = Run.steps
 
-    def steps(run: Run) -> Iterator[int]:
-        for step in original(run):
+    def steps(run: Run, keep_start: bool = False) -> Iterator[int]:
+        for step in original(run, keep_start):
             phases.append(StepWaits(f"step {step}"))
             yield step
             phases.append(StepWaits(f"after step {step}"))

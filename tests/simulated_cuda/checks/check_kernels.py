@@ -60,12 +60,16 @@ def by_ray(samples: Samples, count: int) -> tuple[Tensor, ...]:
     return values.split(samples.ray_indices.cpu().bincount(minlength=count).tolist())
 
 
-def border_points() -> Tensor:
-    """Random positions, the box's corners, and positions within the outermost half cell of every level."""
+def positions_to_the_border() -> Tensor:
+    """Random positions, many near the border, and the corners, of the region that all nodes of a level span.
+
+    Beyond it, in the outermost half cell, tinycudann wraps around and the torch grid repeats the border.
+    """
     inner = torch.rand(500, 3, generator=generator(1))
     corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
     outer = 1 - torch.rand(500, 3, generator=generator(2)) * 0.02
-    return torch.cat([inner, corners, outer, 1 - outer, torch.where(inner < 0.5, outer, inner)])
+    points = torch.cat([inner, corners, outer, 1 - outer, torch.where(inner < 0.5, outer, inner)])
+    return points * MIXED.border
 
 
 def test_the_torch_grid_equals_tinycudanns_up_to_the_border() -> None:
@@ -73,7 +77,7 @@ def test_the_torch_grid_equals_tinycudanns_up_to_the_border() -> None:
     twin, theirs = HashEncoding(MIXED).cuda(), TinyCudaEncoding(MIXED)
     twin.table.data.copy_(torch.randn(twin.table.shape, generator=generator()))
     theirs.load_state_dict(twin.state_dict())
-    positions = border_points().cuda()
+    positions = positions_to_the_border().cuda()
     ours, other = twin(positions), theirs(positions)
     torch.testing.assert_close(other, ours, rtol=0, atol=1e-5)
     weights = torch.randn(ours.shape, generator=generator(3)).cuda()
