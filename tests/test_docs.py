@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import entry
+import plan
 import pytest
 import torch
 import yaml
@@ -151,12 +152,16 @@ def test_command_is_accepted_by_its_script(
         return
     name, cls, positional = arguments
     built: list[Any] = []
+    if name == "plan":  # whose arguments are another script's options
+        words[script + 1 :] = plan.separated(words[script + 1 :])
     monkeypatch.setattr(sys, "argv", words[script:])
     try:
         entry.entry(name, cls, built.append, positional)
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     assert "--help" in words or isinstance(built[0], cls)
+    if name == "plan":
+        plan.run_options(built[0])
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("bash ")])
