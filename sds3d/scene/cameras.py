@@ -69,8 +69,10 @@ class Cameras:
 
     def to(self, device: torch.device | str) -> "Cameras":
         """The same cameras on another device."""
-        *tensors, resolution = vars(self).values()
-        return Cameras(*upload_all(tensors, device), resolution)
+        position, azimuth, elevation, rotation, fovy = upload_all(
+            [self.position, self.azimuth, self.elevation, self.rotation, self.fovy], device
+        )
+        return Cameras(position, azimuth, elevation, rotation, fovy, self.resolution)
 
     def with_resolution(self, resolution: int) -> "Cameras":
         """The same cameras at another resolution."""
