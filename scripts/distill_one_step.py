@@ -5,10 +5,13 @@ On several processes: torchrun --nproc-per-node 2 scripts/distill_one_step.py di
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from entry import entry
 
 from distill.one_step.recipe import OneStepRecipe, run_one_step
+from distill.planning.one_step import one_step_subject
+from distill.planning.start import plan_start, record_work
 from distill.runtime import processes
 
 
@@ -18,8 +21,10 @@ class Config(OneStepRecipe):
 
 
 def main(config: Config) -> None:
+    plan = plan_start(one_step_subject(config), config)
     metrics = run_one_step(config)
     if processes.rank() == 0:
+        record_work(Path(config.run.directory) / "result.json", plan)
         distance = f"; Frechet distance {metrics['frechet']:.3g}" if metrics else ""
         print(f"written: {config.run.directory}/student{distance}")
 

@@ -195,6 +195,9 @@ def preset_script(name: str) -> str:
 
 def load_script(script: str, arguments: Sequence[str] = ()) -> Any:
     """The options that a script has with command-line arguments. Raises `UserError`."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()  # of the script that asks for those of another one
     cls = importlib.import_module(script).Config
     register_resolvers(cls)
     chosen = chosen_groups(script)

@@ -39,8 +39,13 @@ def allocation_error(error: BaseException, options: object = None) -> UserError 
     size = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
     reason = size[0] if size else next(iter(str(error).splitlines()), "out of memory")
     device = " on the GPU" if "CUDA" in str(error) else ""
-    remedies = ", ".join(_remedies(options, cuda=bool(device))) or "a lower count, batch or resolution"
-    return UserError(f"not enough memory{device} for these options ({reason[:200]}): try {remedies}")
+    advice = memory_advice(options, cuda=bool(device))
+    return UserError(f"not enough memory{device} for these options ({reason[:200]}): try {advice}")
+
+
+def memory_advice(options: object, cuda: bool) -> str:
+    """What to set of nested options, so that less memory is used."""
+    return ", ".join(_remedies(options, cuda)) or "a lower count, batch or resolution"
 
 
 def _remedies(options: object, cuda: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """The machine: device, memory, hardware, versions."""
 
 import datetime
+import math
 import os
 import platform
 import re
@@ -62,6 +63,15 @@ def peak_memory() -> dict[str, float]:
     if torch.cuda.is_initialized():
         peak["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return peak
+
+
+def available_memory(device: torch.device) -> float:
+    """Bytes that can be allocated now: of a CUDA device's memory, else of the host's; infinite if unknown."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return math.inf if match is None else 1024.0 * int(match[1])
 
 
 def machine_info() -> dict[str, Any]:

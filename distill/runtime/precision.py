@@ -38,9 +38,7 @@ class Precision:
     def autocast(self) -> torch.autocast:
         """The context of a trained network's forward pass; without effect in float32."""
         enabled = self.dtype != torch.float32
-        # The meta device, on which runs are planned, has no autocast of its own.
-        device_type = "cpu" if self.device.type == "meta" else self.device.type
-        return torch.autocast(device_type, self.dtype if enabled else None, enabled=enabled)
+        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
     def scaler(self) -> GradScaler | None:
         """The loss scaling that float16 gradients need; None for the other dtypes."""

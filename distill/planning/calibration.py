@@ -1,0 +1,82 @@
+"""This machine's speed: every operation of a plan, run and timed on it."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.planning.hardware import HERE, Machine
+from distill.planning.operations import Operation, Record, TensorSpec
+from distill.runtime.machine import available_memory
+
+SECONDS = 0.01  # of repetitions of an operation; one that takes longer is run twice
+LIMIT = 30.0  # seconds of the whole calibration; what is left over is scaled from what was timed
+
+
+def this_machine(device: torch.device, record: Record) -> Machine:
+    """This machine with the measured times of a record's operations.
+
+    Its rates are the best that an operation of the record has reached.
+    """
+    measured = time_operations((operation for _, _, operation in record.operations), device)
+    rates = [op.flops / seconds for op, seconds in measured.items() if op.flops and seconds > 0]
+    speeds = [op.bytes / seconds for op, seconds in measured.items() if op.bytes and seconds > 0]
+    best, bandwidth = max(rates, default=1.0), max(speeds, default=1.0)
+    memory = available_memory(device)
+    precision = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Machine(HERE, best, best, bandwidth, memory, precision, measured)
+
+
+def time_operations(operations: Iterable[Operation], device: torch.device) -> dict[Operation, float]:
+    """Seconds of each operation, the smallest first."""
+    unique = sorted(set(operations), key=lambda operation: (operation.flops, operation.bytes))
+    seconds: dict[Operation, float] = {}
+    started = time.perf_counter()
+    for operation in unique:
+        if time.perf_counter() - started < LIMIT:
+            seconds[operation] = _seconds(operation, device)
+    return {**seconds, **_extrapolated(unique, seconds)}
+
+
+def _extrapolated(operations: list[Operation], seconds: dict[Operation, float]) -> dict[Operation, float]:
+    """The rates of the largest operation that was timed, for those that were not."""
+    timed = [operation for operation in operations if operation in seconds]
+    largest = timed[-1]
+    unit = seconds[largest] / max(largest.flops + largest.bytes, 1)
+    rest = [operation for operation in operations if operation not in seconds]
+    return {operation: unit * (operation.flops + operation.bytes) for operation in rest}
+
+
+@torch.no_grad()
+def _seconds(operation: Operation, device: torch.device) -> float:
+    """The median of repetitions; 0 where it cannot be repeated on its own."""
+    args, kwargs = _filled(operation.args, device), dict(_filled(operation.kwargs, device))
+    if "device" in kwargs:
+        kwargs["device"] = device
+    try:
+        operation.function(*args, **kwargs)
+    except (RuntimeError, IndexError, TypeError, NotImplementedError):
+        return 0.0
+    times: list[float] = []
+    while not times or (sum(times) < SECONDS and len(times) < 20):
+        start = time.perf_counter()
+        operation.function(*args, **kwargs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+def _filled(value: Any, device: torch.device) -> Any:
+    """Operands from their specs: zeros, which are valid indices too."""
+    if isinstance(value, TensorSpec):
+        return _zeros(value, device)
+    if isinstance(value, tuple):
+        return [_filled(item, device) for item in value]
+    return value
+
+
+def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:
+    return spec.empty(device).zero_()
