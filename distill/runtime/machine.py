@@ -70,7 +70,8 @@ def available_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
-    match = re.search(r"^MemAvailable:\s*(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    text = meminfo.read_text() if meminfo.exists() else ""
+    match = re.search(r"^MemAvailable:\s*(\d+) kB", text, re.MULTILINE)
     return math.inf if match is None else 1024.0 * int(match[1])
 
 
