@@ -39,7 +39,13 @@ TEACHER = (
     "teacher.clip.batch=4",
     "teacher.vae.batch=4",
     "teacher.unet.batch=4",
+    "teacher.clip.width=32",
+    "teacher.clip.layers=1",
+    "teacher.vae.channels=[8, 8, 16, 16]",
+    "teacher.unet.channels=[16, 32]",
+    "teacher.unet.heads=2",
 )
+SMALL_FIELD = ("scene.render.samples=32", "scene.field.encoding.log2_hashmap_size=14")
 SCENE = "outputs/scene"  # a finished text-to-3D run
 TINY, STOCK = "teacher=tiny", "teacher=stable_diffusion"
 # What a script needs beside its defaults, in a folder that holds their data, `outputs/shapes64`.
@@ -65,6 +71,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "make_shapes": ["output=outputs/more_shapes", "world.train=4", "world.validation=2", "world.test=2",
                     "workers=1"],
     "optimise_image": [TINY, *OPTIMISE_IMAGE],
+    "plan": ["experiment=tiny_dreamfusion"],
     "sample": [TINY, "prompts=[a red teapot, a blue torus]", "count=2", "steps=2", "animation=true"],
     "text_to_3d": [TINY, *TEXT_TO_3D, "run.steps=3", "run.directory=outputs/text_to_3d", "run.plan=true",
                    *ORIENTATION, *REFINEMENT],
@@ -85,14 +92,17 @@ GROUPS = {
 ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
                       "optimise_image.start=source"],
+    "scene/hash_large": SMALL_FIELD,
     "control/depth": ["control.mesh=mesh.glb", "teacher=shapes64"],
     "control/silhouette": ["control.mesh=mesh.glb", "teacher=shapes64"],
 }  # fmt: skip
-EXPERIMENT = {"text_to_3d": ("prompt=a red teapot", *EXPORT)}  # of the presets' scripts
-LARGE_EXPERIMENT = {  # of presets for teachers that are not here
-    "text_to_3d": ("scene.render.samples=64", "scene.field.encoding.log2_hashmap_size=14"),
-    "distill_one_step": ONE_STEP,
-    "train_controlnet": ADAPTER,
+EXPERIMENT = {  # of the presets' scripts
+    "text_to_3d": ("prompt=a red teapot", *EXPORT, "text_to_3d.views=1", *SMALL_FIELD),
+    "distill_one_step": (*ONE_STEP, "data=outputs/shapes64", "distill.accumulate=1"),
+    "train_controlnet": (*ADAPTER, "data=outputs/shapes64", "adapter.accumulate=1"),
+}
+STOCK_EXPERIMENT = {  # of presets for teachers that are not here: what they download
+    "distill_one_step": ("judge=judge64", "features=null")
 }
 PREPARATION: dict[str, Sequence[str]] = {  # run once, in this order
     "make_shapes": ["world.train=16", "world.validation=4", "world.test=12", "world.supersample=1",
