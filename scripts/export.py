@@ -17,7 +17,7 @@ class Config:
 
     run_directory: str  # of a text_to_3d run, finished or not
     output: str | None = None  # null: the run's directory
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one
     export: ExportOptions = field(default_factory=ExportOptions)
 
 

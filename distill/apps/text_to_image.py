@@ -41,7 +41,8 @@ class TextToImageOptions:
     weights: tuple[float, ...] = ()  # one a prompt: the prompts become one, mixed in these proportions
     interpolate: int = 0  # that many mixtures from each prompt to the next
     sweep: tuple[float, ...] = ()  # guidance scales, each from the same noise
-    candidates: int = 1  # samples for each image, of which the best under the teacher's CLIP is returned
+    candidates: int = 1  # samples for each image, of which the best by CLIP is returned
+    clip: str | None = None  # a CLIP model of transformers to rank with; null: the teacher's own
 
     def __post_init__(self) -> None:
         if not self.prompts or min(self.count, self.steps, self.candidates) < 1:
@@ -179,11 +180,11 @@ def text_to_image(teacher: Teacher, options: TextToImageOptions) -> TextToImageO
 def rank_by_clip(teacher: Teacher, images: Tensor, options: TextToImageOptions) -> Tensor:
     """Of each prompt's images (P, N, 3, H, W) the `count` of the highest CLIP scores, best first.
 
-    Raises `UserError` for a teacher without a CLIP of its own.
+    Raises `UserError` for a teacher without a CLIP of its own where `clip` names none.
     """
-    clip = load_clip_scorer(teacher.name_or_path, device=teacher.device)
+    clip = load_clip_scorer(teacher.name_or_path, options.clip, teacher.device)
     if clip is None:
-        raise UserError(f"{teacher.name_or_path} has no CLIP to rank with: set candidates=1")
+        raise UserError(f"{teacher.name_or_path} has no CLIP to rank with: give clip=, or set candidates=1")
     text = clip.text_features(options.prompts)
     best = []
     for candidates, features in zip(images, text, strict=True):

@@ -39,6 +39,8 @@ class ExportOptions:
     fps: int = 24
     layers: tuple[Layer, ...] = ("rgb",)  # of the turntable, side by side: rgb, depth, normals
     videos: tuple[Literal["mp4", "gif", "webp"], ...] = ("mp4", "gif")
+    # a CLIP model of transformers for the CLIP score; null: the teacher's own, where it has one
+    clip: str | None = None
 
     def __post_init__(self) -> None:
         if self.frames < 2 or self.resolution < 16 or self.fps < 1:
@@ -75,14 +77,19 @@ def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.name_or_path}
     figures |= {"nfe": trainer.nfe, "seconds_export": round(time.monotonic() - started, 1)}
-    score = scene_clip_score(scene, teacher, prompt)
+    score = scene_clip_score(scene, teacher, prompt, options.clip)
     figures |= {} if score is None else {"clip_score": score}
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})
 
 
-def scene_clip_score(scene: Scene3D, teacher: Teacher, prompt: str) -> float | None:
-    """CLIP score of 8 views with their view prompts under the teacher's own CLIP; None where it has none."""
-    clip = load_clip_scorer(teacher.name_or_path, device=teacher.device)
+def scene_clip_score(
+    scene: Scene3D, teacher: Teacher, prompt: str, clip_name: str | None = None
+) -> float | None:
+    """CLIP score of 8 views with their view prompts, by `clip_name`, else the teacher's CLIP; None without.
+
+    Raises `UserError` where `clip_name` holds no CLIP.
+    """
+    clip = load_clip_scorer(teacher.name_or_path, clip_name, teacher.device)
     if clip is None:
         return None
     cameras = ring(8, 20.0, teacher.resolution)

@@ -4,7 +4,6 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import entry
@@ -84,9 +83,7 @@ def config_class(script: str) -> type:
 def composed(script: str, *arguments: str) -> Any:
     """The config of a script and its arguments, as `entry` composes it."""
     name = script if (ROOT / "configs" / f"{script}.yaml").is_file() else "base"
-    resolver = partial(entry._option, config_class(script))
-    OmegaConf.register_new_resolver("slug", entry.slug, replace=True)
-    OmegaConf.register_new_resolver("option", resolver, replace=True)
+    entry.register_resolvers(config_class(script))
     chosen = entry.chosen_groups(name)
     return entry.compose_config(name, [entry.forced(entry.quoted(a), chosen) for a in arguments])
 
@@ -230,3 +227,20 @@ def test_arguments_without_a_name() -> None:
     assert entry.named(["a red cube"], None) == ["a red cube"]
     assert entry.quoted("prompt=a red teapot") == 'prompt="a red teapot"'
     assert entry.quoted("prompts=[a red teapot]") == "prompts=[a red teapot]"
+
+
+NO_NETWORK = {"make_shapes", "plan"}  # nothing is computed on a device, or on one that its options describe
+ON_CPU = {"distill_points"}  # in float64
+SCENES_ONLY = {"export"}  # scenes compute in float32
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in NO_NETWORK | ON_CPU])
+def test_every_script_lets_its_user_choose_device_and_precision(script: str) -> None:
+    """In the options of its run, else in its own; each is documented."""
+    cls, names = config_class(script), {"device", "precision"}
+    options = typing.get_type_hints(cls)["run"] if "run" in fields_of(cls) else cls
+    names -= {"precision"} if script in SCENES_ONLY else set()
+    assert names <= fields_of(options).keys()
+    assert names <= comments(options).keys()
+    defaults = defaults_of(fields_of(options), None)
+    assert {defaults[name] for name in names} == {"auto"}

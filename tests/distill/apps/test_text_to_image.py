@@ -194,8 +194,10 @@ def test_candidates_are_ranked_by_clip(tiny_teacher: LatentDiffusionTeacher, tmp
         scores = image_features(clip, candidates) @ caption_features(clip, teacher.tokenizer, [PROMPT])[0]
     assert torch.allclose(best, candidates[scores.argsort(descending=True)[:2]], atol=1e-5)
     tiny_teacher.name_or_path = str(tmp_path)  # no CLIP there
-    with pytest.raises(UserError, match="no CLIP to rank with: set candidates=1"):
+    with pytest.raises(UserError, match="no CLIP to rank with: give clip=, or set candidates=1"):
         rank_by_clip(tiny_teacher, best[None], options)
+    ranked = rank_by_clip(tiny_teacher, candidates[None], replace(options, clip="shapes64"))
+    assert torch.equal(ranked[0], candidates[scores.argsort(descending=True)[:2]])
 
 
 def test_labels_of_a_folder(tmp_path: Path) -> None:
