@@ -178,9 +178,6 @@ class Teacher(ScoreModel):
         """Recompute activations in the backward pass, for less memory (`Denoiser`)."""
         self.denoiser.enable_gradient_checkpointing()
 
-    def compile_encoder(self) -> None:
-        """Apply torch.compile, in place, to the encoder of images, where there is one."""
-
     def trainable_copy(self) -> Denoiser:
         """A copy of its denoiser to train (`Denoiser.trainable_copy`)."""
         return self.denoiser.trainable_copy()

@@ -17,9 +17,6 @@ def prepare_networks(
         teacher.enable_gradient_checkpointing()
         if critic is not None:
             critic.denoiser.enable_gradient_checkpointing()
-    if not run.compiled:
-        return
-    teacher.compile_encoder()
     # A LoRA is switched on and off inside the teacher's network, which compiled code would not follow.
-    if compile_denoiser and (critic is None or critic.options.kind == "copy"):
+    if run.compiled and compile_denoiser and (critic is None or critic.options.kind == "copy"):
         teacher.denoiser.network.compile()

@@ -113,10 +113,6 @@ class LatentDiffusionTeacher(Teacher):
         super().enable_gradient_checkpointing()
         self.vae.enable_gradient_checkpointing()
 
-    def compile_encoder(self) -> None:
-        """As of every teacher."""
-        self.vae.encoder.compile()
-
     def encode_images(self, images: Tensor) -> Tensor:
         """Latents (the posterior's mean, scaled) of images (B, 3, H, W) in [0, 1]; differentiable in the
         images.

@@ -97,10 +97,6 @@ class NeRF(Scene3D):
         if step % self.options.grid.every == 0:
             self.grid.update(self.field, generator)
 
-    def compile_networks(self) -> None:
-        """As of every scene: the field's MLP, whose batch differs from step to step."""
-        self.field.mlp.compile(dynamic=True)
-
     def rotate(self, quarter_turns: int) -> None:
         """Rotate field and grid about the vertical, by 90 degrees a quarter turn."""
         self.field.rotate(quarter_turns)

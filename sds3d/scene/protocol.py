@@ -115,9 +115,6 @@ class Scene3D(nn.Module, ABC):
     def update(self, step: int, generator: torch.Generator | None = None) -> None:
         """Update what gradients do not train (an occupancy grid, a set of Gaussians) before step `step`."""
 
-    def compile_networks(self) -> None:
-        """Apply torch.compile, in place, to the networks that it consists of, where there are any."""
-
     @abstractmethod
     def render(
         self,

@@ -84,8 +84,6 @@ class TextTo3dContext:
 
         # Under mesh control the denoiser's conditions are other objects at every step.
         prepare_networks(run, teacher, self.critic, compile_denoiser=control is None)
-        if run.compiled:
-            self.scene.compile_networks()
 
         groups = self.scene.parameter_groups()
         by_role = {"explicit": options.learning_rate, "mlp": options.mlp_learning_rate}

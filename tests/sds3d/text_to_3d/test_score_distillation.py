@@ -12,11 +12,13 @@ from torch import Tensor
 
 from distill.core.teacher import Teacher
 from distill.objectives.algebra import DistillationOutput, ScoreDistillation
-from distill.objectives.options import ObjectiveOptions, Term
+from distill.objectives.options import CriticOptions, ObjectiveOptions, Term
 from distill.runtime.config import build
 from distill.runtime.run import Run
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.scene.cameras import orbit
+from sds3d.scene.nerf import BackgroundOptions, NeRF, NerfOptions
+from sds3d.scene.shading import ShadingOptions
 from sds3d.text_to_3d.context import grey_backgrounds, prompt_conditionings
 from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationOptions, ScoreDistillationStage
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
@@ -30,10 +32,12 @@ def stage(
     objective: ObjectiveOptions = SDS,
     options: TextTo3dOptions = OPTIONS,
     distillation: ScoreDistillationOptions = DISTILLATION,
+    scene: NerfOptions = SMALL,
+    **run_choices: str | bool,
 ) -> ScoreDistillationStage:
     options = with_stages(options, score_distillation=distillation)
-    run = Run(run_options(directory, 4), {}, "t")
-    task = TextTo3d(run, teacher or OneImageTeacher(disc()), SMALL, objective, options)
+    run = Run(replace(run_options(directory, 4), **run_choices), {}, "t")
+    task = TextTo3d(run, teacher or OneImageTeacher(disc()), scene, objective, options)
     return task.stages["score_distillation"]  # type: ignore[return-value]  # the stage of those options
 
 
@@ -150,3 +154,120 @@ def test_learning_rates_decay_as_a_cosine(tmp_path: Path) -> None:
         task.sds_step(1, progress)
         rates.append([group["lr"] for group in task.context.optimizer.param_groups])
     assert rates == [pytest.approx([scale * 0.01, scale * 0.002]) for scale in (1.0, 0.6, 0.2)]
+
+
+def test_renders_have_their_own_resolution_and_the_teacher_its(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: LatentDiffusionTeacher
+) -> None:
+    """As of ProlificDreamer: small at first, then large, enlarged for the teacher of 64 pixels."""
+    options = ScoreDistillationOptions(coarse_resolution=16, coarse_until=0.5, resolution=24)
+    objective = replace(SDS, image=1.0)
+    task = stage(tmp_path, tiny_teacher, objective, replace(OPTIONS, prompt="a red cube"), options)
+    encoded: list[Tensor] = []
+    encode = tiny_teacher.encode_images
+    monkeypatch.setattr(
+        tiny_teacher, "encode_images", lambda images: encoded.append(images) or encode(images)
+    )
+    for progress, side in ((0.0, 16), (0.6, 24)):
+        _, views = task.sds_step(0, progress)
+        assert views.rgb.shape[-1] == side and encoded[-1].shape[-1] == 64
+        expected = torch.nn.functional.interpolate(views.rgb, (64, 64), mode="bilinear")
+        torch.testing.assert_close(encoded[-1], expected)
+    assert task.render(0.6, coarse=False)[1].resolution == 24
+
+
+def test_linear_pixels_do_without_the_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_teacher: LatentDiffusionTeacher
+) -> None:
+    distillation = ScoreDistillationOptions(coarse_until=0.0, pixel_decoder="linear")
+    objective = replace(SDS, image=1.0)
+    options = replace(OPTIONS, prompt="a red cube")
+    task = stage(tmp_path, tiny_teacher, objective, options, distillation)
+    monkeypatch.setattr(tiny_teacher, "decode", lambda latents: pytest.fail("the VAE's decoder is used"))
+    task.sds_step(0, 0.5)
+    albedo = task.context.scene.field.mlp[-1].weight.grad[1:]  # type: ignore[union-attr]
+    assert albedo.abs().max() > 0
+
+    # Where the prediction is the latents themselves, nothing changes, however poor the decoder is.
+    images = torch.rand(2, 3, 64, 64, requires_grad=True)
+    latents = tiny_teacher.encode_images(images)
+    pixels = task.pixels(images, latents)
+    assert task.linear_decoder is not None
+    torch.testing.assert_close(pixels, task.linear_decoder(latents.detach()))
+    (slope,) = torch.autograd.grad(pixels[0, 0, 0, 0], images)
+    torch.testing.assert_close(slope[0, 0, :8, :8], torch.full((8, 8), 1 / 64))
+    assert slope.abs().sum() == pytest.approx(1)
+    assert stage(tmp_path / "plain", tiny_teacher, SDS, options, distillation).linear_decoder is None
+
+
+@pytest.mark.parametrize("replacement", [0.0, 0.5, 1.0])
+def test_learned_background_is_trained_where_it_is_seen(tmp_path: Path, replacement: float) -> None:
+    """The disc stands on a grey of 0.5: the background learns it, and greys replace it as often as asked."""
+    scene = replace(SMALL, background=BackgroundOptions("mlp", (0.9, 0.9, 0.9)))
+    options = replace(OPTIONS, background_replacement=replacement, mlp_learning_rate=0.02)
+    task = stage(tmp_path, None, SDS, options, scene=scene)
+    nerf = task.context.scene
+    assert isinstance(nerf, NeRF)
+    drawn = [task.context.training_backgrounds(2) is None for _ in range(60)]
+    assert sum(drawn) / 60 == pytest.approx(1 - replacement, abs=0.15)
+    before = nerf.background(torch.eye(3)).detach()
+    for step in range(12):
+        task.sds_step(step, 0.5)
+    change = nerf.background(torch.eye(3)).detach() - before
+    if replacement == 1:
+        assert not change.any()
+    else:
+        assert change.mean() < -0.02
+
+
+def test_shading_is_by_schedule(tmp_path: Path) -> None:
+    shading = ShadingOptions(begin=0.5, probability=1.0, textureless=1.0)
+    task = stage(tmp_path, distillation=replace(DISTILLATION, coarse_until=0.0, shading=shading))
+    nerf = task.context.scene
+    assert isinstance(nerf, NeRF)
+    task.sds_step(0, 0.4)
+    last = nerf.field.mlp[-1].weight
+    assert last.grad is not None and last.grad[1:].abs().max() > 0
+    task.sds_step(1, 0.6)  # white surfaces: the albedo is not seen
+    assert last.grad is not None and last.grad[1:].abs().max() == 0 and last.grad[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_float32_weights(
+    tmp_path: Path, tiny_teacher_folder: Path, precision: str
+) -> None:
+    dtype = getattr(torch, precision)
+    teacher = load_latent_diffusion(str(tiny_teacher_folder), dtype=dtype)
+    critic = CriticOptions(rank=2, camera=True)
+    objective = ObjectiveOptions(
+        (Term("teacher", guidance=7.5), Term("critic", -1.0, prompt="critic")), critic=critic
+    )
+    options = replace(OPTIONS, prompt="a red cube")
+    task = stage(tmp_path, teacher, objective, options, precision=precision)
+    scene, state = task.context.scene, task.context.optimizer.state
+    before = [parameter.detach().clone() for parameter in scene.parameters()]
+    for step in range(4):
+        output, views = task.sds_step(step, 0.5)
+        assert views.rgb.dtype == output.gradient.dtype == torch.float32 and output.loss.isfinite()
+    assert (task.context.run.scaler is not None) == (precision == "float16")
+    pairs = zip(before, scene.parameters(), strict=True)
+    assert any(not torch.equal(a, b) for a, b in pairs)
+    assert task.context.critic is not None
+    trained = [*scene.parameters(), *task.context.critic.parameters()]
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    assert all(value.dtype == torch.float32 for slots in state.values() for value in slots.values())
+
+
+def test_checkpointing_changes_no_gradient(tmp_path: Path, tiny_teacher_folder: Path) -> None:
+    tables = []
+    for choice in (False, True):
+        teacher = load_latent_diffusion(str(tiny_teacher_folder))
+        torch.manual_seed(0)
+        options = replace(OPTIONS, prompt="a red cube")
+        task = stage(tmp_path / str(choice), teacher, SDS, options, gradient_checkpointing=choice)
+        assert teacher.vae.encoder.gradient_checkpointing == choice and not teacher.vae.training
+        task.sds_step(0, 0.9)
+        tables.append([value.grad for value in task.context.scene.parameters()])
+    for plain, recomputed in zip(*tables, strict=True):
+        assert (plain is None) == (recomputed is None)
+        assert plain is None or torch.equal(plain, recomputed)
