@@ -98,17 +98,18 @@ def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:
     def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
         control = None if recipe.control is None else MeshControl(teacher, recipe.control)
         trainer = TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control)
-        jobs = [
-            Job(name.replace("_", " "), count, partial(trainer.update, step))
-            for name, steps in trainer.updates.items()
-            for step, count in groups(steps, _work(trainer, name))
-        ]
+        jobs: list[Job] = []  # rounds first: updates of refinement need their views
         for stage in trainer.stages.values():
             if isinstance(stage, SDEditRefinementStage):
                 jobs += _cheapest("resampling round", stage, stage.rounds)
             if isinstance(stage, OrientationStage):
                 draws = {step: check.draws for step, check in stage.checks.items()}
                 jobs += _cheapest("orientation check", stage, draws)
+        jobs += [
+            Job(name.replace("_", " "), count, partial(trainer.update, step))
+            for name, steps in trainer.updates.items()
+            for step, count in groups(steps, _work(trainer, name))
+        ]
         jobs.append(Job("preview", recipe.run.steps // recipe.run.preview_every, trainer.preview))
         warm_up = partial(trainer.update, min(1, recipe.run.steps - 1))
         return Trial(teacher_modules(teacher), warm_up, jobs)

@@ -2,12 +2,12 @@
 
 import ctypes
 import gc
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from distill.planning.calibration import now
 from distill.planning.hardware import GIB, Machine
 from distill.planning.plan import Job, Plan, Subject, temporary_run
 from distill.teacher.load import load_teacher, require_latent
@@ -40,9 +40,11 @@ class Comparison:
 def check(subject: Subject, plan: Plan, machine: Machine, device: torch.device) -> Comparison:
     """Do each job of a plan on a device. Raises `UserError` where the teacher's weights are not here."""
     seconds: dict[str, tuple[float, float]] = {}
-    before = _reset_peak(device)
     with temporary_run(subject.run) as run:
         teacher = require_latent(load_teacher(subject.teacher, device, run.precision.dtype))
+        parts = (teacher.unet, teacher.vae, teacher.text_encoder)
+        loaded = sum(value.nbytes for part in parts for value in part.parameters())
+        before = _reset_peak(device) - loaded  # modules that loading imports are no tensors
         trial = subject.prepare(run, teacher)
         trial.warm_up()
         jobs = [job for job in trial.jobs if job.count > 0]
@@ -56,11 +58,9 @@ def check(subject: Subject, plan: Plan, machine: Machine, device: torch.device) 
 def _median(job: Job, device: torch.device) -> float:
     times = []
     for _ in range(REPETITIONS):
-        start = time.perf_counter()
+        start = now(device)
         job.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
+        times.append(now(device) - start)
     return sorted(times)[REPETITIONS // 2]
 
 

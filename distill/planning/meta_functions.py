@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -44,9 +45,7 @@ class MetaFunctions(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if function is Tensor.backward:
-            kwargs["grad_tensors"] = kwargs.pop("gradient", None)
-            with MetaFunctions():  # a call leaves the mode: checkpoints compute again inside it
-                return torch.autograd.backward(args[0], **kwargs)
+            return _backward(args[0])
         if function not in LOW and function not in FULL:
             return function(*args, **kwargs)
         if any(tensor.is_meta for tensor in tensors_in(args)):
@@ -57,6 +56,15 @@ class MetaFunctions(TorchFunctionMode):
             if function is F.scaled_dot_product_attention:
                 return _attention(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _backward(loss: Tensor) -> None:
+    """The backward pass of a scalar inside the mode, which a call leaves: checkpoints compute again in it."""
+    gradient = torch.ones_like(loss)
+    with MetaFunctions():
+        _engine_run_backward(
+            (loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
 
 
 def _attention(
