@@ -14,7 +14,6 @@ def run(device: DeviceProcess, script: str, name: str, *arguments: str) -> Scrip
 
 def assert_waits(result: ScriptResult, step: int, most: int) -> None:
     phase = result.step(step)
-    print(phase.table)
     assert phase.waits <= most, phase.table
 
 
@@ -49,11 +48,11 @@ def test_sdedit_refinement_round(device: DeviceProcess) -> None:
     assert_waits(result, 3, 6)
 
 
-@pytest.mark.parametrize(("method", "most"), [("dmd2", 20), ("consistency", 12)])
-def test_one_step_cycle(device: DeviceProcess, method: str, most: int) -> None:
+@pytest.mark.parametrize("method", ["dmd2", "consistency"])
+def test_one_step_cycle(device: DeviceProcess, method: str) -> None:
     size = ("distill.batch=4", "distill.monitor.every=0", "distill.critic_diagnostics.every=0")
     result = run(device, "distill_one_step", method, cases.TINY, *STEADY, *size, f"method={method}")
-    assert_waits(result, 2, most)
+    assert_waits(result, 2, 2)
 
 
 def test_adapter_step(device: DeviceProcess) -> None:
@@ -64,4 +63,4 @@ def test_adapter_step(device: DeviceProcess) -> None:
         "condition=depth",
     )
     result = run(device, "train_controlnet", "adapter", cases.TINY, *STEADY, *size)
-    assert_waits(result, 2, 8)
+    assert_waits(result, 2, 2)
