@@ -137,6 +137,8 @@ def _work(trainer: TextTo3d, name: str) -> Callable[[int], Hashable]:
             return grid
         progress = (step - steps.start) / len(steps)
         coarse = progress < stage.options.coarse_until
-        return grid, coarse, trainer.context.objective.cost(progress)
+        # the kind of light is drawn at random, and changes with the progress
+        quarter = 0 if stage.options.shading is None else int(4 * progress)
+        return grid, coarse, quarter, trainer.context.objective.cost(progress)
 
     return key

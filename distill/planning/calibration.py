@@ -12,7 +12,9 @@ from distill.planning.operations import Operation, Record, TensorSpec
 from distill.runtime.machine import available_memory
 
 SECONDS = 0.01  # of repetitions of an operation; one that takes longer is run twice
-LIMIT = 30.0  # seconds of the whole calibration; what is left over is scaled from what was timed
+REPETITIONS = 5
+CACHE = 2**25  # bytes, more than a core's own caches
+LIMIT = 30.0  # seconds of the whole calibration
 
 
 def this_machine(device: torch.device, record: Record) -> Machine:
@@ -30,23 +32,15 @@ def this_machine(device: torch.device, record: Record) -> Machine:
 
 
 def time_operations(operations: Iterable[Operation], device: torch.device) -> dict[Operation, float]:
-    """Seconds of each operation, the smallest first."""
-    unique = sorted(set(operations), key=lambda operation: (operation.flops, operation.bytes))
+    """Seconds of each operation, the largest first; those left at the limit take as long as the shortest."""
+    unique = sorted(set(operations), key=lambda operation: -(operation.flops + operation.bytes))
     seconds: dict[Operation, float] = {}
     started = time.perf_counter()
     for operation in unique:
-        if time.perf_counter() - started < LIMIT:
-            seconds[operation] = _seconds(operation, device)
-    return {**seconds, **_extrapolated(unique, seconds)}
-
-
-def _extrapolated(operations: list[Operation], seconds: dict[Operation, float]) -> dict[Operation, float]:
-    """The rates of the largest operation that was timed, for those that were not."""
-    timed = [operation for operation in operations if operation in seconds]
-    largest = timed[-1]
-    unit = seconds[largest] / max(largest.flops + largest.bytes, 1)
-    rest = [operation for operation in operations if operation not in seconds]
-    return {operation: unit * (operation.flops + operation.bytes) for operation in rest}
+        if operation.view or time.perf_counter() - started < LIMIT:
+            seconds[operation] = 0.0 if operation.view else _seconds(operation, device)
+    shortest = min((value for value in seconds.values() if value > 0), default=0.0)
+    return {operation: seconds.get(operation, shortest) for operation in unique}
 
 
 @torch.no_grad()
@@ -60,7 +54,9 @@ def _seconds(operation: Operation, device: torch.device) -> float:
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
         return 0.0
     times: list[float] = []
-    while not times or (sum(times) < SECONDS and len(times) < 20):
+    other = torch.zeros(CACHE // 4 if device.type == "cpu" else 1)
+    while not times or (sum(times) < SECONDS and len(times) < REPETITIONS):
+        other.add_(1)  # in a step, other operations have used the caches in between
         start = now(device)
         operation.function(*args, **kwargs)
         times.append(now(device) - start)
