@@ -38,8 +38,8 @@ class SampleOptions(TextToImageOptions):
 
     # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
     teacher: str = "shapes64"
-    # shapes64, or a folder of distill_one_step.py: all its steps, without guidance unless it takes the scale
-    student: str | None = None
+    student: str | None = None  # shapes64, or a folder of distill_one_step.py: all its steps
+    student_guidance: float | None = None  # of a student whose input it is (LCM); null: the student's own
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
     # the same images by each sampler, timed: [ddim, dpm], or each in steps of its own, [ddim:25, ddpm:500]
     compare_samplers: tuple[str, ...] = ()
@@ -62,6 +62,8 @@ class SampleOptions(TextToImageOptions):
                 f"{', '.join(conflicts)}: a student generates from noise and a prompt only; "
                 "leave student= out for the teacher to do it"
             )
+        if self.student is None and self.student_guidance is not None:
+            raise UserError("student_guidance is of a student: give student=, or guidance= for the teacher")
         conflicts = [name for name in NOISE_ONLY if vars(self)[name]] + multiple
         if self.formulations and conflicts:
             raise UserError(f"{', '.join(conflicts)}: not available with formulations; leave one of them out")
@@ -104,7 +106,12 @@ def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     precision = pick_precision(options.device, options.precision)
     device, dtype = precision.device, precision.dtype
     student, parts = load_student(str(options.student), device, dtype)
-    student = student.with_denoiser(student.denoiser, options.guidance)
+    if options.student_guidance is not None and student.guidance is None:
+        raise UserError(
+            f"student_guidance is {options.student_guidance:g}, but {options.student} was trained at one "
+            "scale, which is not an input: leave it out"
+        )
+    student = student.with_denoiser(student.denoiser, options.student_guidance)
     controls = [control.build(parts) for control in options.controls]
     student = controlled_student(student, controls) if controls else student
     chosen = StudentSampleOptions(
