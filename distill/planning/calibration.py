@@ -12,8 +12,7 @@ from distill.planning.operations import Operation, Record, TensorSpec
 from distill.runtime.machine import available_memory
 
 SECONDS = 0.01  # of repetitions of an operation; one that takes longer is run twice
-REPETITIONS = 5
-CACHE = 2**25  # bytes, more than a core's own caches
+REPETITIONS = 20
 LIMIT = 30.0  # seconds of the whole calibration
 
 
@@ -54,9 +53,7 @@ def _seconds(operation: Operation, device: torch.device) -> float:
     except (RuntimeError, IndexError, TypeError, NotImplementedError):
         return 0.0
     times: list[float] = []
-    other = torch.zeros(CACHE // 4 if device.type == "cpu" else 1)
     while not times or (sum(times) < SECONDS and len(times) < REPETITIONS):
-        other.add_(1)  # in a step, other operations have used the caches in between
         start = now(device)
         operation.function(*args, **kwargs)
         times.append(now(device) - start)
