@@ -38,9 +38,9 @@ def ran(result: ScriptResult) -> ScriptResult:
 
 
 def assert_written(folder: Path, result: ScriptResult) -> None:
-    """What a script says it has written is there: `written: folder: file, file`, or `file, file`."""
+    """What a script says it has written is there: `written: folder: file, file; metrics`, or `file, file`."""
     for line in re.findall(r"^written: (.+)$", result.output, re.MULTILINE):
-        root, *files = re.split(r", |: ", line)
+        root, *files = re.split("[,:;] ", line)
         assert list(folder.glob(root)), line
         places = (folder, folder / root, (folder / root).parent)
         for name in files:
