@@ -223,7 +223,13 @@ def run_points(
     def build(steps: int, folder: Path) -> OneStep:
         never = 10**9
         run_options = RunOptions(
-            str(folder), steps, seed, trackers=(), preview_every=never, checkpoint_every=never
+            str(folder),
+            steps,
+            seed,
+            trackers=(),
+            preview_every=never,
+            checkpoint_every=never,
+            device=str(study.device),  # the networks of points are too small for a GPU
         )
         run = Run(run_options, {"steps": steps}, folder.name)
         return OneStep(
