@@ -63,7 +63,7 @@ class Denoiser(nn.Module, ScoreModel):
         return list(self.network.parameters())
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, for less memory; no effect where it is not supported."""
+        """Recompute activations in backward, for less memory; no effect where it is not supported."""
 
     @contextmanager
     def adapter_enabled(self) -> Iterator[None]:

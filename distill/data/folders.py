@@ -54,9 +54,7 @@ def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
     return low + (high - low) * torch.rand(count, generator=generator)
 
 
-def read_rows(
-    folder: Path | str, keys: Sequence[str] = ("file_name", "text")
-) -> list[dict[str, Any]]:
+def read_rows(folder: Path | str, keys: Sequence[str] = ("file_name", "text")) -> list[dict[str, Any]]:
     """The rows of a folder's metadata.jsonl.
 
     Raises `UserError` where the file is missing, is not JSON or lacks one of the `keys`.

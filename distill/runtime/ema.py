@@ -49,7 +49,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside the block the module's parameters are the averages; they change places, nothing is copied."""
+        """Inside the block the module's parameters are the averages: the two are swapped, not copied."""
         self._swap()
         try:
             yield
