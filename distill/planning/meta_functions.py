@@ -24,8 +24,14 @@ IMAGE_KERNELS |= {aten.native_group_norm, aten.native_group_norm_backward}
 class _Autocast(torch.autocast):
     """The CPU's in place of the meta device's."""
 
-    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+    def __init__(
+        self,
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, dtype, enabled, cache_enabled)
 
 
 class MetaFunctions(TorchFunctionMode):
@@ -68,12 +74,19 @@ def _backward(loss: Tensor) -> None:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *rest: Any, **kwargs: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     mask = None if attn_mask is None else attn_mask.to(query.dtype)
-    options = {"attn_mask": mask, "scale": kwargs.get("scale")}
-    causal = bool(kwargs.get("is_causal", False))
-    return aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, **options)[0]
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+    )[0]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -76,22 +76,22 @@ class Trial:
 class Subject:
     """What is planned: the name of the teacher, the run, and how a trainer is built in it.
 
-    `around` is a context of the whole measurement on the meta device.
+    `wrapper` is a context of the whole measurement on the meta device.
     """
 
     teacher: str
     run: RunOptions
     prepare: Callable[[Run, LatentDiffusionTeacher], Trial]
-    around: Callable[[MetaRecorder], AbstractContextManager[None]] = lambda _: nullcontext()
+    wrapper: Callable[[MetaRecorder], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 def make_plan(subject: Subject, dtype: torch.dtype) -> Plan:
     """The subject's jobs, each done once on the meta device with frozen networks of `dtype`."""
     plan, recorder = Plan(subject.run.steps), MetaRecorder()
-    with recorder, planned_run(subject.run, dtype) as run, subject.around(recorder):
+    with recorder, planned_run(subject.run, dtype) as run, subject.wrapper(recorder):
         trial = subject.prepare(run, meta_teacher(subject.teacher, dtype))
         plan.weights = recorder.live
-        recorder.watch(trial.modules)
+        recorder.attribute(trial.modules)
         trial.warm_up()
         plan.states = recorder.live - plan.weights
         for job in trial.jobs:

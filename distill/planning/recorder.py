@@ -58,7 +58,7 @@ class MetaRecorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    def watch(self, modules: Mapping[str, nn.Module]) -> None:
+    def attribute(self, modules: Mapping[str, nn.Module]) -> None:
         """Attribute what these modules compute, forward and backward, to their names."""
         for name, module in modules.items():
             module.register_forward_pre_hook(self._caller(name), with_kwargs=True)

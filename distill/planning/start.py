@@ -49,10 +49,10 @@ def plan_start(subject: Subject, options: object) -> Plan | None:
 def require_memory(plan: Plan, device: torch.device, options: object) -> None:
     """Raise `UserError` where a plan's peak does not fit into the free memory of a device."""
     cuda = device.type == "cuda"
-    need, free = plan.peak * (FRAGMENTATION if cuda else 1.0), available_memory(device)
-    if need > free:
+    required, available = plan.peak * (FRAGMENTATION if cuda else 1.0), available_memory(device)
+    if required > available:
         raise UserError(
-            f"the run needs about {need / GIB:.1f} GiB on {device} and {free / GIB:.1f} GiB are free: "
+            f"the run needs about {required / GIB:.1f} GiB on {device} and {available / GIB:.1f} GiB are free: "
             f"try {memory_advice(options, cuda)}, or run.plan=false to start it nevertheless"
         )
 

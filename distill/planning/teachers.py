@@ -55,7 +55,14 @@ class _Tokenizer:
 
     model_max_length = 77
 
-    def __call__(self, texts: Sequence[str], **_: Any) -> SimpleNamespace:
+    def __call__(
+        self,
+        texts: Sequence[str],
+        padding: str = "",
+        truncation: bool = True,
+        return_tensors: str = "pt",
+        verbose: bool = False,
+    ) -> SimpleNamespace:
         return SimpleNamespace(input_ids=torch.zeros(len(texts), self.model_max_length, dtype=torch.long))
 
 

@@ -14,7 +14,9 @@ def test_plan_of_a_script_and_of_a_preset(tmp_path):
     values = json.loads(output.read_text())
     assert values["machine"] == "a100" and values["fits"] and values["tflop"] > 0
 
-    text = script("plan", "experiment=tiny_dreamfusion", "machine=h100", "text_to_3d.views=2", "prompt=a cube")
+    text = script(
+        "plan", "experiment=tiny_dreamfusion", "machine=h100", "text_to_3d.views=2", "prompt=a cube"
+    )
     assert "VAE encoder, backward" in text and "on h100" in text
 
 

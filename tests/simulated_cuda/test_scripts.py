@@ -42,10 +42,10 @@ def assert_written(folder: Path, result: ScriptResult) -> None:
     for line in re.findall(r"^written: (.+)$", result.output, re.MULTILINE):
         root, *files = re.split("[,:;] ", line)
         assert list(folder.glob(root)), line
-        places = (folder, folder / root, (folder / root).parent)
+        folders = (folder, folder / root, (folder / root).parent)
         for name in files:
             if re.search(r"[\w*]\.\w+$", name):
-                assert any(list(place.glob(name)) for place in places), f"{name} of {line}"
+                assert any(list(parent.glob(name)) for parent in folders), f"{name} of {line}"
 
 
 def assert_trained_in_single_precision(directory: Path) -> None:
@@ -151,9 +151,9 @@ def test_too_little_memory_is_one_sentence(device: DeviceProcess, script: str, p
 
 def test_viewer_opens_a_scene_on_the_device(device: DeviceProcess) -> None:
     pytest.importorskip("viser")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = f"viewer.port={free.getsockname()[1]}"
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = f"viewer.port={server.getsockname()[1]}"
     script = [str(HERE), "run", "view", f"run_directory={cases.SCENE}", port]
     server = subprocess.Popen(
         [sys.executable, *script], cwd=device.folder, env=environment(), stdout=subprocess.PIPE, text=True

@@ -29,11 +29,11 @@ class StepWaits:
     def table(self) -> str:
         """One line for each place, most waits first."""
         lines = [f"{self.name}: {self.total} waits"]
-        lines += [f"{count:6} {place}  {reason}" for (place, reason), count in self.places.most_common()]
+        lines += [f"{count:6} {line}  {reason}" for (line, reason), count in self.places.most_common()]
         return "\n".join(lines)
 
 
-def place(depth: int = 3) -> str:
+def call_site(depth: int = 3) -> str:
     """The project's innermost lines on this thread, or on the main thread where that started this one."""
     frames = _project_frames(sys._getframe(1))
     if not frames:  # autograd's thread for the device
@@ -73,7 +73,7 @@ def record_steps(device: Device) -> Iterator[list[StepWaits]]:
 
     Run.steps = steps  # type: ignore[method-assign]
     try:
-        with device.on_wait(lambda reason: phases[-1].places.update([(place(), reason)])):
+        with device.on_wait(lambda reason: phases[-1].places.update([(call_site(), reason)])):
             yield phases
     finally:
         Run.steps = original  # type: ignore[method-assign]
@@ -83,5 +83,5 @@ def record_steps(device: Device) -> Iterator[list[StepWaits]]:
 def record(device: Device, name: str = "block") -> Iterator[StepWaits]:
     """The waits within the context."""
     waits = StepWaits(name)
-    with device.on_wait(lambda reason: waits.places.update([(place(), reason)])):
+    with device.on_wait(lambda reason: waits.places.update([(call_site(), reason)])):
         yield waits

@@ -1,6 +1,6 @@
 """A process with the simulated device that runs scripts for the tests: one import of torch for many runs.
 
-One JSON object a line: requests on standard input, answers on what was standard output.
+One JSON object a line: requests on standard input, results on what was standard output.
 """
 
 import gc
@@ -20,10 +20,10 @@ from simulated_cuda.waits import record_steps
 
 def serve(device: Device) -> int:
     """Answer requests until standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
+    results = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not become an answer
     for line in sys.stdin:
-        print(json.dumps(_run(device, **json.loads(line))), file=answers, flush=True)
+        print(json.dumps(_run(device, **json.loads(line))), file=results, flush=True)
     return 0
 
 

@@ -155,8 +155,8 @@ def test_a_run_without_memory_is_stopped_before_it_starts(monkeypatch):
     monkeypatch.setattr("distill.planning.start.available_memory", lambda device: 2.0**27)
     with pytest.raises(UserError, match=r"needs about .* GiB on cpu and 0\.1 GiB are free: try .*distill"):
         require_memory(plan, torch.device("cpu"), config)
-    off = replace(subject, run=replace(subject.run, plan=False))
-    assert plan_start(off, config) is None
+    unplanned = replace(subject, run=replace(subject.run, plan=False))
+    assert plan_start(unplanned, config) is None
 
 
 def test_what_cannot_be_planned_starts_nevertheless(capsys):

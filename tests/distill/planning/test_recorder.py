@@ -43,7 +43,7 @@ def test_components_and_directions():
     inner, outer = nn.Linear(4, 8), nn.Linear(8, 2)
     with MetaRecorder() as recorder:
         inner, outer = inner.to("meta"), outer.to("meta")
-        recorder.watch({"inner": inner, "outer": outer})
+        recorder.attribute({"inner": inner, "outer": outer})
         with recorder.measured() as record:
             outer(inner(torch.empty(3, 4, device="meta")).relu()).sum().backward()
     work = {}

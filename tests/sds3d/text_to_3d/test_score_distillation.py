@@ -208,8 +208,8 @@ def test_learned_background_is_trained_where_it_is_seen(tmp_path: Path, replacem
     task = stage(tmp_path, None, SDS, options, scene=scene)
     nerf = task.context.scene
     assert isinstance(nerf, NeRF)
-    drawn = [task.context.training_backgrounds(2) is None for _ in range(60)]
-    assert sum(drawn) / 60 == pytest.approx(1 - replacement, abs=0.15)
+    learned = [task.context.training_backgrounds(2) is None for _ in range(60)]
+    assert sum(learned) / 60 == pytest.approx(1 - replacement, abs=0.15)
     before = nerf.background(torch.eye(3)).detach()
     for step in range(12):
         task.sds_step(step, 0.5)
