@@ -6,8 +6,7 @@ from functools import partial
 import torch
 
 from distill.one_step.recipe import OneStepRecipe
-from distill.one_step.trainer import OneStep
-from distill.planning.one_step import one_step_modules, placeholder_data, placeholder_pairs
+from distill.planning.one_step import one_step_modules, placeholder_trainer
 from distill.planning.plan import Job, Subject, Trial, make_plan
 from distill.runtime.run import Run
 from distill.teacher.latent import LatentDiffusionTeacher
@@ -32,12 +31,7 @@ def cycle_work(recipe: OneStepRecipe) -> list[CycleWork]:
     stated: dict[str, float] = {}
 
     def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
-        options, steps = recipe.distill, recipe.run.steps
-        data = placeholder_data(teacher, options.batch * options.accumulate)
-        pairs = placeholder_pairs(teacher, data.conditioning, options.batch)
-        trainer = OneStep(
-            run, teacher, data, recipe.method, options, None, features=lambda images: [images], pairs=pairs
-        )
+        steps, trainer = recipe.run.steps, placeholder_trainer(run, teacher, recipe)
         batch = trainer.micro_batch(0, 0)[0]
         t = torch.zeros(len(batch.noise), dtype=torch.long, device=run.device)
 

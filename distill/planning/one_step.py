@@ -33,18 +33,22 @@ def placeholder_pairs(teacher: Teacher, conditioning: Conditioning, count: int) 
     return Pairs(values, values, conditioning, torch.zeros(count, dtype=torch.long))
 
 
+def placeholder_trainer(run: Run, teacher: Teacher, recipe: OneStepRecipe) -> OneStep:
+    """A distillation of placeholders, without a monitor."""
+    options = recipe.distill
+    data = placeholder_data(teacher, options.batch * options.accumulate)
+    pairs = placeholder_pairs(teacher, data.conditioning, options.batch)
+    return OneStep(
+        run, teacher, data, recipe.method, options, None, features=lambda images: [images], pairs=pairs
+    )
+
+
 def one_step_subject(recipe: OneStepRecipe) -> Subject:
     """The cycles of a distillation, by the cost that its method states of them, and the monitor's samples."""
 
     def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
-        options, steps = recipe.distill, recipe.run.steps
-        data = placeholder_data(teacher, options.batch * options.accumulate)
-        pairs = placeholder_pairs(teacher, data.conditioning, options.batch)
-        trainer = OneStep(
-            run, teacher, data, recipe.method, options, None, features=lambda images: [images], pairs=pairs
-        )
-
-        decode, every = decoder(teacher), options.monitor.every
+        steps, every = recipe.run.steps, recipe.distill.monitor.every
+        trainer, decode = placeholder_trainer(run, teacher, recipe), decoder(teacher)
         jobs = [
             Job("cycle", count, partial(trainer.update, step))
             for step, count in groups(range(steps), lambda step: trainer.method.cost(step / steps))

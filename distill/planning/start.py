@@ -52,8 +52,8 @@ def require_memory(plan: Plan, device: torch.device, options: object) -> None:
     required, available = plan.peak * (FRAGMENTATION if cuda else 1.0), available_memory(device)
     if required > available:
         raise UserError(
-            f"the run needs about {required / GIB:.1f} GiB on {device} and {available / GIB:.1f} GiB are free: "
-            f"try {memory_advice(options, cuda)}, or run.plan=false to start it nevertheless"
+            f"the run needs about {required / GIB:.1f} GiB on {device} and {available / GIB:.1f} GiB are "
+            f"free: try {memory_advice(options, cuda)}, or run.plan=false to start it nevertheless"
         )
 
 
