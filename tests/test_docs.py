@@ -30,7 +30,7 @@ from distill.evaluation.graders import Graders
 from distill.objectives.options import ObjectiveOptions
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.monitor import MonitorOptions
-from distill.one_step.recipe import image_monitor
+from distill.one_step.recipe import decoder, image_monitor
 from distill.one_step.trainer import OneStep, OneStepOptions
 from distill.runtime.config import build, defaults_of, fields_of
 from distill.runtime.experiment import load_experiments
@@ -375,8 +375,9 @@ def test_example_method(examples: dict[str, Any], tmp_path: Path) -> None:
     cache = LatentCache(latents, conditioning, caption)
 
     graders = Graders(extract=lambda images: images.mean((2, 3)))
-    options = OneStepOptions(learning_rate=0.05, warmup=1, monitor=MonitorOptions(every=20, captions=6))
-    monitor = image_monitor(teacher, graders, cache, options.monitor, count=12)
+    monitoring = MonitorOptions(every=20, captions=6, real=12)
+    options = OneStepOptions(learning_rate=0.05, warmup=1, monitor=monitoring)
+    monitor = image_monitor(decoder(teacher), graders, cache, options.monitor)
     method = build(MethodOptions, examples["my_method"])
     trainer = OneStep(example_run(tmp_path / "run", 20), teacher, cache, method, options, monitor)
 

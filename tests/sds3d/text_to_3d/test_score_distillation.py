@@ -246,7 +246,7 @@ def test_half_precision_trains_float32_weights(
     task = stage(tmp_path, teacher, objective, options, precision=precision)
     scene, state = task.context.scene, task.context.optimizer.state
     before = [parameter.detach().clone() for parameter in scene.parameters()]
-    for step in range(4):
+    for step in range(4 if precision == "bfloat16" else 16):  # loss scaling starts high, and skips updates
         output, views = task.sds_step(step, 0.5)
         assert views.rgb.dtype == output.gradient.dtype == torch.float32 and output.loss.isfinite()
     assert (task.context.run.scaler is not None) == (precision == "float16")
