@@ -44,7 +44,7 @@ def assert_written(folder: Path, result: ScriptResult) -> None:
         assert list(folder.glob(root)), line
         folders = (folder, folder / root, (folder / root).parent)
         for name in files:
-            if re.search(r"[\w*]\.\w+$", name):
+            if re.search(r"[\w*]\.[a-z]\w*$", name):
                 assert any(list(parent.glob(name)) for parent in folders), f"{name} of {line}"
 
 
