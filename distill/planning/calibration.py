@@ -1,14 +1,15 @@
 """This machine's speed: every operation of a plan, run and timed on it."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import UNet2DConditionModel
 
 from distill.planning.hardware import HERE, Machine
 from distill.planning.operations import Operation, Record, TensorSpec
+from distill.planning.recorder import MetaRecorder
 from distill.runtime.machine import available_memory
 
 SECONDS = 0.01  # of repetitions of an operation; one that takes longer is run twice
@@ -22,6 +23,9 @@ def this_machine(device: torch.device, record: Record) -> Machine:
     Its rates are the best that an operation of the record has reached.
     """
     measured = time_operations((operation for _, _, operation in record.operations), device)
+    if device.type == "cpu":
+        factor = context_factor(device)
+        measured = {operation: seconds * factor for operation, seconds in measured.items()}
     rates = [op.flops / seconds for op, seconds in measured.items() if op.flops and seconds > 0]
     speeds = [op.bytes / seconds for op, seconds in measured.items() if op.bytes and seconds > 0]
     best, bandwidth = max(rates, default=1.0), max(speeds, default=1.0)
@@ -45,7 +49,8 @@ def time_operations(operations: Iterable[Operation], device: torch.device) -> di
 @torch.no_grad()
 def _seconds(operation: Operation, device: torch.device) -> float:
     """The median of repetitions; 0 where it cannot be repeated on its own."""
-    args, kwargs = _filled(operation.args, device), dict(_filled(operation.kwargs, device))
+    rows = _indexed_rows(operation.args)
+    args, kwargs = _filled(operation.args, device, rows), dict(_filled(operation.kwargs, device, rows))
     if "device" in kwargs:
         kwargs["device"] = device
     try:
@@ -68,14 +73,62 @@ def now(device: torch.device) -> float:
     return time.process_time() if alone else time.perf_counter()
 
 
-def _filled(value: Any, device: torch.device) -> Any:
-    """Operands from their specs: zeros, which are valid indices too."""
+def _indexed_rows(args: tuple[Any, ...]) -> int:
+    """How many values an index among the operands may take: the length of the indexed dimension."""
+    if not args or not isinstance(args[0], TensorSpec) or not args[0].shape:
+        return 1
+    dim = args[1] if len(args) > 1 and type(args[1]) is int else 0
+    return args[0].shape[dim] if -len(args[0].shape) <= dim < len(args[0].shape) else 1
+
+
+def _filled(value: Any, device: torch.device, rows: int) -> Any:
+    """Operands from their specs: zeros, and indices all over the rows, whose reads no cache holds."""
     if isinstance(value, TensorSpec):
-        return _zeros(value, device)
+        tensor = value.empty(device).zero_()
+        return tensor.random_(0, max(rows, 1)) if value.dtype == torch.long else tensor
     if isinstance(value, tuple):
-        return [_filled(item, device) for item in value]
+        return [_filled(item, device, rows) for item in value]
     return value
 
 
-def _zeros(spec: TensorSpec, device: torch.device) -> Tensor:
-    return spec.empty(device).zero_()
+def context_factor(device: torch.device) -> float:
+    """Seconds of a network's training step over those of its operations, each timed alone.
+
+    In a step caches are cold, memory is allocated anew, and Python and autograd take their time. A small
+    U-Net stands for all networks.
+    """
+    with MetaRecorder() as recorder:
+        with torch.device("meta"):
+            step = _reference_step()
+        with recorder.measured() as record:
+            step()
+    alone = time_operations((operation for _, _, operation in record.operations), device)
+    total = sum(alone[operation] * count for (_, _, operation), count in record.operations.items())
+
+    with torch.random.fork_rng(), torch.device(device):
+        step = _reference_step()
+    times = []
+    for _ in range(5):
+        start = now(device)
+        step()
+        times.append(now(device) - start)
+    return sorted(times)[2] / total
+
+
+def _reference_step() -> Callable[[], None]:
+    """Forward and backward of a U-Net of shapes64's kind, on torch's default device."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        block_out_channels=(96, 192),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=128,
+    )
+    x, t, text = torch.randn(16, 16, 8, 8), torch.full((16,), 500), torch.randn(16, 24, 128)
+
+    def step() -> None:
+        unet(x, t, encoder_hidden_states=text).sample.square().mean().backward()
+
+    return step
