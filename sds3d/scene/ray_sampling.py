@@ -37,12 +37,7 @@ def sample(
 
 
 def sample_torch(
-    grid: OccupancyGrid,
-    origins: Tensor,
-    directions: Tensor,
-    jitter: Tensor,
-    step: float,
-    early_stop: float,
+    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, step: float, early_stop: float
 ) -> Samples:
     """`sample` in torch, dense over (rays that intersect the occupied region, steps)."""
     entry, _ = slab(origins, directions, grid.box)
@@ -71,12 +66,7 @@ def sample_torch(
 
 
 def sample_nerfacc(
-    grid: OccupancyGrid,
-    origins: Tensor,
-    directions: Tensor,
-    jitter: Tensor,
-    step: float,
-    early_stop: float,
+    grid: OccupancyGrid, origins: Tensor, directions: Tensor, jitter: Tensor, step: float, early_stop: float
 ) -> Samples:
     """`sample` by nerfacc's traversal of the grid, on CUDA. The host waits once, twice with an early stop."""
     from nerfacc import cuda, exclusive_sum

@@ -71,8 +71,6 @@ def render(
     parts = []
     for first in range(0, len(rays), chunk):
         part = rays.select(slice(first, first + chunk))
-        samples = sample(
-            grid, part.origins, part.directions, part.jitter, options.step, options.early_stop
-        )
+        samples = sample(grid, part.origins, part.directions, part.jitter, options.step, options.early_stop)
         parts.append(composite_recomputed(field, samples, part, options.step, normals))
     return concatenate(parts)
