@@ -92,7 +92,7 @@ def test_step_of_score_distillation(teacher: LatentDiffusionTeacher, tmp_path: P
     assert all(bool(parameter.isfinite().all()) for parameter in after)
     assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert tflop == pytest.approx(2 * NFE + ENCODER + ENCODER_GRADIENT, rel=0.005)
-    assert peak_memory()["peak_memory_mib"] < 10 * 1024
+    assert peak_memory()["peak_memory_mib"] < 12 * 1024  # 8.6 with fused attention
 
 
 def test_step_of_an_adapter(teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
