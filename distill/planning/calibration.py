@@ -84,8 +84,10 @@ def _indexed_rows(args: tuple[Any, ...]) -> int:
 def _filled(value: Any, device: torch.device, rows: int) -> Any:
     """Operands from their specs: zeros, and indices all over the rows, whose reads no cache holds."""
     if isinstance(value, TensorSpec):
-        tensor = value.empty(device).zero_()
-        return tensor.random_(0, max(rows, 1)) if value.dtype == torch.long else tensor
+        span = (value.span,)  # filled before it is expanded: elements may share their memory
+        flat = torch.zeros(span, dtype=value.dtype, device=device)
+        flat = flat.random_(0, max(rows, 1)) if value.dtype == torch.long else flat
+        return flat.as_strided(value.shape, value.stride)
     if isinstance(value, tuple):
         return [_filled(item, device, rows) for item in value]
     return value

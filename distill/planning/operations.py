@@ -20,6 +20,12 @@ class TensorSpec(NamedTuple):
     stride: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def span(self) -> int:
+        """Elements of memory from the first to the last."""
+        steps = [(size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)]
+        return 1 + sum(steps) if all(self.shape) else 0
+
     def empty(self, device: torch.device | str) -> Tensor:
         """Such a tensor, without values."""
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)

@@ -15,6 +15,8 @@ def test_indices_lie_all_over_the_indexed_dimension() -> None:
     assert _indexed_rows((table, (index,))) == 1000 and _indexed_rows(()) == 1
     values = _filled((table, 0, index), CPU, 1000)[2]
     assert 0 <= int(values.min()) < 10 and 990 <= int(values.max()) < 1000
+    expanded = TensorSpec((4, 100), (0, 1), torch.long)
+    assert _filled(expanded, CPU, 5).stride() == (0, 1) and _filled(expanded, CPU, 5).max() == 4
 
 
 def test_every_recorded_operation_can_be_repeated() -> None:
