@@ -21,8 +21,7 @@ from distill.runtime import processes
 from distill.runtime.config import as_mapping
 from distill.runtime.errors import UserError
 from distill.runtime.experiment import ExperimentInfo
-from distill.runtime.machine import pick_device
-from distill.runtime.precision import resolve_precision
+from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
 from distill.runtime.transfer import upload
 from distill.teacher.load import load_teacher
@@ -88,13 +87,13 @@ def build_trainer(recipe: OneStepRecipe) -> OneStep:
 
     Raises `UserError` for data, pairs or graders that cannot be used.
     """
-    device = pick_device(recipe.run.device)
-    teacher = load_teacher(recipe.teacher, device, resolve_precision(recipe.run.precision, device).dtype)
+    precision = pick_precision(recipe.run.device, recipe.run.precision)
+    teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
     run = Run(recipe.run, as_mapping(recipe), Path(recipe.run.directory).name)
     if run.main:
         print(describe_timestep(teacher.schedule, recipe.distill.student, teacher.denoiser.prediction_type))
     # After the run has seeded the generators: loading a judge draws from them, as the discriminator does.
-    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features, device=device)
+    graders = load_graders(recipe.teacher, recipe.judge, features=recipe.features, device=precision.device)
     data, options = load_data(recipe, teacher), recipe.distill.monitor
     decode = decoder(teacher, min(options.chunk or SAMPLE_BATCH, SAMPLE_BATCH))
     monitor = None

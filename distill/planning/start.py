@@ -14,8 +14,8 @@ from distill.planning.plan import Plan, Subject, make_plan
 from distill.runtime import processes
 from distill.runtime.errors import UserError, memory_advice
 from distill.runtime.files import read_json, write_json
-from distill.runtime.machine import available_memory, pick_device
-from distill.runtime.precision import resolve_precision
+from distill.runtime.machine import available_memory
+from distill.runtime.precision import pick_precision
 
 MIN_STEPS = 100  # of a run that is planned: a plan takes as long as a few steps
 
@@ -30,19 +30,18 @@ def plan_start(subject: Subject, options: object) -> Plan | None:
     short = subject.run.steps < MIN_STEPS
     if not subject.run.plan or short or processes.world_size() > 1:
         return None
-    device = pick_device(subject.run.device)
-    dtype = resolve_precision(subject.run.precision, device).dtype
+    precision = pick_precision(subject.run.device, subject.run.precision)
     try:
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # the run will repeat them
             warnings.simplefilter("ignore")
-            plan = make_plan(subject, dtype)
+            plan = make_plan(subject, precision.dtype)
     except UserError:  # of what the run itself will report, if it is a mistake at all
         return None
     except Exception as error:  # whatever fails here, the run itself may well work
         reason = str(error).splitlines()[0][:200]
         print(f"warning: the run is not planned: {reason}", file=sys.stderr)
         return None
-    require_memory(plan, device, options)
+    require_memory(plan, precision.device, options)
     return plan
 
 

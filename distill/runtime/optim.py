@@ -44,7 +44,7 @@ def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float
 def optimizer_step(
     optimizer: Optimizer, loss: Tensor, max_norm: float | None = None, scaler: GradScaler | None = None
 ) -> None:
-    """One update by the gradient of `loss`."""
+    """One update by the gradient of `loss`, as `backward` and `apply_gradients` in turn."""
     optimizer.zero_grad(set_to_none=True)
     backward(loss, scaler)
     apply_gradients([optimizer], max_norm, scaler)

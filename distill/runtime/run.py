@@ -30,8 +30,8 @@ from distill.runtime.checkpoint import (
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
-from distill.runtime.machine import machine_info, peak_memory, pick_device, use_deterministic_algorithms
-from distill.runtime.precision import PrecisionName, resolve_precision
+from distill.runtime.machine import machine_info, peak_memory, use_deterministic_algorithms
+from distill.runtime.precision import PrecisionName, pick_precision
 from distill.runtime.run_directory import acquire, portable, truncate_metrics
 from distill.runtime.signals import SignalFlag, deferred_signals
 from distill.runtime.tracking import Trackers
@@ -88,10 +88,10 @@ class Run:
         self.options = options
         self.label = label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 3]}..."
         self.directory = Path(options.directory)
-        self.device = pick_device(options.device)
+        self.precision = pick_precision(options.device, options.precision)
+        self.device = self.precision.device
         if options.deterministic:
             use_deterministic_algorithms()
-        self.precision = resolve_precision(options.precision, self.device)
         self.scaler = self.precision.scaler()
         cuda = self.device.type == "cuda"
         self.compiled = options.compile == "on" or (options.compile == "auto" and cuda)
