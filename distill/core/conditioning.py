@@ -17,13 +17,18 @@ class Conditioning:
     """One row a sample: the main embedding (B, ...), and any further tensors (B, ...) by name.
 
     The embedding is what a network attends to: text embeddings (B, L, D), or component weights (B, 1, K) of
-    a mixture. `extras` carries what else a teacher needs: pooled embeddings, time ids, class labels, cameras.
+    a mixture. `extras` carries what else a teacher needs: pooled embeddings, time ids, class labels, cameras
+    (`distill.core.views`); a teacher ignores those it does not know. Every `views` consecutive rows are views
+    of one object, which a multi-view network denoises together.
     """
 
     embedding: Tensor
     extras: Mapping[str, Tensor] = field(default_factory=dict)
+    views: int = 1
 
     def __post_init__(self) -> None:
+        if self.views < 1 or len(self.embedding) % self.views:
+            raise UserError(f"{len(self.embedding)} rows cannot be divided into groups of {self.views} views")
         sizes = {name: len(value) for name, value in self.extras.items() if len(value) != len(self.embedding)}
         if sizes:
             raise UserError(
@@ -35,17 +40,16 @@ class Conditioning:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
         """The same function applied to every tensor."""
-        return Conditioning(
-            function(self.embedding), {name: function(value) for name, value in self.extras.items()}
-        )
+        extras = {name: function(value) for name, value in self.extras.items()}
+        return Conditioning(function(self.embedding), extras, self.views)
 
     def to(self, device: torch.device | str) -> "Conditioning":
         """The same rows on another device."""
         embedding, *extras = upload_all([self.embedding, *self.extras.values()], device)
-        return Conditioning(embedding, dict(zip(self.extras, extras, strict=True)))
+        return Conditioning(embedding, dict(zip(self.extras, extras, strict=True)), self.views)
 
     def select(self, indices: Tensor | slice) -> "Conditioning":
-        """The rows at `indices` (N,), or of a slice."""
+        """The rows at `indices` (N,), or of a slice; of several views a row, whole groups."""
         return self.apply(lambda value: value[indices])
 
     def split(self, size: int) -> list["Conditioning"]:
@@ -75,13 +79,19 @@ class Conditioning:
 
     def with_extras(self, **extras: Tensor) -> "Conditioning":
         """The same rows with further tensors (B, ...)."""
-        return Conditioning(self.embedding, {**self.extras, **extras})
+        return Conditioning(self.embedding, {**self.extras, **extras}, self.views)
+
+    def grouped(self, views: int) -> "Conditioning":
+        """The same rows as groups of `views` views of one object."""
+        return Conditioning(self.embedding, self.extras, views)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """Batches one after the other. Raises `UserError` where their extras differ in name."""
-        names = {frozenset(part.extras) for part in parts}
+        """Batches one after the other. Raises `UserError` where their extras' names or views differ."""
+        names, views = {frozenset(part.extras) for part in parts}, {part.views for part in parts}
         if len(names) != 1:
             raise UserError(f"conditionings with the extras {sorted(map(sorted, names))} cannot be joined")
+        if len(views) != 1:
+            raise UserError(f"conditionings of {sorted(views)} views a group cannot be joined")
         extras = {name: torch.cat([part.extras[name] for part in parts]) for name in parts[0].extras}
-        return Conditioning(torch.cat([part.embedding for part in parts]), extras)
+        return Conditioning(torch.cat([part.embedding for part in parts]), extras, views.pop())

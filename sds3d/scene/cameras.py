@@ -90,6 +90,14 @@ class Cameras:
         """Flattened rotation and position (B, 12)."""
         return torch.cat([self.rotation.flatten(1), self.position], 1)
 
+    def view_poses(self) -> Tensor:
+        """Poses (B, 5) as a teacher is conditioned on (`distill.core.views`), of an object at the origin."""
+        origin = -torch.einsum("bij,bi->bj", self.rotation, self.position)  # in camera axes
+        distance = -origin[:, 2]
+        offset = origin[:, :2] / (distance * torch.tan(self.fovy / 2))[:, None]
+        angles = torch.deg2rad(torch.stack([self.azimuth, self.elevation], 1))
+        return torch.cat([angles, distance[:, None], offset], 1)
+
     def rays(self) -> tuple[Tensor, Tensor]:
         """Origins and unit directions through the pixel centres, (B, H, W, 3) each, row 0 on top."""
         pixels = (torch.arange(self.resolution, device=self.position.device) + 0.5) / self.resolution * 2 - 1
