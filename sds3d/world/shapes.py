@@ -14,8 +14,10 @@ import trimesh
 from trimesh import transformations as tf
 
 from distill.runtime.errors import UserError
+from sds3d.world.textures import Pattern
 
 RADIUS = 0.8
+SMOOTH_ANGLE = np.deg2rad(35)  # edges with a larger angle between their faces are creases
 ASSETS = Path(__file__).parents[1] / "assets" / "meshes"
 COLOURS = {
     "red": (0.85, 0.10, 0.10),
@@ -32,7 +34,7 @@ ORANGE = (0.95, 0.45, 0.1)
 
 Vector = tuple[float, float, float]
 ORIGIN: Vector = (0, 0, 0)
-ColouredMesh = tuple[trimesh.Trimesh, Vector | None]  # None: the colour that the caption names
+ColouredMesh = tuple[trimesh.Trimesh, Vector | np.ndarray | None]  # None: the colour that the caption names
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,18 @@ class Shape:
     mesh: trimesh.Trimesh
     accents: np.ndarray  # (F, 3) fixed albedo in [0, 1] of the faces, NaN for the caption's colour
     has_front: bool
+    patterns: tuple[Pattern, ...] = ()  # solid textures, in the axes of the mesh
 
     def albedo(self, colour: np.ndarray) -> np.ndarray:
-        """Face colours (F, 3), `colour` (3,) where there is no accent."""
+        """Face colours (F, 3), `colour` (3,) where there is no accent; without the patterns."""
         return np.where(np.isnan(self.accents), colour, self.accents)
+
+    def colours_at(self, points: np.ndarray, faces: np.ndarray, colour: np.ndarray) -> np.ndarray:
+        """Albedo (N, 3) of surface points (N, 3) on faces (N,), `colour` (3,) where there is no accent."""
+        colours = self.albedo(colour)[faces]
+        for pattern in self.patterns:
+            pattern.paint(colours, points, faces)
+        return colours
 
 
 def _placed(mesh: trimesh.Trimesh, offset: Vector, tilt: Vector = ORIGIN) -> trimesh.Trimesh:
@@ -269,12 +279,14 @@ def _parts(name: str) -> tuple[list[ColouredMesh], bool]:
 
 def _joined(name: str, parts: list[ColouredMesh], has_front: bool, radius: float = RADIUS) -> Shape:
     """One mesh of all parts with sharp creases, centred on its bounding box and scaled to the radius."""
-    smooth = [trimesh.graph.smooth_shade(part, angle=np.deg2rad(35)) for part, _ in parts]
-    accents = [
-        np.broadcast_to(np.nan if c is None else c, (len(m.faces), 3))
-        for m, (_, c) in zip(smooth, parts, strict=True)
-    ]
-    mesh = trimesh.util.concatenate(smooth) if len(smooth) > 1 else smooth[0]
+    smooth = [(trimesh.graph.smooth_shade(part, angle=SMOOTH_ANGLE), colour) for part, colour in parts]
+    return join_smooth(name, smooth, has_front, radius)
+
+
+def join_smooth(name: str, parts: list[ColouredMesh], has_front: bool, radius: float = RADIUS) -> Shape:
+    """One mesh of parts that have their vertex normals, centred on its bounding box and scaled."""
+    accents = [np.broadcast_to(np.nan if c is None else c, (len(mesh.faces), 3)) for mesh, c in parts]
+    mesh = trimesh.util.concatenate([mesh for mesh, _ in parts]) if len(parts) > 1 else parts[0][0]
     mesh.apply_translation(-mesh.bounds.mean(axis=0))
     mesh.apply_scale(radius / np.linalg.norm(mesh.vertices, axis=1).max())
     return Shape(name, mesh, np.concatenate(accents).astype(np.float64), has_front)

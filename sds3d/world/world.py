@@ -1,7 +1,8 @@
 """The world as a captioned image folder: objects, captions and cameras are sampled, rendered and written.
 
-Row i of a split is a pure function of (seed, split, i): an interrupted run resumes where it stopped, and a
-larger data set begins with the smaller one.
+Row i of a split is view i % views of group i // views: all rows of a group show one object in the same
+colours. A group is a pure function of (seed, split, its index): an interrupted run resumes where it stopped,
+and a larger data set begins with the smaller one.
 """
 
 import json
@@ -21,6 +22,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
 from sds3d.text_to_3d.prompts import margin, view_of
+from sds3d.world.assemblies import make_assembly
 from sds3d.world.shapes import (
     COLOURS,
     COMPOSED,
@@ -33,13 +35,20 @@ from sds3d.world.shapes import (
 )
 
 if TYPE_CHECKING:
-    from sds3d.world.raycast import RayCaster
+    from sds3d.world.raycast import RayCaster, Render
 
 SPLITS = ("train", "validation", "test")
 PHRASES = (*("{thing}",) * 3, "a picture of {thing}", "a render of {thing}", "the {bare}", "{bare}")
 VIEW_PHRASES = (*("{text}, {view} view",) * 3, "{view} view of {text}", "{text} from the {view}")
 SIMPLE = ("cube", "sphere", "cylinder", "cone", "pyramid", "torus", "capsule", "mug")  # objects of pairs
+COLUMNS = (
+    *("text", "object", "colour", "relation", "second_object", "second_colour", "view", "has_front"),
+    *("held_out", "azimuth", "elevation", "seed", "pose", "assembly"),
+)
 COLOUR_JITTER = 0.03
+# Ranges of the seeds of assemblies, so that no split has those of another; all lie below `UNSEEN`.
+ASSEMBLY_SEEDS = {"train": (0, 900_000), "validation": (900_000, 950_000), "test": (950_000, 1_000_000)}
+VIEW_STREAM, ASSEMBLY_STREAM = 1, 2  # keep further random streams of a group apart from its first
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,9 @@ class WorldOptions:
     validation: int = 1000
     test: int = 2000
     seed: int = 0
-    pairs: float = 0.15  # fraction of images with two objects
+    views: int = 1  # images of each object, in consecutive rows
+    assemblies: float = 0.0  # fraction of objects that are assemblies of primitives without name or caption
+    pairs: float = 0.15  # fraction of the named objects that are two objects
     drop_view: float = 0.25  # fraction of captions without the view word
     view_margin: float = 7.5  # degrees; nearer to a boundary between views, caption and label name no view
     hold_out: bool = True  # false: every split has all objects in all colours, as a judge's data must
@@ -61,13 +72,21 @@ class WorldOptions:
     camera: CameraOptions = field(default_factory=CameraOptions)
 
     def __post_init__(self) -> None:
-        for name in ("pairs", "drop_view"):
+        for name in ("pairs", "drop_view", "assemblies"):
             if not 0 <= (value := vars(self)[name]) <= 1:
                 raise UserError(f"{name} is {value}: a fraction between 0 and 1 is expected")
         if min(self.train, self.validation, self.test) < 0 or self.supersample < 1 or self.resolution < 8:
             raise UserError(
                 "image counts must not be negative, supersample at least 1 and resolution at least 8"
             )
+        if self.views < 1:
+            raise UserError(f"views is {self.views}: at least 1 image of each object is expected")
+        for split in SPLITS:
+            if (count := vars(self)[split]) % self.views:
+                raise UserError(
+                    f"{split} is {count}: a multiple of views ({self.views}) is expected, "
+                    f"such as {count - count % self.views}"
+                )
 
 
 def held_out(name: str, colour: str) -> bool:
@@ -85,51 +104,100 @@ def _caption(thing: str, view: str | None, options: WorldOptions, rng: np.random
     return text if view is None or dropped else str(rng.choice(VIEW_PHRASES)).format(text=text, view=view)
 
 
-def sample_row(options: WorldOptions, split: str, index: int) -> tuple[dict[str, Any], Cameras]:
-    """Row `index` of a split and its camera; half of validation and test are held-out combinations."""
-    rng = np.random.default_rng([options.seed, SPLITS.index(split), index])
+def _named(options: WorldOptions, split: str, rng: np.random.Generator) -> dict[str, Any]:
+    """Columns of a named object or pair; half of validation and test are held-out combinations."""
     pair = bool(rng.random() < options.pairs)
     novel = split != "train" and not pair and bool(rng.random() < 0.5)
     names = [str(n) for n in (rng.choice(SIMPLE, 2) if pair else rng.choice(OBJECTS, 1))]
     colours = [_choose_colour(name, novel if options.hold_out else None, rng) for name in names]
-    relation = str(rng.choice(RELATIONS)) if pair else None
+    return {
+        "object": names[0],
+        "colour": colours[0],
+        # Not null: `datasets` cannot infer the type of a column of nulls.
+        "relation": str(rng.choice(RELATIONS)) if pair else "",
+        "second_object": names[1] if pair else "",
+        "second_colour": colours[1] if pair else "",
+        "has_front": not pair and (names[0] not in COMPOSED or COMPOSED[names[0]][1]),
+        "held_out": not pair and held_out(names[0], colours[0]),
+        "assembly": -1,
+    }
+
+
+def _content(options: WorldOptions, split: str, group: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Columns of a group's object. That of a named one does not depend on the fraction of assemblies."""
+    named = _named(options, split, rng)
+    own_rng = np.random.default_rng([options.seed, SPLITS.index(split), group, ASSEMBLY_STREAM])
+    if own_rng.random() >= options.assemblies:
+        return named
+    empty = dict.fromkeys(("object", "colour", "relation", "second_object", "second_colour"), "")
+    seed = int(own_rng.integers(*ASSEMBLY_SEEDS[split]))
+    return {**empty, "has_front": False, "held_out": False, "assembly": seed}
+
+
+def _sample_view(
+    options: WorldOptions, content: dict[str, Any], rng: np.random.Generator
+) -> tuple[dict[str, Any], Cameras]:
+    """Columns of one view of an object, and its camera."""
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     camera = sample_cameras(options.camera, 1, options.resolution, generator)
     azimuth, elevation = float(camera.azimuth), float(camera.elevation)
     view = view_of(azimuth, elevation) if margin(azimuth, elevation) >= options.view_margin else None
-    things = [noun_phrase(colour, name) for colour, name in zip(colours, names, strict=True)]
-    has_front = not pair and (names[0] not in COMPOSED or COMPOSED[names[0]][1])
-    row = {
-        "file_name": f"{index:06d}.png",
-        "text": _caption(f" {relation} ".join(things), view, options, rng),
-        "object": names[0],
-        "colour": colours[0],
-        "relation": relation or "",  # not null: `datasets` cannot infer the type of a column of nulls
-        "second_object": names[1] if pair else "",
-        "second_colour": colours[1] if pair else "",
-        "view": view or "",
-        "has_front": has_front,
-        "held_out": not pair and held_out(names[0], colours[0]),
+    text = ""
+    if content["object"]:
+        text = noun_phrase(content["colour"], content["object"])
+        if content["relation"]:
+            second = noun_phrase(content["second_colour"], content["second_object"])
+            text = f"{text} {content['relation']} {second}"
+        text = _caption(text, view, options, rng)
+    columns = {
+        "text": text,
+        "view": view or "" if text else "",
         "azimuth": round(azimuth, 3),
         "elevation": round(elevation, 3),
-        "seed": int(rng.integers(2**31)),
+        "pose": [round(value, 5) for value in camera.view_poses()[0].tolist()],
     }
-    return row, camera
+    return columns, camera
+
+
+def sample_group(options: WorldOptions, split: str, group: int) -> list[tuple[dict[str, Any], Cameras]]:
+    """The rows of group `group` of a split and their cameras, one a view."""
+    key = [options.seed, SPLITS.index(split), group]
+    rng = np.random.default_rng(key)
+    content = _content(options, split, group, rng)
+    # The first view continues the group's stream: with one view, rows are those of earlier versions.
+    rngs = [rng, *(np.random.default_rng([*key, VIEW_STREAM, view]) for view in range(1, options.views))]
+    views = [_sample_view(options, content, view_rng) for view_rng in rngs]
+    seed = int(rng.integers(2**31))
+    return [
+        (_row(group * options.views + view, group, {**content, **columns, "seed": seed}), camera)
+        for view, (columns, camera) in enumerate(views)
+    ]
+
+
+def _row(index: int, group: int, columns: dict[str, Any]) -> dict[str, Any]:
+    """All columns of a row, in the order of the file."""
+    return {"file_name": f"{index:06d}.png", **{name: columns[name] for name in COLUMNS}, "group": group}
+
+
+def sample_row(options: WorldOptions, split: str, index: int) -> tuple[dict[str, Any], Cameras]:
+    """Row `index` of a split and its camera."""
+    return sample_group(options, split, index // options.views)[index % options.views]
 
 
 def _shape_of(row: dict[str, Any], rng: np.random.Generator) -> tuple[Shape, np.ndarray]:
-    """The shape of a row and its face colours (F, 3), slightly jittered."""
+    """The shape of a row and the colour (3,) of its faces without accent, slightly jittered."""
 
     def jittered(colour: str) -> np.ndarray:
         return np.clip(np.array(COLOURS[colour]) + rng.uniform(-COLOUR_JITTER, COLOUR_JITTER, 3), 0, 1)
 
+    if row["assembly"] >= 0:
+        return make_assembly(row["assembly"]), np.zeros(3)
     first = make_shape(row["object"])
     colour = jittered(row["colour"])
     if not row["relation"]:
-        return first, first.albedo(colour)
+        return first, colour
     colours = (colour, jittered(row["second_colour"]))
-    pair = make_pair(first, row["relation"], make_shape(row["second_object"]), colours)
-    return pair, pair.accents
+    return make_pair(first, row["relation"], make_shape(row["second_object"]), colours), colour
 
 
 @lru_cache(maxsize=64)
@@ -140,27 +208,44 @@ def _single_caster(name: str) -> "RayCaster":
     return RayCaster(make_shape(name).mesh)
 
 
-def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str, Any]]:
-    """Rows first..last of a split, rendered where the image does not exist."""
+def _render_group(
+    options: WorldOptions, group: list[tuple[dict[str, Any], Cameras]]
+) -> Iterator[tuple[str, "Render"]]:
+    """File names and renders of rows of one group."""
     from sds3d.world.raycast import RayCaster, render
 
-    options, split, first, last, folder = job
-    rows, geometry = [], []
-    geometry_path = Path(folder) / "geometry" / f"{split}-{first:06d}.safetensors"
+    row = group[0][0]
+    rng = np.random.default_rng(row["seed"])
+    shape, colour = _shape_of(row, rng)
+    rotation = rng.uniform(0, 2 * np.pi) if options.random_light else 0.0
+    caster = _single_caster(shape.name) if row["object"] == shape.name else RayCaster(shape.mesh)
+    face_albedo = shape.albedo(colour)
+
+    def pattern_albedo(points: np.ndarray, faces: np.ndarray) -> np.ndarray:
+        return shape.colours_at(points, faces, colour)
+
+    albedo = pattern_albedo if shape.patterns else face_albedo
+    for row, camera in group:
+        yield row["file_name"], render(caster, albedo, camera, options.supersample, rotation)
+
+
+def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str, Any]]:
+    """Rows first..last-1 of a split, whole groups, rendered where the image does not exist."""
+    options, split, first, last, root = job
+    folder, rows, geometry = Path(root) / split, [], []
+    geometry_path = Path(root) / "geometry" / f"{split}-{first:06d}.safetensors"
     missing_geometry = options.geometry and not _is_complete(geometry_path, last - first)
-    for index in range(first, last):
-        row, camera = sample_row(options, split, index)
-        path = Path(folder) / split / row["file_name"]
-        if missing_geometry or not path.exists():
-            rng = np.random.default_rng(row["seed"])
-            shape, albedo = _shape_of(row, rng)
-            rotation = rng.uniform(0, 2 * np.pi) if options.random_light else 0.0
-            caster = RayCaster(shape.mesh) if row["relation"] else _single_caster(shape.name)
-            view = render(caster, albedo, camera, options.supersample, rotation)
-            with atomic_path(path) as temporary:
+    for index in range(first // options.views, last // options.views):
+        group = sample_group(options, split, index)
+        rows += [row for row, _ in group]
+        missing = [v for v in group if missing_geometry or not (folder / v[0]["file_name"]).exists()]
+        if not missing:
+            continue
+        for name, view in _render_group(options, missing):
+            with atomic_path(folder / name) as temporary:
                 Image.fromarray((view.rgba * 255 + 0.5).astype(np.uint8), "RGBA").save(temporary)
-            geometry.append((view.depth, view.normal))
-        rows.append(row)
+            if missing_geometry:
+                geometry.append((view.depth, view.normal))
     if missing_geometry:
         _write_geometry(geometry_path, geometry)
     return rows
@@ -194,6 +279,7 @@ def _claim(folder: Path, options: WorldOptions) -> None:
         before = read_json(path)
         if "resolution" in before.get("camera", {}):  # where worlds of earlier versions have it
             before["resolution"] = before["camera"].pop("resolution")
+        before = {"views": 1, "assemblies": 0.0, **before}  # which worlds of earlier versions lack
         variable = SPLITS if before.get("geometry") else (*SPLITS, "geometry")
         changed = [key for key in values if key not in variable and before.get(key) != values[key]]
         if changed:
@@ -209,6 +295,7 @@ def _claim(folder: Path, options: WorldOptions) -> None:
 def _jobs(
     options: WorldOptions, folder: Path, block: int
 ) -> Iterator[tuple[WorldOptions, str, int, int, str]]:
+    block = max(block // options.views, 1) * options.views  # whole groups
     counts = {"train": options.train, "validation": options.validation, "test": options.test}
     for split, count in counts.items():
         for first in range(0, count, block):
