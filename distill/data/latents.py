@@ -2,7 +2,7 @@
 images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
-from distill.data.folders import CaptionedImages, load_split
+from distill.data.folders import CaptionedImages, grey_levels, load_split
 from distill.data.prompts import PromptData
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 
 EXTRA = "extra."  # prefix of the conditioning's further tensors in the cache file
+LABEL = "label."  # prefix of what else is known of the images
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,16 @@ def cache_latents(
     data: CaptionedImages,
     captions: Sequence[str],
     conditioning: Conditioning,
+    backgrounds: Tensor | None = None,
     batch: int = 64,
 ) -> LatentCache:
-    """Encode a split once; `conditioning` (K + 1 rows) belongs to the K distinct `captions` and the empty
-    prompt.
+    """Encode a split once, over grey levels `backgrounds` (N,), by default fixed ones.
+
+    `conditioning` (K + 1 rows) belongs to the K distinct `captions` and the empty prompt.
     """
+    levels = grey_levels(len(data)) if backgrounds is None else backgrounds
     parts = torch.arange(len(data)).split(batch)
-    latents = torch.cat([encode_images(data.composite(part)).cpu() for part in parts])
+    latents = torch.cat([encode_images(data.composite(part, levels[part])).cpu() for part in parts])
     index = {text: i for i, text in enumerate(captions)}
     return LatentCache(latents, conditioning.to("cpu"), torch.tensor([index[text] for text in data.texts]))
 
@@ -85,13 +89,8 @@ def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> 
     """
     path = Path(folder) / ".latents" / f"{split}-{teacher.fingerprint()}.safetensors"
     if not path.is_file():
-        _save(path, _encode_split(teacher, folder, split))
-    try:
-        saved = load_file(path)
-        extras = {name.removeprefix(EXTRA): v for name, v in saved.items() if name.startswith(EXTRA)}
-        return LatentCache(saved["latents"], Conditioning(saved["states"], extras), saved["caption"])
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from None
+        write_cache(path, _encode_split(teacher, folder, split))
+    return read_cache(path)[0]
 
 
 def _encode_split(teacher: Teacher, folder: Path | str, split: str) -> LatentCache:
@@ -107,9 +106,23 @@ def _encode_split(teacher: Teacher, folder: Path | str, split: str) -> LatentCac
     )
 
 
-def _save(path: Path, cache: LatentCache) -> None:
+def read_cache(path: Path) -> tuple[LatentCache, dict[str, Tensor]]:
+    """What `write_cache` wrote. Raises `UserError` for a damaged file."""
+    try:
+        saved = load_file(path)
+        extras = {name.removeprefix(EXTRA): v for name, v in saved.items() if name.startswith(EXTRA)}
+        labels = {name.removeprefix(LABEL): v for name, v in saved.items() if name.startswith(LABEL)}
+        cache = LatentCache(saved["latents"], Conditioning(saved["states"], extras), saved["caption"])
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, it will be computed again") from None
+    return cache, labels
+
+
+def write_cache(path: Path, cache: LatentCache, labels: Mapping[str, Tensor] | None = None) -> None:
+    """Write a cache in half precision, with further `labels` as they are."""
     tensors = {"latents": cache.latents, "states": cache.conditioning.embedding}
     tensors |= {EXTRA + name: value for name, value in cache.conditioning.extras.items()}
     halves = {name: value.half().contiguous() for name, value in tensors.items()}
+    exact = {LABEL + name: value.contiguous() for name, value in (labels or {}).items()}
     with atomic_path(path) as temporary:
-        save_file({**halves, "caption": cache.caption}, temporary)
+        save_file({**halves, **exact, "caption": cache.caption}, temporary)

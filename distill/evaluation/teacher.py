@@ -10,6 +10,7 @@ from torch import Tensor
 from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages
 from distill.evaluation.clip import ClipScorer
+from distill.evaluation.denoising import denoising_figures
 from distill.evaluation.generate import generate, teacher_sampler
 from distill.evaluation.graders import Graders
 from distill.evaluation.judge import label_of
@@ -75,8 +76,9 @@ def evaluate_teacher(
         },
     }
 
-    figures["samples"], best, quality = [], images[:0], -float("inf")
     prompts = data.select(range(min(options.samples, len(data))))
+    figures["denoising_error"] = denoising_figures(teacher, prompts, images[: len(prompts)])
+    figures["samples"], best, quality = [], images[:0], -float("inf")
     for scale in options.guidance:
         sampler = teacher_sampler(teacher, options.steps, scale)
         samples = generate(teacher, prompts.texts, sampler, options.batch, options.seed).images

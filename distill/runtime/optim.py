@@ -7,7 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
+MAX_WARMUP = 1000  # steps, of long runs
 
 
 def cosine_decay(step: float, final: float, steps: float = 1.0) -> float:
@@ -33,6 +35,17 @@ def one_cycle(optimizer: Optimizer, steps: int, warmup: float = 0.3) -> OneCycle
         warmup *= 1 - 1e-9
     peaks = [group["lr"] for group in optimizer.param_groups]
     return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=warmup)
+
+
+def warmup_constant_decay(
+    optimizer: Optimizer, steps: int, warmup: float = 0.05, decay: float = 0.25
+) -> LambdaLR:
+    """A scheduler: up over the fraction `warmup` of `steps`, constant, down to 0 over the last `decay`.
+
+    Up to the last part a run does not depend on its length, so it can be prolonged (arXiv:2405.18392).
+    """
+    rise, fall = max(min(warmup * steps, MAX_WARMUP), 1), max(decay * steps, 1)
+    return LambdaLR(optimizer, lambda step: max(min((step + 1) / rise, 1.0, (steps - step) / fall), 0.0))
 
 
 def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float], factor: float) -> None:

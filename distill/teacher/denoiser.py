@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.teacher import GUIDANCE, Denoiser
+from distill.core.views import REFERENCE
 from distill.runtime.errors import UserError
+from distill.teacher.multi_view import MultiViewUNet, with_reference_rows, without_reference_rows
 
 LORA = "critic"  # the adapter's name inside peft
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -46,14 +48,30 @@ class UNetDenoiser(Denoiser):
         self.lora = lora
 
     def output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As of every denoiser; the embedding (B, L, D) is what the cross-attention reads."""
+        """As of every denoiser; the embedding (B, L, D) is what the cross-attention reads.
+
+        A multi-view network also reads cameras and a picture (`distill.core.views`).
+        """
+        if self.conditioned_on_views and REFERENCE in conditioning.extras:
+            joined = self._evaluate(*with_reference_rows(x_t, t, conditioning))
+            return without_reference_rows(joined, conditioning.views)
+        return self._evaluate(x_t, t, conditioning)
+
+    def _evaluate(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = self.network.dtype
-        inputs = {"encoder_hidden_states": conditioning.embedding.to(dtype)}
+        inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.embedding.to(dtype)}
+        if self.conditioned_on_views:
+            inputs = self.network.view_conditions(conditioning, dtype)
         dim = self.network.config.time_cond_proj_dim if GUIDANCE in conditioning.extras else None
         if dim is not None:
             inputs["timestep_cond"] = guidance_features(conditioning.extras[GUIDANCE], dim).to(dtype)
         sample = self.network(x_t.to(dtype), t, **inputs).sample
         return sample.to(torch.promote_types(sample.dtype, torch.float32))
+
+    @property
+    def conditioned_on_views(self) -> bool:
+        """Whether the network reads cameras, groups of views and pictures."""
+        return isinstance(self.network, MultiViewUNet)
 
     @property
     def embedding_dim(self) -> int:

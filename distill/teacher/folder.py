@@ -14,6 +14,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.shipped import resolve
 from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.multi_view import MultiViewUNet, load_view_conditions, save_view_conditions
 from distill.teacher.vocabulary import VOCABULARY, save_vocabulary
 
 CLIP = "clip"  # the whole CLIP, image tower too, for scores and zero-shot labels
@@ -45,6 +46,8 @@ def save_teacher(
 ) -> None:
     """Write the folder in fp16 safetensors, atomically; an older teacher there is replaced.
 
+    The U-Net is a stock one; what a multi-view one has besides is in `view_conditions/`.
+
     Raises `UserError` when the folder holds something other than a teacher.
     """
     with atomic_folder(folder, "model_index.json", "a teacher") as temporary:
@@ -52,13 +55,15 @@ def save_teacher(
             vae=copy.deepcopy(parts.vae),  # the caller's modules keep their precision
             text_encoder=text_encoder_of(parts.clip),
             tokenizer=parts.tokenizer,
-            unet=copy.deepcopy(unet),
+            unet=unet.stock() if isinstance(unet, MultiViewUNet) else copy.deepcopy(unet),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
         save_pipeline(temporary, pipeline)
+        if isinstance(unet, MultiViewUNet):
+            save_view_conditions(temporary, unet)
         copy.deepcopy(parts.clip).half().save_pretrained(temporary / CLIP)
         save_vocabulary(temporary / "tokenizer", parts.tokenizer, parts.vocabulary)
 
@@ -120,7 +125,16 @@ def load_unet(folder: Path | str) -> UNet2DConditionModel:
     path = resolve("teacher", folder) / "unet"
     if not (path / "config.json").is_file():
         raise UserError(f"{folder} holds no U-Net: give a teacher's folder, or reuse_unet=false")
-    return UNet2DConditionModel.from_pretrained(path, dtype=torch.float32)
+    return load_view_conditions(path.parent, UNet2DConditionModel.from_pretrained(path, dtype=torch.float32))
+
+
+def load_initial(module: nn.Module, initial: nn.Module, name: str) -> None:
+    """Copy the weights of `initial`. Raises `UserError` where its size differs; `name` is the part's."""
+    try:
+        module.load_state_dict(initial.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the initial {name} has another size ({reason}): give its options") from None
 
 
 def load_clip(folder: Path | str, device: torch.device | str = "cpu") -> CLIPModel:

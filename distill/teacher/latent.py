@@ -17,6 +17,7 @@ from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.runtime.precision import Precision, resolve_precision
 from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.multi_view import load_view_conditions
 from distill.teacher.vocabulary import check_length, check_prompt, load_vocabulary
 
 TEXT_CACHE_BYTES = 256 * 2**20  # of text embeddings on the device: 1,100 prompts of Stable Diffusion 1.5
@@ -60,6 +61,11 @@ class LatentDiffusionTeacher(Teacher):
     def device(self) -> torch.device:
         """The device of its parts."""
         return self.unet.device
+
+    @property
+    def conditioned_on_cameras(self) -> bool:
+        """As of every teacher: true of a multi-view U-Net."""
+        return self.denoiser.conditioned_on_views
 
     @property
     def precision(self) -> Precision:
@@ -152,8 +158,11 @@ def load_latent_diffusion(
         )
     except (OSError, ValueError) as error:
         raise UserError(_not_loaded(name_or_path, folder, str(error).splitlines()[0])) from None
-    vocabulary = None if folder is None else load_vocabulary(folder / "tokenizer")
-    return LatentDiffusionTeacher(pipeline.to(device).components, vocabulary, str(folder or name_or_path))
+    parts, vocabulary = dict(pipeline.to(device).components), None
+    if folder is not None:
+        parts["unet"] = load_view_conditions(folder, parts["unet"])
+        vocabulary = load_vocabulary(folder / "tokenizer")
+    return LatentDiffusionTeacher(parts, vocabulary, str(folder or name_or_path))
 
 
 def _not_loaded(name_or_path: str, folder: Path | None, reason: str) -> str:

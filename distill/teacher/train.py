@@ -1,22 +1,20 @@
 """A teacher from a captioned folder: CLIP in two stages, VAE and U-Net, each in its own `Run`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from diffusers import AutoencoderKL
 
-from distill.core.conditioning import Conditioning
-from distill.data.folders import CaptionedImages, load_split
-from distill.data.latents import LatentCache, cache_latents
+from distill.data.folders import CaptionedImages, load_split, read_rows
 from distill.runtime.errors import UserError
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.clip import ClipOptions, hard_negative_stage, tokenize, train_clip
+from distill.teacher.cache import load_training_cache
+from distill.teacher.clip import ClipOptions, hard_negative_stage, train_clip
 from distill.teacher.folder import TeacherParts, load_parts, load_unet, save_parts, save_teacher
 from distill.teacher.unet import UnetOptions, make_scheduler, train_unet
-from distill.teacher.vae import AutoencoderKL, VaeOptions, train_vae
+from distill.teacher.vae import VaeOptions, train_vae
 from distill.teacher.vocabulary import build_tokenizer, check_length, tokenizer_fingerprint, words_of
 
 
@@ -37,6 +35,7 @@ class TeacherOptions:
     data: str = "outputs/shapes64"
     reuse: str | None = None  # a teacher's folder: keep its tokenizer, CLIP and VAE, train the U-Net only
     reuse_unet: bool = False  # initialise from the reused folder's U-Net: fine-tune a finished teacher
+    continue_vae: bool = False  # train the reused VAE further, `steps.vae` steps, before the U-Net
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
     clip: ClipOptions = field(default_factory=ClipOptions)
@@ -44,8 +43,11 @@ class TeacherOptions:
     unet: UnetOptions = field(default_factory=UnetOptions)
 
     def __post_init__(self) -> None:
-        if self.reuse_unet and self.reuse is None:
-            raise UserError("reuse_unet starts from the U-Net of a teacher: give teacher.reuse=its folder")
+        for name in ("reuse_unet", "continue_vae"):
+            if vars(self)[name] and self.reuse is None:
+                raise UserError(f"{name} starts from a finished teacher: give teacher.reuse=its folder")
+        if self.reuse_unet and self.continue_vae:
+            raise UserError("a U-Net does not fit the latents of another VAE: reuse_unet or continue_vae")
         multiple = self.vae.factor * 2 ** (len(self.unet.channels) - 1)
         if self.resolution % multiple or self.resolution % self.clip.patch:
             raise UserError(
@@ -60,23 +62,30 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     Each part resumes from its own checkpoints; `run.steps` is not used. Raises `UserError` for data that does
     not exist or does not fit.
     """
-    data = load_split(options.data, "train", options.resolution)
     initial_unet = None
     if options.reuse is None:
-        validation = load_split(options.data, "validation", options.resolution)
-        parts = _train_parts(run, options, data, validation)
+        parts = _train_parts(run, options, *_load_splits(options))
     else:
-        parts = load_parts(options.reuse, pick_device(run.device))
-        _check_captions(data, parts)
+        parts = _continued(run, options, load_parts(options.reuse, pick_device(run.device)))
+        _check_captions([row["text"] for row in read_rows(Path(options.data) / "train")], parts)
         initial_unet = load_unet(options.reuse) if options.reuse_unet else None
 
     unet_run = _part_run(run, "unet", options.steps.unet, options.unet)
-    cache = prepare(parts.clip, parts.vae, data, parts.tokenizer)
-    unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet)
+    cache, labels = load_training_cache(parts, options.data, options.resolution)
+    if options.unet.views is not None and labels is None:
+        raise UserError(f"{options.data} has no column `pose` and `group`: set teacher.unet.views=null")
+    unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels)
     unet_run.finish({})
     folder = Path(run.directory) / "teacher"
     save_teacher(folder, parts, unet, make_scheduler(options.unet))
     return folder
+
+
+def _load_splits(options: TeacherOptions) -> tuple[CaptionedImages, CaptionedImages]:
+    train, validation = (
+        load_split(options.data, split, options.resolution) for split in ("train", "validation")
+    )
+    return train, validation
 
 
 def _part_run(
@@ -106,38 +115,46 @@ def _train_parts(
     clip = hard_negative_stage(hard_run, clip, data, tokenizer, options.clip)
     hard_run.finish({})
 
-    vae_run = _part_run(run, "vae", options.steps.vae, options.vae)
-    vae = train_vae(vae_run, data, validation, options.vae)
-    vae_run.finish({"scaling_factor": vae.config.scaling_factor})
-
+    vae = _train_vae(run, options, data, validation)
     parts = TeacherParts(tokenizer, vocabulary, clip, vae)
-    save_parts(Path(run.directory) / "parts", parts)
+    save_parts(_parts_folder(run), parts)
     return parts
 
 
-def _check_captions(data: CaptionedImages, parts: TeacherParts) -> None:
+def _parts_folder(run: RunOptions) -> Path:
+    return Path(run.directory) / "parts"
+
+
+def _train_vae(
+    run: RunOptions,
+    options: TeacherOptions,
+    data: CaptionedImages,
+    validation: CaptionedImages,
+    initial: AutoencoderKL | None = None,
+) -> AutoencoderKL:
+    vae_run = _part_run(run, "vae", options.steps.vae, options.vae)
+    vae = train_vae(vae_run, data, validation, options.vae, initial)
+    vae_run.finish({"scaling_factor": vae.config.scaling_factor})
+    return vae
+
+
+def _continued(run: RunOptions, options: TeacherOptions, parts: TeacherParts) -> TeacherParts:
+    """The parts with a VAE that was trained further, where the options ask for it; saved for `reuse`."""
+    if not options.continue_vae:
+        return parts
+    folder = _parts_folder(run)
+    if not (folder / "vae" / "config.json").is_file():
+        vae = _train_vae(run, options, *_load_splits(options), parts.vae)
+        save_parts(folder, parts._replace(vae=vae))
+    return load_parts(folder, pick_device(run.device))
+
+
+def _check_captions(captions: Sequence[str], parts: TeacherParts) -> None:
     """Raise `UserError` for captions that a reused text encoder cannot read in full."""
-    unknown = sorted({word for text in data.texts for word in words_of(text)} - set(parts.vocabulary))
+    unknown = sorted({word for text in captions for word in words_of(text)} - set(parts.vocabulary))
     if unknown:
         raise UserError(
             f"words of the captions are not in the reused vocabulary: {', '.join(unknown[:5])};"
             " train without reuse"
         )
-    check_length(
-        parts.tokenizer, sorted(set(data.texts)), remedy="shorten the caption, or train without reuse"
-    )
-
-
-@torch.no_grad()
-def prepare(
-    clip: CLIPModel, vae: AutoencoderKL, data: CaptionedImages, tokenizer: CLIPTokenizer
-) -> LatentCache:
-    """Latents of a split and the text embeddings of its distinct captions and of the empty one."""
-    captions = sorted(set(data.texts))
-    ids = tokenize(tokenizer, [*captions, ""]).to(clip.device)
-    embeddings = torch.cat([clip.text_model(input_ids=part).last_hidden_state for part in ids.split(512)])
-
-    def encode(images: Tensor) -> Tensor:
-        return vae.encode(images.to(vae.device) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-
-    return cache_latents(encode, data, captions, Conditioning(embeddings))
+    check_length(parts.tokenizer, sorted(set(captions)), remedy="shorten the caption, or train without reuse")

@@ -10,13 +10,16 @@ from torch import Tensor
 from distill.core.noise import NoiseSchedule
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
+from distill.data.views import ViewLabels
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
-from distill.runtime.optim import one_cycle, optimizer_step
+from distill.runtime.optim import optimizer_step, warmup_constant_decay
 from distill.runtime.run import Run
 from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.folder import load_initial
+from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
+from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,11 @@ class UnetOptions:
     layers: int = 1
     heads: int = 4
     batch: int = 64
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 1.5e-3  # constant until the last part of the training
     caption_dropout: float = 0.1  # from the first step on, for classifier-free guidance
     ema: float = 0.999
+    decay: float = 0.25  # the last part of the training, in which the learning rate falls to 0
+    views: ViewTrainingOptions | None = None  # null: text alone; else the data must have poses and groups
     prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
     schedule: Literal["scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
@@ -38,6 +43,8 @@ class UnetOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise UserError(f"caption_dropout is {self.caption_dropout}: expected a fraction in [0, 1)")
+        if not 0 < self.decay <= 1:
+            raise UserError(f"decay is {self.decay}: expected a fraction in (0, 1] of the training")
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError(
                 "prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false"
@@ -60,11 +67,15 @@ def make_scheduler(options: UnetOptions) -> DDIMScheduler:
 
 
 def build_unet(
-    options: UnetOptions, latent_channels: int, side: int, text_width: int
+    options: UnetOptions, latent_channels: int, side: int, text_width: int, image_dim: int | None = None
 ) -> UNet2DConditionModel:
-    """An untrained denoiser with cross-attention on every level."""
+    """An untrained denoiser with cross-attention on every level; with `options.views` one of views.
+
+    image_dim: of CLIP's image embeddings, which such a one reads.
+    """
     levels = len(options.channels)
-    return UNet2DConditionModel(
+    unet_class = UNet2DConditionModel if options.views is None else MultiViewUNet
+    unet = unet_class(
         sample_size=side,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -75,7 +86,10 @@ def build_unet(
         attention_head_dim=options.heads,  # diffusers reads it as the number of heads here
         norm_num_groups=16,
         cross_attention_dim=text_width,
-    ).to(memory_format=torch.channels_last)
+    )
+    if options.views is not None:
+        unet.add_view_conditions(ViewConditionOptions(options.views.width, image_dim))
+    return unet.to(memory_format=torch.channels_last)
 
 
 def train_unet(
@@ -84,22 +98,25 @@ def train_unet(
     vae: AutoencoderKL,
     options: UnetOptions,
     initial: UNet2DConditionModel | None = None,
+    labels: ViewLabels | None = None,
 ) -> UNet2DConditionModel:
     """Train on cached latents; returns the EMA weights in evaluation mode.
 
-    `initial` is a trained U-Net of the same size to start from.
+    `initial` is a trained U-Net of the same size to start from; `labels` are needed by `options.views`.
     """
     scheduler = make_scheduler(options)
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
+    image_dim = None if labels is None else labels.image_embedding.shape[-1]
+    batches = make_batches(cache, labels, options, run.options.seed)
 
     def build() -> UNetDenoiser:
-        unet = build_unet(options, shape[0], shape[-1], width).to(run.device)
+        unet = build_unet(options, shape[0], shape[-1], width, image_dim).to(run.device)
         return UNetDenoiser(unet, NoiseSchedule(scheduler.alphas_cumprod), options.prediction)
 
     denoiser, averaged = build(), build()
     unet = denoiser.network
     if initial is not None:
-        load_initial(unet, initial)
+        load_initial(unet, initial, "U-Net")
     averaged.eval().requires_grad_(False)
     if run.options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -107,21 +124,17 @@ def train_unet(
         unet.compile()
     ema = EMA(unet, options.ema)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
-    lr_schedule = one_cycle(optimizer, run.options.steps, warmup=0.05)
+    lr_schedule = warmup_constant_decay(optimizer, run.options.steps, decay=options.decay)
     run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
 
     previewed = cache.conditioning.select(torch.arange(32) * cache.num_captions // 32).to(run.device)
     preview_noise = torch.randn(len(previewed), *shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
-        index = batch_indices(len(cache), options.batch, step, run.options.seed)
-        t = torch.randint(denoiser.schedule.num_train_timesteps, (len(index),), generator=run.generator)
-        noise = torch.randn(len(index), *shape, generator=run.generator)
-        dropped = torch.rand(len(index), generator=run.generator) < options.caption_dropout
-        latents, noise, t = (value.to(run.device) for value in (cache.latents_of(index), noise, t))
-        conditioning = cache.conditioning_of(index, dropped).to(run.device)
-
+        times = denoiser.schedule.num_train_timesteps
+        parts = batches.draw(step, run.generator, times, options.caption_dropout)
         with run.precision.autocast():
-            loss = denoiser.denoising_loss(latents, noise, t, conditioning)
+            losses = [denoising_loss(denoiser, part, run.device) * len(part.t) for part in parts]
+            loss = torch.stack(losses).sum() / sum(len(part.t) for part in parts)
         optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
@@ -137,15 +150,19 @@ def train_unet(
     return averaged.network
 
 
-def load_initial(unet: UNet2DConditionModel, initial: UNet2DConditionModel) -> None:
-    """Copy the weights of `initial`. Raises `UserError` where its size differs."""
-    try:
-        unet.load_state_dict(initial.state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"the initial U-Net has another size ({reason}): give its channels, layers and VAE"
-        ) from None
+def make_batches(
+    cache: LatentCache, labels: ViewLabels | None, options: UnetOptions, seed: int
+) -> "ImageBatches | ViewBatches":
+    """The batches that `options` ask for."""
+    if options.views is None or labels is None:
+        return ImageBatches(cache, options.batch, seed)
+    return ViewBatches(cache, labels, options.views, options.batch, seed)
+
+
+def denoising_loss(denoiser: UNetDenoiser, batch: DenoisingBatch, device: torch.device) -> Tensor:
+    """The mean squared error of a part of a batch, on a device."""
+    latents, noise, t = (value.to(device) for value in batch[:3])
+    return denoiser.denoising_loss(latents, noise, t, batch.conditioning.to(device))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.runtime.errors import UserError
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
+from distill.teacher.folder import load_initial
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,23 @@ def psnr(mse: Tensor) -> Tensor:
 
 
 def train_vae(
-    run: Run, data: CaptionedImages, validation: CaptionedImages, options: VaeOptions
+    run: Run,
+    data: CaptionedImages,
+    validation: CaptionedImages,
+    options: VaeOptions,
+    initial: AutoencoderKL | None = None,
 ) -> AutoencoderKL:
-    """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured."""
+    """Train on a split, then whiten; returns the model in evaluation mode, `scaling_factor` measured.
+
+    `initial` is a trained one of the same size to start from. Raises `UserError` where its size differs.
+    """
     vae = build_vae(options, data.images.shape[-1]).to(run.device)
+    if initial is not None:
+        load_initial(vae, initial, "VAE")
     if run.options.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=options.learning_rate, weight_decay=1e-4)
-    schedule = one_cycle(optimizer, run.options.steps)
+    schedule = one_cycle(optimizer, run.options.steps, warmup=0.3 if initial is None else 0.05)
     run.track(model=vae, optimizer=optimizer, schedule=schedule)
 
     preview_images = validation.composite(slice(0, 16))

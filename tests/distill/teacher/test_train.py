@@ -130,7 +130,7 @@ def test_a_training_interrupted_after_the_vae_resumes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("distill.teacher.train.prepare", interrupt)
+        patch.setattr("distill.teacher.train.load_training_cache", interrupt)
         train_teacher(run_options(tmp_path), chosen)
     assert steps == {"clip": 3, "hard_negatives": 4, "vae": 4}
     steps.clear()

@@ -14,9 +14,10 @@ from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache, cache_latents
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
+from distill.teacher.cache import encode_split
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.train import prepare
+from distill.teacher.folder import TeacherParts
 from distill.teacher.unet import UnetOptions, build_unet, decode, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
@@ -112,9 +113,10 @@ def test_preparation_scales_the_posterior_mean() -> None:
     vae.register_to_config(scaling_factor=2.0)
     images = (torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 255).byte()
     data = CaptionedImages(images, [{"text": text} for text in "babca"])
-    tokenizer, _ = build_tokenizer(data.texts)
+    tokenizer, vocabulary = build_tokenizer(data.texts)
     clip = build_clip(ClipOptions(width=16, layers=1, text_width=16, text_layers=1), tokenizer, 16).eval()
-    result = prepare(clip, vae, data, tokenizer)
+    result, labels = encode_split(TeacherParts(tokenizer, vocabulary, clip, vae), data)
+    assert labels is None
     assert result.conditioning.embedding.shape == (4, 24, 16)
     with torch.no_grad():
         expected = vae.encode(images[3:4].float() / 255 * 2 - 1).latent_dist.mean * 2
