@@ -72,8 +72,6 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
 
     unet_run = _part_run(run, "unet", options.steps.unet, options.unet)
     cache, labels = load_training_cache(parts, options.data, options.resolution)
-    if options.unet.views is not None and labels is None:
-        raise UserError(f"{options.data} has no column `pose` and `group`: set teacher.unet.views=null")
     unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels)
     unet_run.finish({})
     folder = Path(run.directory) / "teacher"

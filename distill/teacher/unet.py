@@ -153,9 +153,11 @@ def train_unet(
 def make_batches(
     cache: LatentCache, labels: ViewLabels | None, options: UnetOptions, seed: int
 ) -> "ImageBatches | ViewBatches":
-    """The batches that `options` ask for."""
-    if options.views is None or labels is None:
+    """The batches that `options` ask for. Raises `UserError` where the data has no views."""
+    if options.views is None:
         return ImageBatches(cache, options.batch, seed)
+    if labels is None:
+        raise UserError("the data has no columns pose and group: set teacher.unet.views=null")
     return ViewBatches(cache, labels, options.views, options.batch, seed)
 
 
