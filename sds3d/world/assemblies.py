@@ -17,6 +17,7 @@ UNSEEN = tuple(range(1_000_000, 1_000_030))  # seeds for grading: no data set of
 MIN_PARTS, MAX_PARTS = 2, 7
 MAX_HIDDEN = 0.6  # fraction of a part's vertices that may lie in other parts
 MIN_EXTENTS = (0.16, 0.32)  # smallest and second extent of an assembly, relative to the largest
+MIN_PART = 0.2  # largest edge of a part, relative to that of the assembly
 THIN = 0.09  # smallest edge of a part; the first has edges of about 1
 ATTEMPTS = 80  # features proposed before an assembly is left as it is
 X, Y, Z = np.eye(3)
@@ -174,8 +175,8 @@ def _row(rng: np.random.Generator, parent: Part) -> list[Part]:
     axis, count = int(rng.integers(2)), int(rng.integers(2, 4))
     reach = parent.extents()[axis] * 0.34
     solid = (primitive, edges * rng.uniform(0.2, 0.35) * (1, 1, rng.uniform(0.8, 2)))
-    places = np.linspace(-reach, reach, count)
-    return [_attach(parent, Z, solid, np.eye(3), place * np.eye(3)[axis]) for place in places]
+    offsets = np.linspace(-reach, reach, count)[:, None] * np.eye(3)[axis]
+    return [_attach(parent, Z, solid, np.eye(3), offset) for offset in offsets]
 
 
 FEATURES: dict[Callable[[np.random.Generator, Part], list[Part]], float] = {
@@ -185,13 +186,15 @@ FEATURES: dict[Callable[[np.random.Generator, Part], list[Part]], float] = {
 
 
 def _is_sound(new: list[Part], parts: list[Part]) -> bool:
-    """Whether new parts touch the others, hide none and leave an assembly that is no needle or sheet."""
+    """Whether each part touches an earlier one and is visible, and the assembly is no needle or sheet."""
     every = [*parts, *new]
     for i in range(len(parts), len(every)):
         if not any(touch(every[i], other) for other in every[:i]):
             return False
     extents = np.sort(np.ptp(np.concatenate([part.vertices() for part in every]), axis=0))
     if (extents[:2] < np.array(MIN_EXTENTS) * extents[2]).any():
+        return False
+    if min(part.extents().max() for part in every) < MIN_PART * extents[2]:
         return False
     return all(hidden(part, [other for other in every if other is not part]) < MAX_HIDDEN for part in every)
 
@@ -237,12 +240,13 @@ def make_assembly(seed: int) -> Shape:
     coloured: list[ColouredMesh] = [(part.mesh(), finishes[part.feature].colour) for part in parts]
     shape = join_smooth(f"assembly {seed}", coloured, has_front=False)
     # The map of the layout to the mesh of the shape.
-    before, after = parts[0].vertices(), shape.mesh.vertices
-    scale = np.ptp(after[: len(before)]) / np.ptp(before)
+    before = parts[0].vertices()
+    after = np.asarray(shape.mesh.vertices[: len(before)])
+    scale = np.linalg.norm(np.ptp(after, axis=0)) / np.linalg.norm(np.ptp(before, axis=0))
     patterns, first = [], 0
     for part in parts:
         finish, last = finishes[part.feature], first + len(part.primitive.faces)
-        texture = texture_of(finish, part, after[0] + scale * (part.centre - before[0]), scale)
+        texture = texture_of(finish, part, after[0] + scale * (part.centre - before[0]), float(scale))
         if texture is not None:
             patterns.append(Pattern(first, last, texture, finish.second))
         first = last
