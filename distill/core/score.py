@@ -105,7 +105,8 @@ class Guided(ScoreModel):
     def __init__(self, model: ScoreModel, uncond: Conditioning, scale: float | Tensor) -> None:
         """uncond (one row) is that of the empty prompt or of a negative prompt; s = 1 does not evaluate it.
 
-        scale: s, or one a sample (B,).
+        What it lacks of the other's extras it takes from there, and the groups of views: guidance is by text
+        and keeps the camera (MVDream, arXiv:2308.16512). scale: s, or one a sample (B,).
         """
         self.model, self.uncond, self.scale = model, uncond, scale
         self.schedule = model.schedule
@@ -118,6 +119,8 @@ class Guided(ScoreModel):
         elif scale == 1:
             return self.model.predict(x_t, t, conditioning)
 
-        batch = Conditioning.cat([self.uncond.expand(len(conditioning)), conditioning])
+        uncond_rows = self.uncond.expand(len(conditioning)).grouped(conditioning.views)
+        extras = {**conditioning.extras, **uncond_rows.extras}
+        batch = Conditioning.cat([uncond_rows.with_extras(**extras), conditioning])
         uncond, cond = self.model.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), batch).chunk(2)
         return uncond.extrapolate(cond, scale)

@@ -145,6 +145,11 @@ class Teacher(ScoreModel):
     def resolution(self) -> int:
         """Image side in pixels at the native resolution."""
 
+    @property
+    def conditioned_on_cameras(self) -> bool:
+        """Whether it reads poses, and groups of views, of a conditioning (`distill.core.views`)."""
+        return False
+
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for an empty prompt, or one that the teacher cannot encode."""
         if not prompt.strip():

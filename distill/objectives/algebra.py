@@ -104,6 +104,8 @@ class ScoreDistillation:
     ) -> DistillationOutput:
         """latents (B, C, h, w) with gradient; progress in [0, 1]; noise and times from the CPU `generator`.
 
+        Where the conditionings have groups of views, the times are equal within a group; noise never is.
+
         One batched call of the teacher, and one for each step of an inversion trajectory. `reference`
         (B, C, h, w) is DDS's; `images` (B, 3, H, W) in [0, 1] are what the latents encode, for a residual in
         pixels. Raises `UserError` where a term lacks its reference or prompt.
@@ -160,7 +162,9 @@ class ScoreDistillation:
         reference: Tensor | None,
     ) -> NoisyDraw:
         schedule, source, count = self.model.schedule, component.noise, len(clean)
-        t = component.time.sample(count, schedule.num_train_timesteps, progress, generator)
+        views = conditionings.views  # of a group, which has one noise level
+        t = component.time.sample(count // views, schedule.num_train_timesteps, progress, generator)
+        t = t.repeat_interleave(views)
         if source.kind == "inversion":
             t = upload(t, clean.device)
             prompts = {name: conditionings.select(name, count) for name in component.trajectory_prompts}

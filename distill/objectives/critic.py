@@ -3,6 +3,7 @@ score model.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, final
 
 import torch
@@ -65,7 +66,7 @@ class Critic(ScoreModel):
         token = self.camera_token(conditioning.extras["camera"].float()).float()
         if drop_camera is not None:
             token = torch.where(drop_camera[:, None], torch.zeros_like(token), token)
-        return Conditioning(torch.cat([conditioning.embedding, token[:, None]], 1))
+        return replace(conditioning, embedding=torch.cat([conditioning.embedding, token[:, None]], 1))
 
     @torch.no_grad()
     def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
@@ -74,12 +75,15 @@ class Critic(ScoreModel):
             return self.denoiser.predict(x_t, t, self._with_camera(conditioning))
 
     def loss(self, latents: Tensor, conditioning: Conditioning, generator: torch.Generator) -> Tensor:
-        """Denoising loss on latents (B, C, h, w) at uniform times in [0, T) (VSD, algorithm 1).
+        """Denoising loss on latents (B, C, h, w) at uniform times in [0, T) (VSD, algorithm 1), one a group
+        of views.
 
         Call it, and differentiate it, inside `denoiser.adapter_enabled()`.
         """
         clean = latents.detach()
-        times = torch.randint(self.schedule.num_train_timesteps, (len(clean),), generator=generator)
+        views = conditioning.views
+        times = torch.randint(self.schedule.num_train_timesteps, (len(clean) // views,), generator=generator)
+        times = times.repeat_interleave(views)
         noise = torch.randn(clean.shape, generator=generator)
         drop_camera = torch.rand(len(clean), generator=generator) < self.options.camera_dropout
         times, noise, drop_camera = upload_all([times, noise, drop_camera], clean.device)

@@ -23,6 +23,15 @@ class PromptConditionings:
             raise UserError(f"the objective has a term with the prompt {name!r}: {fix}")
         return self.by_name[name].expand(count)
 
+    @property
+    def views(self) -> int:
+        """Rows of a group of views of one object; 1: each row is an object of its own."""
+        return max((conditioning.views for conditioning in self.by_name.values()), default=1)
+
+    def apply(self, function: Callable[[Conditioning], Conditioning]) -> "PromptConditionings":
+        """The same function applied to the conditioning of every prompt."""
+        return PromptConditionings({name: function(value) for name, value in self.by_name.items()})
+
     def updated(self, **others: Conditioning) -> "PromptConditionings":
         """The same with further prompts."""
         return PromptConditionings({**self.by_name, **others})

@@ -1,13 +1,14 @@
 """What the stages of a text-to-3D run share: prompt, cameras, teacher, critic, scene and optimizer."""
 
 from dataclasses import dataclass, field
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
+from distill.core.views import POSE
 from distill.data.images import BACKGROUND
 from distill.objectives.critic import Critic
 from distill.objectives.networks import prepare_networks
@@ -23,6 +24,7 @@ from sds3d.scene.regularizers import RegularizerOptions
 from sds3d.scene.shading import PointLights
 from sds3d.text_to_3d.mesh_control import MeshControl
 from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, view_of, view_prompt
+from sds3d.text_to_3d.view_groups import sample_view_groups
 
 CAMERA_DIM = 12  # size of `Cameras.poses`, which a critic is conditioned on
 
@@ -35,6 +37,11 @@ class SharedOptions:
     negative_prompt: str = ""
     views: int = 4  # cameras a step
     view_words: bool = True  # view-dependent prompts: "..., front view"
+    camera_condition: bool = True  # a teacher that is conditioned on cameras gets those of the views
+    views_per_group: int = 1  # views that such a teacher denoises together (MVDream: 4); 1: each alone
+    group_layout: Literal["ring", "random"] = (
+        "ring"  # of a group's cameras: equal steps of azimuth at one elevation, or independent ones
+    )
     camera: CameraOptions = field(default_factory=lambda: CameraOptions(elevation=(-10.0, 70.0)))
     background: tuple[float, float] = BACKGROUND  # grey levels of the views, as in the teacher's data
     background_replacement: float = (
@@ -48,6 +55,11 @@ class SharedOptions:
     def __post_init__(self) -> None:
         if self.views < 1:
             raise UserError(f"views is {self.views}: at least 1 is needed")
+        if self.views_per_group < 1 or self.views % self.views_per_group:
+            raise UserError(
+                f"views is {self.views} and views_per_group {self.views_per_group}: "
+                "a positive number of views a group is expected that divides views"
+            )
         if min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
             raise UserError("learning_rate, mlp_learning_rate and adam_epsilon must be positive")
         if not 0 <= self.background[0] <= self.background[1] <= 1:
@@ -77,6 +89,8 @@ class TextTo3dContext:
         """control: a coarse mesh that fixes the shape, through an adapter of the teacher."""
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.conditioned_teacher = teacher if control is None else control.teacher
+        self.camera_condition = options.camera_condition and self.conditioned_teacher.conditioned_on_cameras
+        self.views_per_group = options.views_per_group if self.camera_condition else 1
         self.scene = scene.build(run.device)
         self.objective = objective
         critic = objective.critic
@@ -97,10 +111,19 @@ class TextTo3dContext:
             eps=options.adam_epsilon,
         )
 
-    def backgrounds(self, count: int) -> Tensor:
-        """Random grey backgrounds (count, 3) on the run's device."""
-        greys = grey_backgrounds(self.options.background, count, self.run.generator)
-        return upload(greys, self.run.device)
+    def sample_cameras(self, options: CameraOptions, count: int, resolution: int) -> Cameras:
+        """Random cameras on the CPU, in groups of those whose views are denoised together."""
+        layout, generator = self.options.group_layout, self.run.generator
+        return sample_view_groups(options, count, self.views_per_group, layout, resolution, generator)
+
+    def backgrounds(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Random grey backgrounds (count, 3) on the run's device, equal within a group of views.
+
+        generator: by default the run's.
+        """
+        generator = self.run.generator if generator is None else generator
+        greys = grey_backgrounds(self.options.background, count // self.views_per_group, generator)
+        return upload(greys.repeat_interleave(self.views_per_group, 0), self.run.device)
 
     def training_backgrounds(self, count: int) -> Tensor | None:
         """Random greys, or None for the scene's own background, with which it is trained.
@@ -117,13 +140,28 @@ class TextTo3dContext:
         if self.control is not None:
             self.control.set_cameras(cameras.with_resolution(self.teacher.resolution))
 
+    def with_cameras(self, conditioning: Conditioning, cameras: Cameras) -> Conditioning:
+        """A conditioning of one row, or of one a camera, with the cameras' poses and groups.
+
+        As it is where the teacher is not conditioned on cameras.
+        """
+        if not self.camera_condition:
+            return conditioning
+        poses = upload(cameras.view_poses(), self.run.device)
+        return conditioning.expand(len(cameras)).with_extras(**{POSE: poses}).grouped(self.views_per_group)
+
     def encode_prompts(self, cameras: Cameras) -> Conditioning:
         """The conditioning of each camera's prompt."""
-        return self.teacher.encode_text(camera_prompts(self.options, cameras))
+        conditioning = self.teacher.encode_text(camera_prompts(self.options, cameras))
+        return self.with_cameras(conditioning, cameras)
 
     def prompt_conditionings(self, cameras: Cameras) -> PromptConditionings:
-        """What the objective evaluates at cameras; with a critic also its prompt, the camera as an extra."""
+        """What the objective evaluates at cameras; with a critic also its prompt, the camera as an extra.
+
+        All prompts have the same poses, the unconditional one too: guidance is by text (MVDream).
+        """
         conditionings = prompt_conditionings(self.teacher, self.options, self.objective, cameras)
+        conditionings = conditionings.apply(lambda value: self.with_cameras(value, cameras))
         if self.critic is None:
             return conditionings
         critic = conditionings.by_name["conditional"]

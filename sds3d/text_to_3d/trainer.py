@@ -44,6 +44,12 @@ class TextTo3dOptions(SharedOptions):
                 f"of the stages [{', '.join(self.stages)}] none updates the scene from the first step on: "
                 "list score_distillation"
             )
+        for name, stage in self.stages.items():
+            if stage.own_views is not None and stage.own_views % self.views_per_group:
+                raise UserError(
+                    f"{name} has {stage.own_views} views, which groups of {self.views_per_group} "
+                    "(views_per_group) do not divide: give a multiple"
+                )
         fixed = [stage.fixed_pose_from for stage in self.stages.values() if stage.fixed_pose_from is not None]
         last = max((fraction for stage in self.stages.values() for fraction in stage.rotates_at), default=0.0)
         if fixed and last >= min(fixed):

@@ -50,6 +50,11 @@ class StageOptions(ABC):
         """From when on the stage relies on the scene's pose; None: it never does."""
         return None
 
+    @property
+    def own_views(self) -> int | None:
+        """How many views of its own choice the stage gives to the teacher; None: those of a step."""
+        return None
+
     @abstractmethod
     def build(self, context: TextTo3dContext) -> Stage:
         """The stage of a run."""

@@ -1,5 +1,6 @@
 """Detects and corrects scenes rotated by a multiple of 90 degrees, by the teacher's denoising error."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,9 +12,10 @@ from distill.core.score import ScoreModel
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
 from sds3d.scene.cameras import Cameras, ring
-from sds3d.text_to_3d.context import TextTo3dContext, grey_backgrounds
+from sds3d.text_to_3d.context import TextTo3dContext
 from sds3d.text_to_3d.prompts import VIEWS, view_of, view_prompt
 from sds3d.text_to_3d.stages.base import Stage, StageOptions
+from sds3d.text_to_3d.view_groups import rotate_azimuth, spread_groups
 
 AZIMUTH_VIEWS = tuple(view for view in VIEWS if view != "overhead")  # the view words that depend on azimuth
 NOISE_LEVELS = (0.15, 0.3, 0.45, 0.6, 0.75)  # t / T
@@ -42,7 +44,12 @@ class OrientationCheck:
 @final
 @dataclass(frozen=True)
 class OrientationOptions(StageOptions):
-    """When the orientation is checked, on a ring of how many views; no checks leave it as it is."""
+    """When the orientation is checked, on a ring of how many views; no checks leave it as it is.
+
+    A teacher that is given cameras is asked by pose, others by view words. A rotation by pose must also
+    reduce the error by `min_z_score` standard errors, lest an object that is much alike from two sides, such
+    as a table, be rotated by chance.
+    """
 
     checks: tuple[OrientationCheck, ...] = (
         OrientationCheck(0.2),
@@ -51,19 +58,27 @@ class OrientationOptions(StageOptions):
     )
     views: int = 16
     elevation: float = 15.0  # degrees
+    min_z_score: float = 2.0
 
     def __post_init__(self) -> None:
         if self.views < 4:
             raise UserError(f"orientation views is {self.views}: at least 4 are needed to cover all azimuths")
+        if self.min_z_score < 0:
+            raise UserError(f"orientation min_z_score is {self.min_z_score}: 0 or more is expected")
 
     @property
     def rotates_at(self) -> tuple[float, ...]:
         """The fractions of the checks."""
         return tuple(check.fraction for check in self.checks)
 
-    def nfe(self, check: OrientationCheck) -> int:
-        """NFE of one check."""
-        return self.views * len(NOISE_LEVELS) * len(AZIMUTH_VIEWS) * check.draws
+    @property
+    def own_views(self) -> int | None:
+        """The views of a check."""
+        return self.views if self.checks else None
+
+    def nfe(self, check: OrientationCheck, candidates: int = len(AZIMUTH_VIEWS)) -> int:
+        """NFE of one check: of the three view words, or of the four quarter turns by pose."""
+        return self.views * len(NOISE_LEVELS) * candidates * check.draws
 
     def build(self, context: TextTo3dContext) -> "OrientationStage":
         """The stage of a run."""
@@ -75,9 +90,12 @@ class OrientationStage(Stage):
     """Rotates the scene by quarter turns at the checks of a run."""
 
     def __init__(self, context: TextTo3dContext, options: OrientationOptions) -> None:
-        """Nothing is checked without view words in the prompts, or with a mesh that fixes the pose."""
+        """Nothing is checked without poses or view words for the teacher, or with a mesh that fixes the
+        pose.
+        """
         self.context, self.options = context, options
-        checked = options.checks if context.options.view_words and context.control is None else ()
+        decidable = context.camera_condition or context.options.view_words
+        checked = options.checks if decidable and context.control is None else ()
         steps = context.run.options.steps
         by_step = {round(check.fraction * steps): check for check in checked}
         self.checks = {step: check for step, check in by_step.items() if step < steps}
@@ -89,37 +107,58 @@ class OrientationStage(Stage):
 
     def nfe(self, updates: int) -> int:
         """NFE of the checks."""
-        return sum(self.options.nfe(check) for check in self.checks.values())
+        candidates = 4 if self.context.camera_condition else len(AZIMUTH_VIEWS)
+        return sum(self.options.nfe(check, candidates) for check in self.checks.values())
 
     def align_orientation(self, check: OrientationCheck, step: int) -> float:
-        """Rotate the scene to where its views fit the view words best; returns the angle in degrees."""
+        """Rotate the scene to where its views fit poses or view words best; returns the angle in degrees."""
         context, options, teacher = self.context, self.options, self.context.teacher
         generator = torch.Generator().manual_seed(context.run.options.seed + step)
 
         cameras = ring(options.views, options.elevation, teacher.resolution)
-        background = grey_backgrounds(context.options.background, options.views, generator)
-        views = context.scene.render(cameras.to(context.run.device), upload(background, context.run.device))
+        cameras = spread_groups(cameras, context.views_per_group)
+        background = context.backgrounds(options.views, generator)
+        views = context.scene.render(cameras.to(context.run.device), background)
         latents = teacher.encode_images(views.rgb)
 
-        prompts = [view_prompt(context.options.prompt, view) for view in AZIMUTH_VIEWS]
-        errors = denoising_errors(teacher, latents, teacher.encode_text(prompts), check.draws, generator)
-        turns = quarter_turns(errors.cpu(), cameras, check.margin)
+        candidates = self.rotated_poses(cameras) if context.camera_condition else self.view_prompts()
+        errors = denoising_errors(teacher, latents, candidates, check.draws, generator).cpu()
+        if context.camera_condition:
+            turns = quarter_turns(errors, check.margin, options.min_z_score)
+        else:
+            turns = quarter_turns(by_turn(errors, cameras), check.margin)
         context.scene.rotate(turns)
         return 90.0 * turns
+
+    def view_prompts(self) -> list[Conditioning]:
+        """The prompt with each of `AZIMUTH_VIEWS`."""
+        prompts = [view_prompt(self.context.options.prompt, view) for view in AZIMUTH_VIEWS]
+        return self.context.teacher.encode_text(prompts).split(1)
+
+    def rotated_poses(self, cameras: Cameras) -> list[Conditioning]:
+        """The prompt, without view words, at the poses that cameras have after 0 to 3 quarter turns."""
+        context = self.context
+        prompt = context.teacher.encode_text([context.options.prompt])
+        angles = 90.0 * torch.arange(4)
+        return [context.with_cameras(prompt, rotate_azimuth(cameras, angle)) for angle in angles]
 
 
 @torch.no_grad()
 def denoising_errors(
-    model: ScoreModel, latents: Tensor, prompts: Conditioning, draws: int, generator: torch.Generator
+    model: ScoreModel,
+    latents: Tensor,
+    candidates: Sequence[Conditioning],
+    draws: int,
+    generator: torch.Generator,
 ) -> Tensor:
-    """|eps - noise|^2 (N, K), a mean over noise levels and draws, of latents (N, C, h, w) under K prompts.
+    """|eps - noise|^2 (S, N, K) at S noise levels and draws, of latents (N, C, h, w) under K candidates.
 
-    The smaller, the likelier the prompt: the diffusion classifier (Li et al. 2023, arXiv:2303.16203, eq. 5),
-    with the same noise for all prompts.
+    Each is a conditioning of N rows or of one. The smaller the mean, the likelier it is: the diffusion
+    classifier (Li et al. 2023, arXiv:2303.16203, eq. 5), with the same noise for all candidates.
     """
-    count, classes = len(latents), len(prompts)
-    conditioning = prompts.repeat_interleave(count)
-    total = latents.new_zeros(count, classes)
+    count, classes = len(latents), len(candidates)
+    conditioning = Conditioning.cat([candidate.expand(count) for candidate in candidates])
+    errors = []
     for level in NOISE_LEVELS:
         t = torch.full((count,), round(level * model.schedule.num_train_timesteps), device=latents.device)
         for _ in range(draws):
@@ -127,22 +166,31 @@ def denoising_errors(
             noise = noise.to(latents.dtype)
             x_t = model.schedule.add_noise(latents, noise, t)
             eps = model.predict(x_t.repeat(classes, 1, 1, 1), t.repeat(classes), conditioning).eps
-            total += (eps.view(classes, *noise.shape) - noise).square().sum((2, 3, 4)).T
-    return total / (len(NOISE_LEVELS) * draws)
+            errors.append((eps.view(classes, *noise.shape) - noise).square().sum((2, 3, 4)).T)
+    return torch.stack(errors)
 
 
-def quarter_turns(errors: Tensor, cameras: Cameras, margin: float) -> int:
-    """Quarter turns of the scene, 0 to 3, after which its views fit the view words best.
+def by_turn(errors: Tensor, cameras: Cameras) -> Tensor:
+    """Errors (S, N, 4) under the view words after 0 to 3 quarter turns.
 
-    errors (N, 3) are those of `AZIMUTH_VIEWS` at cameras (N). What is seen from azimuth a is seen from
-    a + 90 q after q turns. 0 where none reduces the mean error by a fraction `margin`.
+    errors (S, N, 3) are those of `AZIMUTH_VIEWS` at cameras (N). What is seen from azimuth a is seen from
+    a + 90 q after q turns.
     """
     azimuths = cameras.azimuth.tolist()
+    words = [[view_of(azimuth + 90.0 * turns, 0.0) for turns in range(4)] for azimuth in azimuths]
+    columns = torch.tensor([[AZIMUTH_VIEWS.index(word) for word in row] for row in words])
+    return errors[:, torch.arange(len(azimuths))[:, None], columns]
 
-    def mean_error(turns: int) -> float:
-        views = [AZIMUTH_VIEWS.index(view_of(azimuth + 90.0 * turns, 0.0)) for azimuth in azimuths]
-        return float(errors[torch.arange(len(views)), torch.tensor(views)].mean())
 
-    means = [mean_error(turns) for turns in range(4)]
-    best = min(range(4), key=means.__getitem__)
-    return best if means[best] < means[0] * (1 - margin) else 0
+def quarter_turns(errors: Tensor, margin: float, min_z_score: float = 0.0) -> int:
+    """Quarter turns of the scene, 0 to 3, after which its views fit best; errors (S, N, 4) by turn.
+
+    0 where none reduces the mean error by a fraction `margin`, and by `min_z_score` standard errors.
+    """
+    errors = errors.flatten(0, 1)
+    means = errors.mean(0)
+    best = int(means.argmin())
+    reduction = errors[:, 0] - errors[:, best]
+    standard_error = reduction.std() / len(errors) ** 0.5
+    needed = max(float(margin * means[0]), float(min_z_score * standard_error))
+    return best if float(reduction.mean()) > needed else 0

@@ -16,7 +16,7 @@ from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import cosine_decay, scale_learning_rates
 from distill.teacher.linear import fit_linear_decoder, fit_linear_encoder
-from sds3d.scene.cameras import Cameras, sample_cameras
+from sds3d.scene.cameras import Cameras
 from sds3d.scene.protocol import RenderedViews
 from sds3d.scene.shading import ShadingOptions
 from sds3d.text_to_3d.context import TextTo3dContext
@@ -121,12 +121,14 @@ class ScoreDistillationStage(Stage):
 
     def render(self, progress: float, coarse: bool) -> tuple[RenderedViews, Cameras]:
         """Views for training from random cameras, over random backgrounds, and the cameras on the CPU."""
-        context, options, generator = self.context, self.options, self.context.run.generator
+        context, options, views = self.context, self.options, self.context.options.views
         fine = context.teacher.resolution if options.resolution is None else options.resolution
         resolution = options.coarse_resolution if coarse else fine
-        cameras = sample_cameras(context.options.camera, context.options.views, resolution, generator)
-        background = context.training_backgrounds(context.options.views)
-        lights = None if options.shading is None else options.shading.sample(cameras, progress, generator)
+        cameras = context.sample_cameras(context.options.camera, views, resolution)
+        background = context.training_backgrounds(views)
+        lights = None
+        if options.shading is not None:
+            lights = options.shading.sample(cameras, progress, context.run.generator)
         return context.render(cameras.to(context.run.device), background, lights), cameras
 
     def encode(self, images: Tensor, coarse: bool) -> Tensor:

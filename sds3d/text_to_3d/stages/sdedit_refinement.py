@@ -18,12 +18,12 @@ from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import scale_learning_rates
 from distill.runtime.transfer import upload
-from sds3d.scene.cameras import CameraOptions, Cameras, sample_cameras
+from sds3d.scene.cameras import CameraOptions, Cameras
 from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.context import TextTo3dContext
 from sds3d.text_to_3d.stages.base import Stage, StageOptions
 
-CHUNK = 16  # views sampled at once; bounds the memory
+CHUNK = 16  # views sampled at once, or one group; bounds the memory
 
 
 @final
@@ -74,6 +74,11 @@ class SDEditRefinementOptions(StageOptions):
         """From the first round on: the resampled views are tied to their cameras."""
         return self.updates_from
 
+    @property
+    def own_views(self) -> int | None:
+        """The views of a round."""
+        return self.views if self.strengths else None
+
     def rounds(self, steps: int) -> dict[int, float]:
         """The strength of each round by its first step, in a run of `steps`."""
         first, count = round(self.start * steps), len(self.strengths)
@@ -122,10 +127,10 @@ class SDEditRefinementStage(Stage):
         return self.refine_step(step)
 
     def resample_views(self, strength: float) -> None:
-        """Resample views of the scene from new cameras by SDEdit, each with the prompt of its view."""
+        """Resample views of the scene from new cameras by SDEdit, each with its prompt and its pose."""
         context, options, teacher = self.context, self.options, self.context.teacher
         generator = context.run.generator
-        cameras = sample_cameras(self.cameras, options.views, teacher.resolution, generator)
+        cameras = context.sample_cameras(self.cameras, options.views, teacher.resolution)
         background = context.backgrounds(options.views)
         renders = context.scene.render(cameras.to(context.run.device), background).rgb
 
@@ -134,8 +139,9 @@ class SDEditRefinementStage(Stage):
         uncond = teacher.encode_text([context.options.negative_prompt])
         guided = Guided(context.conditioned_teacher, uncond, options.guidance)
         images = []
-        for first in range(0, len(renders), CHUNK):
-            part = slice(first, first + CHUNK)
+        size = max(CHUNK // context.views_per_group, 1) * context.views_per_group
+        for first in range(0, len(renders), size):
+            part = slice(first, first + size)
             chunk = cameras.select(part)
             context.set_cameras(chunk)
             latents = sample_ode(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
-from distill.core.score import Guided, Prediction
+from distill.core.score import Guided, Prediction, ScoreModel
 
 T = torch.tensor([3, 500, 990])
 
@@ -57,6 +57,28 @@ def test_guided_equals_two_calls(gaussian: Any) -> None:
         torch.testing.assert_close(got.eps, eps_uncond + scale * (eps_cond - eps_uncond))
         torch.testing.assert_close(got.x0, (x_t - got.sigma * got.eps) / got.alpha, atol=1e-4, rtol=1e-4)
     assert [len(embedding) for embedding in model.queries] == [6, 6, 6]  # one batched call each
+
+
+def test_guidance_keeps_cameras_and_groups(gaussian: Any) -> None:
+    """The unconditional row has its own text, and what it lacks from the conditioning."""
+    inner, batches = gaussian(0.5), []
+
+    class Recorder(ScoreModel):
+        schedule = inner.schedule
+
+        def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+            batches.append(conditioning)
+            return inner.predict(x_t, t, conditioning)
+
+    poses, pooled = torch.rand(4, 5), torch.ones(4, 2)
+    conditioning = Conditioning(torch.ones(4, 1, 1), {"pose": poses, "pooled": pooled}, views=2)
+    uncond = Conditioning(torch.zeros(1, 1, 1), {"pooled": torch.zeros(1, 2)})
+    x_t, t = torch.randn(4, 2, 4, 4), torch.tensor([3, 3, 500, 500])
+    Guided(Recorder(), uncond, 3.0).predict(x_t, t, conditioning)
+    (batch,) = batches
+    assert batch.views == 2 and torch.equal(batch.extras["pose"], poses.repeat(2, 1))
+    assert batch.extras["pooled"][:, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert batch.embedding.flatten().tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_scale_one_does_not_evaluate_the_unconditional(gaussian: Any) -> None:

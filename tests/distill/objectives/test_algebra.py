@@ -77,6 +77,18 @@ def test_mean_sds_gradient_is_its_closed_form(
     assert expected > 20 * error  # the comparison above can tell a wrong factor
 
 
+@pytest.mark.parametrize(
+    "options", [sds(2.0), ObjectiveOptions((teacher(),), noise=NoiseSource("inversion"))]
+)
+def test_a_group_of_views_has_one_noise_level(options: ObjectiveOptions, gaussian: Any) -> None:
+    options, latents = replace(options, time=TimestepSampler()), torch.randn(6, 2, 4, 4)
+    prompts = means(0.3, 0.0, 6).apply(lambda value: value.expand(6).grouped(3))
+    assert prompts.views == 3 and means(0.3, 0.0, 6).views == 1
+    result = distill_step(gaussian(0.5), options, latents, prompts)
+    assert result.t.view(2, 3).tolist() == [[t] * 3 for t in result.t[::3].tolist()]
+    assert len(result.t.unique()) == 2 and len(result.noise.unique()) == result.noise.numel()
+
+
 def test_loss_gradient_is_g_over_the_batch(gaussian: Any) -> None:
     latents = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     result = distill_step(gaussian(0.5), sds(7.5), latents, means(1, 0, 3))

@@ -23,6 +23,7 @@ from sds3d.text_to_3d.stages.orientation import (
     NOISE_LEVELS,
     OrientationCheck,
     OrientationOptions,
+    by_turn,
     denoising_errors,
     quarter_turns,
 )
@@ -89,27 +90,32 @@ def test_errors_are_distances_to_a_point_mass(gaussian: Callable[[float], Any]) 
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     means = torch.tensor([-1.0, 0.0, 2.0])
     prompts = Conditioning(means[:, None, None])
-    errors = denoising_errors(model, latents, prompts, 2, torch.Generator().manual_seed(1))
+    errors = denoising_errors(model, latents, prompts.split(1), 2, torch.Generator().manual_seed(1))
     t = torch.tensor([round(level * model.schedule.num_train_timesteps) for level in NOISE_LEVELS])
     weight = (model.schedule.alpha(t) / model.schedule.sigma(t)).square().mean()
     expected = weight * (latents[:, None] - means[None, :, None, None, None]).square().sum((2, 3, 4))
-    assert torch.allclose(errors, expected, rtol=1e-3)
+    assert torch.allclose(errors.mean(0), expected, rtol=1e-3)
+    each = denoising_errors(
+        model, latents, prompts.repeat_interleave(5).split(5), 2, torch.Generator().manual_seed(1)
+    )
+    assert torch.equal(each, errors)
+    model.queries = model.queries[: len(errors)]
     nfe = OrientationOptions(views=5).nfe(OrientationCheck(0.5, draws=2))
     assert sum(len(conditioning) for conditioning in model.queries) == nfe
 
 
 def errors_of(turns: int, strength: float = 0.1) -> Tensor:
-    """Errors (16, 3) of an object rotated by quarter turns: the view word of its own frame fits best."""
+    """Errors (1, 16, 3) of an object rotated by quarter turns: the view word of its own frame fits best."""
     azimuths = ring(16).azimuth.tolist()
     views = [AZIMUTH_VIEWS.index(view_of(azimuth - 90.0 * turns, 0.0)) for azimuth in azimuths]
     indices = torch.arange(16), torch.tensor(views)
-    return torch.ones(16, 3).index_put_(indices, torch.tensor(1 - strength))
+    return torch.ones(16, 3).index_put_(indices, torch.tensor(1 - strength))[None]
 
 
 @pytest.mark.parametrize("turns", range(4))
 def test_rotation_is_undone(turns: int) -> None:
-    assert (quarter_turns(errors_of(turns), ring(16), 0.005) + turns) % 4 == 0
-    assert quarter_turns(errors_of(turns, 0.002), ring(16), 0.005) == 0  # below the margin
+    assert (quarter_turns(by_turn(errors_of(turns), ring(16)), 0.005) + turns) % 4 == 0
+    assert quarter_turns(by_turn(errors_of(turns, 0.002), ring(16)), 0.005) == 0  # below the margin
 
 
 class ViewTeacher(OneImageTeacher):
