@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 POSE = "pose"  # (B, 5)
-REFERENCE = "reference"  # (B, C, h, w) clean latents of a picture of the object, equal within a group
+REFERENCE = (
+    "reference"  # (B, C, h, w) clean latents of a picture of the object, equal within a group; NaN: none
+)
 REFERENCE_POSE = "reference_pose"  # (B, 5) its camera, likewise
 IMAGE_EMBEDDING = "image_embedding"  # (B, D) CLIP's embedding of the picture; a row of NaN gives none
 POSE_DIM = 5

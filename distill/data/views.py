@@ -18,19 +18,19 @@ from distill.runtime.errors import UserError
 class ViewLabels:
     """Cameras and groups of N images, in their order.
 
-    poses (N, 5); image_embedding (N, D) of CLIP's image tower; captioned (N,), whether the image has a
+    poses (N, 5); image_embedding (N, D) of CLIP's image tower; has_caption (N,), whether the image has a
     caption; group_size: consecutive rows that show one object.
     """
 
     poses: Tensor
     image_embedding: Tensor
-    captioned: Tensor
+    has_caption: Tensor
     group_size: int
 
     @property
-    def captioned_groups(self) -> Tensor:
+    def groups_with_caption(self) -> Tensor:
         """The first rows of groups with captions."""
-        return self.first_rows[self.captioned[self.first_rows]]
+        return self.first_rows[self.has_caption[self.first_rows]]
 
     @property
     def first_rows(self) -> Tensor:
@@ -63,8 +63,8 @@ def label_views(data: CaptionedImages, image_embedding: Tensor) -> ViewLabels:
     """The labels of a split's images. Raises `UserError` as `group_size_of`."""
     size = group_size_of(data)
     poses = torch.tensor([row["pose"] for row in data.rows], dtype=torch.float32)
-    captioned = torch.tensor([bool(text.strip()) for text in data.texts])
-    return ViewLabels(poses, image_embedding, captioned, size)
+    has_caption = torch.tensor([bool(text.strip()) for text in data.texts])
+    return ViewLabels(poses, image_embedding, has_caption, size)
 
 
 def group_backgrounds(count: int, group_size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The denoising error of a teacher on held-out images, by noise level and by what it is told."""
+"""The denoising error of a teacher on held-out images, by noise level and by its conditions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,12 +69,12 @@ def denoising_figures(
     )
     text = _encoded(teacher, data.texts, batch)
     poses = poses_of(data)
-    told = {"caption": text}
+    conditionings = {"caption": text}
     if poses is not None and teacher.conditioned_on_cameras:
-        told["caption_and_camera"] = text.with_extras(**{POSE: poses})
-        told["caption_and_wrong_camera"] = text.with_extras(**{POSE: poses.roll(1, 0)})
+        conditionings["caption_and_camera"] = text.with_extras(**{POSE: poses})
+        conditionings["caption_and_wrong_camera"] = text.with_extras(**{POSE: poses.roll(1, 0)})
     figures = {}
-    for name, conditioning in told.items():
+    for name, conditioning in conditionings.items():
         errors = denoising_errors(teacher, latents, conditioning, batch)
         levels = {f"{level:g}": error for level, error in errors.by_level.items()}
         figures[name] = {"mean": errors.mean, **levels}

@@ -60,5 +60,5 @@ def _tensors(labels: ViewLabels) -> dict[str, Tensor]:
 
 
 def _labels(tensors: dict[str, Tensor]) -> ViewLabels:
-    poses, embedding, captioned = (tensors[name] for name in ("poses", "image_embedding", "captioned"))
-    return ViewLabels(poses, embedding, captioned, int(tensors["group_size"]))
+    poses, embedding, has_caption = (tensors[name] for name in ("poses", "image_embedding", "has_caption"))
+    return ViewLabels(poses, embedding, has_caption, int(tensors["group_size"]))

@@ -31,6 +31,7 @@ FEATURES = 2 * len(AZIMUTH_FREQUENCIES) + 2 * len(ELEVATION_FREQUENCIES) + 3
 # Brings the world's distances (2.75 to 3.25) and offsets (up to 0.1) to the range of the sines.
 DISTANCE, DISTANCE_SCALE, OFFSET_SCALE = 3.0, 0.25, 0.05
 POSE_EMBEDDING = "pose_embedding"  # of the U-Net's `added_cond_kwargs`
+LAST_TIME = 999  # of a picture that is not given
 PREFIX = "view_conditions."  # of the weights that the stock U-Net has not
 FOLDER = "view_conditions"  # of a teacher's folder
 WEIGHTS = "model.safetensors"
@@ -145,10 +146,16 @@ class GroupAttention(AttnProcessor2_0):
 def with_reference_rows(
     x_t: Tensor, t: Tensor, conditioning: Conditioning
 ) -> tuple[Tensor, Tensor, Conditioning]:
-    """Every group of V views preceded by its picture without noise at time 0: groups of V + 1 rows."""
+    """Every group of V views preceded by its picture without noise at time 0: groups of V + 1 rows.
+
+    A picture of NaN is none: its row is zeros at the time `LAST_TIME`, of which nothing can be learnt. It
+    stands for the condition in the unconditional branch of classifier-free guidance.
+    """
     views = conditioning.views
     extras = dict(conditioning.extras)
     picture, pose = extras.pop(REFERENCE), extras.pop(REFERENCE_POSE)
+    missing = picture.isnan().flatten(1).any(1)
+    picture = picture.masked_fill(missing[:, None, None, None], 0.0)
 
     def prepend(values: Tensor, first: Tensor) -> Tensor:
         groups, firsts = values.unflatten(0, (-1, views)), first.unflatten(0, (-1, views))[:, :1]
@@ -156,7 +163,7 @@ def with_reference_rows(
 
     joined = {name: prepend(value, pose if name == POSE else value) for name, value in extras.items()}
     embedding = prepend(conditioning.embedding, conditioning.embedding)
-    x_t, t = prepend(x_t, picture), prepend(t, torch.zeros_like(t))
+    x_t, t = prepend(x_t, picture), prepend(t, LAST_TIME * missing.to(t.dtype))
     return x_t, t, Conditioning(embedding, joined, views + 1)
 
 

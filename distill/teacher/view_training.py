@@ -30,7 +30,8 @@ class ViewTrainingOptions:
     nameless: float = 0.6  # of the pictured groups: objects without caption, where there are any
     pose_dropout: float = 0.3  # of single images, so that the stock text-to-image model stays whole
     picture_text: float = 0.2  # of the pictured groups that keep their caption
-    embedding_dropout: float = 0.3  # of the pictured groups: CLIP's embedding of the picture
+    picture_dropout: float = 0.1  # of the pictured groups, for classifier-free guidance
+    embedding_dropout: float = 0.3  # of the pictured groups: CLIP's embedding of the picture alone
     width: int = 128  # of the layers that read the pose
 
     def __post_init__(self) -> None:
@@ -89,9 +90,9 @@ class ViewBatches:
                 "make data with more, or set teacher.unet.views.views"
             )
         self.cache, self.labels, self.options, self.batch, self.seed = cache, labels, options, batch, seed
-        self.captioned = labels.captioned.nonzero()[:, 0]
-        self.named = labels.captioned_groups
-        self.nameless = labels.first_rows[~labels.captioned[labels.first_rows]]
+        self.has_caption = labels.has_caption.nonzero()[:, 0]
+        self.named = labels.groups_with_caption
+        self.nameless = labels.first_rows[~labels.has_caption[labels.first_rows]]
         self.empty = torch.full((labels.poses.shape[1],), torch.nan)
 
     def draw(
@@ -101,7 +102,7 @@ class ViewBatches:
         single, grouped, pictured = self.options.counts(self.batch)
         parts = []
         if single:
-            index = self.captioned[batch_indices(len(self.captioned), single, step, self.seed)]
+            index = self.has_caption[batch_indices(len(self.has_caption), single, step, self.seed)]
             t = torch.randint(times, (single,), generator=generator)
             parts.append(self._single(index, t, text_dropout, generator))
         if grouped:
@@ -143,14 +144,16 @@ class ViewBatches:
         groups, views = len(rows), rows.shape[1] - 1
         pictures, index = rows[:, 0].repeat_interleave(views), rows[:, 1:].flatten()
         no_text = torch.rand(groups, generator=generator) >= self.options.picture_text
+        no_picture = torch.rand(groups, generator=generator) < self.options.picture_dropout
         no_embedding = torch.rand(groups, generator=generator) < self.options.embedding_dropout
 
         poses, origin = self.labels.poses, self.labels.poses[pictures, 0]
         embedding = self.labels.image_embedding[pictures].float()
-        hidden = no_embedding.repeat_interleave(views)[:, None]
+        hidden = (no_embedding | no_picture).repeat_interleave(views)[:, None]
+        dropped = no_picture.repeat_interleave(views)[:, None, None, None]
         extras = {
             POSE: relative_poses(poses[index], origin),
-            REFERENCE: self.cache.latents_of(pictures),
+            REFERENCE: self.cache.latents_of(pictures).masked_fill(dropped, torch.nan),
             REFERENCE_POSE: relative_poses(poses[pictures], origin),
             IMAGE_EMBEDDING: embedding.masked_fill(hidden, torch.nan),
         }

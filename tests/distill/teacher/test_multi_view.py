@@ -121,6 +121,19 @@ def test_a_picture_is_a_view_without_noise(denoiser: UNetDenoiser) -> None:
     assert output.shape == (3, 4, 4, 4) and not any(changed(output, expected[1:]))
 
 
+def test_a_picture_of_nan_is_none(denoiser: UNetDenoiser) -> None:
+    """What it would show does not matter; the other group keeps its picture."""
+    x_t, t, embedding, poses = inputs()
+    pictures = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(5))
+    pictures[:4], pictures[4:] = pictures[0].clone(), pictures[4].clone()
+    extras = {POSE: poses, REFERENCE: pictures, REFERENCE_POSE: torch.zeros(8, 5)}
+    both = denoiser.output(x_t, t, Conditioning(embedding, extras, 4))
+    missing = pictures.clone()
+    missing[4:] = torch.nan
+    output = denoiser.output(x_t, t, Conditioning(embedding, {**extras, REFERENCE: missing}, 4))
+    assert torch.isfinite(output).all() and changed(output, both) == [False] * 4 + [True] * 4
+
+
 def test_the_embedding_of_a_picture_is_a_token(denoiser: UNetDenoiser) -> None:
     x_t, t, embedding, poses = inputs()
     pictures = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))

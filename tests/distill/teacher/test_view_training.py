@@ -30,8 +30,8 @@ def labelled(seed: int = 0) -> tuple[LatentCache, ViewLabels]:
     captions = torch.arange(count) // SIZE % 2
     embeddings = torch.tensor([1.0, 2.0, 0.0])[:, None, None].expand(3, 2, 8)
     poses = torch.rand(count, 5, generator=generator)
-    captioned = torch.arange(count) // SIZE % 3 != 2
-    labels = ViewLabels(poses, torch.rand(count, 6, generator=generator), captioned, SIZE)
+    has_caption = torch.arange(count) // SIZE % 3 != 2
+    labels = ViewLabels(poses, torch.rand(count, 6, generator=generator), has_caption, SIZE)
     return LatentCache(latents, Conditioning(embeddings), captions), labels
 
 
@@ -59,7 +59,7 @@ def test_single_images_have_captions_and_poses_of_their_own() -> None:
     rows = torch.cat([rows_of(part.latents) for part in parts])
     poses = torch.cat([part.conditioning.extras[POSE] for part in parts])
     given = is_given(poses)
-    assert labels.captioned[rows].all() and 0.3 < float(given.float().mean()) < 0.7
+    assert labels.has_caption[rows].all() and 0.3 < float(given.float().mean()) < 0.7
     torch.testing.assert_close(poses[given], labels.poses[rows[given]])
     assert len(parts[0].t.unique()) > 1
 
@@ -69,7 +69,7 @@ def test_groups_show_one_object_at_one_level() -> None:
     for step in range(5):
         grouped = draw(ViewTrainingOptions(), step)[1]
         rows = rows_of(grouped.latents).view(-1, 4)
-        assert (rows // SIZE == rows[:, :1] // SIZE).all() and labels.captioned[rows].all()
+        assert (rows // SIZE == rows[:, :1] // SIZE).all() and labels.has_caption[rows].all()
         assert all(len(row.unique()) == 4 for row in rows)
         assert (grouped.t.view(-1, 4) == grouped.t.view(-1, 4)[:, :1]).all()
         torch.testing.assert_close(grouped.conditioning.extras[POSE], labels.poses[rows.flatten()])
@@ -81,7 +81,9 @@ def test_pictures_are_other_views_of_the_same_object_and_set_the_azimuth() -> No
     _, labels = labelled()
     nameless = 0
     for step in range(10):
-        part = draw(ViewTrainingOptions(nameless=0.5, picture_text=0.0, embedding_dropout=0.0), step)[2]
+        part = draw(
+            ViewTrainingOptions(nameless=0.5, picture_text=0, picture_dropout=0, embedding_dropout=0), step
+        )[2]
         extras = part.conditioning.extras
         rows, pictures = rows_of(part.latents), rows_of(extras[REFERENCE])
         assert (rows // SIZE == pictures // SIZE).all() and (rows != pictures).all()
@@ -91,17 +93,22 @@ def test_pictures_are_other_views_of_the_same_object_and_set_the_azimuth() -> No
         torch.testing.assert_close(extras[POSE][:, 1:], labels.poses[rows, 1:])
         torch.testing.assert_close(extras[IMAGE_EMBEDDING], labels.image_embedding[pictures])
         assert (part.conditioning.embedding == 0).all()  # the empty prompt
-        nameless += int((~labels.captioned[rows]).sum())
+        nameless += int((~labels.has_caption[rows]).sum())
     assert nameless == 10 * 3
 
 
 def test_dropped_conditions_are_those_of_whole_groups() -> None:
-    texts, hidden = [], []
+    texts, hidden, pictures = [], [], []
     for step in range(20):
-        _, grouped, pictured = draw(ViewTrainingOptions(picture_text=0.5), step, dropout=0.5)
+        _, grouped, pictured = draw(
+            ViewTrainingOptions(picture_text=0.5, picture_dropout=0.3), step, dropout=0.5
+        )
         texts.append((grouped.conditioning.embedding[:, 0, 0] == 0).view(-1, 4))
-        hidden.append(pictured.conditioning.extras[IMAGE_EMBEDDING].isnan().all(1).view(-1, 3))
-    for flags in (torch.cat(texts), torch.cat(hidden)):
+        extras = pictured.conditioning.extras
+        hidden.append(extras[IMAGE_EMBEDDING].isnan().all(1).view(-1, 3))
+        pictures.append(extras[REFERENCE].isnan().flatten(1).all(1).view(-1, 3))
+        assert (hidden[-1] | ~pictures[-1]).all()  # without the picture, no embedding of it
+    for flags in (torch.cat(texts), torch.cat(hidden), torch.cat(pictures)):
         assert (flags == flags[:, :1]).all() and 0 < int(flags.sum()) < flags.numel()
 
 
@@ -112,8 +119,8 @@ def test_labels_of_a_folder() -> None:
     ]
     data = CaptionedImages(images, rows)
     labels = label_views(data, torch.zeros(6, 2))
-    assert labels.group_size == 3 and labels.captioned.tolist() == [True] * 3 + [False] * 3
-    assert labels.captioned_groups.tolist() == [0] and labels.first_rows.tolist() == [0, 3]
+    assert labels.group_size == 3 and labels.has_caption.tolist() == [True] * 3 + [False] * 3
+    assert labels.groups_with_caption.tolist() == [0] and labels.first_rows.tolist() == [0, 3]
     levels = group_backgrounds(6, 3)
     assert len(levels[:3].unique()) == 1 and levels[0] != levels[3]
     with pytest.raises(UserError, match=r"\[2, 4\] consecutive rows"):
@@ -183,11 +190,11 @@ def test_a_short_training_learns_the_camera(tmp_path: Path) -> None:
     )
     text = conditioning.select(torch.zeros(count, dtype=torch.long))
     with torch.no_grad():
-        told, blind = (
+        with_pose, without = (
             float(denoiser.denoising_loss(latents, noise, t, each))
             for each in (text.with_extras(**{POSE: poses}), text)
         )
-    assert told < 0.6 * blind
+    assert with_pose < 0.6 * without
 
 
 def run_schedule() -> Any:
