@@ -21,6 +21,7 @@ from distill.teacher.folder import TeacherParts, save_teacher
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.unet import UnetOptions, build_unet, make_scheduler
 from distill.teacher.vae import VaeOptions, build_vae
+from distill.teacher.view_training import ViewTrainingOptions
 from distill.teacher.vocabulary import build_tokenizer
 from sds3d.text_to_3d.prompts import VIEWS, view_prompt
 from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS
@@ -73,8 +74,8 @@ def world_captions() -> list[str]:
     return [*single, *phrases, *views, *(f"a red cube {relation} a blue sphere" for relation in RELATIONS)]
 
 
-def save_tiny_teacher(folder: Path, latent_channels: int) -> Path:
-    """A complete teacher folder, untrained, 64x64 images, 8x8 latents."""
+def save_tiny_teacher(folder: Path, latent_channels: int, views: ViewTrainingOptions | None = None) -> Path:
+    """A complete teacher folder, untrained, 64x64 images, 8x8 latents; with `views` of a multi-view one."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         tokenizer, vocabulary = build_tokenizer(world_captions())
@@ -82,8 +83,8 @@ def save_tiny_teacher(folder: Path, latent_channels: int) -> Path:
         clip = build_clip(small, tokenizer, 64)
         vae = build_vae(VaeOptions(channels=(8, 8, 16, 16), latent_channels=latent_channels), 64)
         vae.register_to_config(scaling_factor=1.7)  # other than 1, which would hide a missing factor
-        options = UnetOptions(channels=(16, 32), heads=2)
-        unet = build_unet(options, vae.config.latent_channels, 8, small.text_width)
+        options = UnetOptions(channels=(16, 32), heads=2, views=views)
+        unet = build_unet(options, vae.config.latent_channels, 8, small.text_width, small.projection)
         save_teacher(folder, TeacherParts(tokenizer, vocabulary, clip, vae), unet, make_scheduler(options))
     return folder
 
@@ -92,6 +93,13 @@ def save_tiny_teacher(folder: Path, latent_channels: int) -> Path:
 def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One with latents of 8 channels. Tests must not write to it."""
     return save_tiny_teacher(tmp_path_factory.mktemp("teacher") / "tiny", 8)
+
+
+@pytest.fixture(scope="session")
+def multi_view_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that takes cameras and pictures. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("teacher") / "multi_view"
+    return save_tiny_teacher(folder, 8, ViewTrainingOptions(width=16))
 
 
 @pytest.fixture
