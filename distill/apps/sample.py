@@ -28,6 +28,7 @@ TEACHER_OPTIONS = (  # disabled while empty
     "weights",
     "interpolate",
     "animation",
+    "azimuths",
 )
 NOISE_ONLY = ("compare_samplers", "sweep", "image", "animation")  # not combined with formulations
 
@@ -86,7 +87,7 @@ def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     teacher = load_teacher(options.teacher, precision.device, precision.dtype)
     controls = [control.build(teacher) for control in options.controls]
     model = controlled(teacher, controls) if controls else teacher
-    columns = options.count * max(len(options.sweep), 1)
+    columns = options.images_per_prompt * max(len(options.sweep), 1)
     if options.compare_samplers or options.formulations:
         if options.formulations:
             rows, table = compare_formulations(model, options, options.formulations)

@@ -15,6 +15,7 @@ from distill.core.conditioning import Conditioning
 from distill.core.sampling import Callback, Img2ImgInit, sample_ddpm, sample_ode
 from distill.core.score import Guided, Prediction, ScoreModel
 from distill.core.teacher import Teacher
+from distill.core.views import POSE
 from distill.data.images import load_image
 from distill.evaluation.clip import load_clip_scorer
 from distill.runtime.errors import UserError
@@ -43,6 +44,11 @@ class TextToImageOptions:
     sweep: tuple[float, ...] = ()  # guidance scales, each from the same noise
     candidates: int = 1  # samples for each image, of which the best by CLIP is returned
     clip: str | None = None  # a CLIP model of transformers to rank with; null: the teacher's own
+    # cameras, in degrees: one image of each prompt from each, in place of `count`; 0 faces the front
+    azimuths: tuple[float, ...] = ()
+    elevation: float = 20.0  # of these cameras
+    distance: float = 3.0  # of these cameras, in world units
+    multi_view: bool = True  # the images of a prompt show one object, denoised together
 
     def __post_init__(self) -> None:
         if not self.prompts or min(self.count, self.steps, self.candidates) < 1:
@@ -68,6 +74,19 @@ class TextToImageOptions:
             raise UserError(
                 "candidates are ranked by their prompt: leave weights, interpolate, sweep and animation out"
             )
+
+        if self.azimuths and (self.candidates > 1 or self.weights or self.interpolate):
+            raise UserError("azimuths are of plain prompts: leave candidates, weights and interpolate out")
+        if not -89 <= self.elevation <= 89 or self.distance <= 0:
+            raise UserError(
+                f"a camera at elevation {self.elevation:g}, distance {self.distance:g}: expected within "
+                "[-89, 89] degrees and a positive distance"
+            )
+
+    @property
+    def images_per_prompt(self) -> int:
+        """`count`, or one a camera."""
+        return len(self.azimuths) or self.count
 
     @property
     def nfe(self) -> int:
@@ -109,11 +128,30 @@ def _interpolated(rows: Tensor, count: int) -> Tensor:
 
 
 def initial_batch(teacher: Teacher, options: TextToImageOptions) -> tuple[Conditioning, Tensor]:
-    """The conditioning and the initial noise (N, C, h, w) of all samples, prompt by prompt."""
+    """The conditioning and the initial noise (N, C, h, w) of all samples, prompt by prompt.
+
+    Raises `UserError` where cameras are given to a teacher that knows none.
+    """
     generator = torch.Generator().manual_seed(options.seed)
-    rows = prompt_conditioning(teacher, options).repeat_interleave(options.count * options.candidates)
+    per_prompt = options.images_per_prompt * options.candidates
+    rows = prompt_conditioning(teacher, options).repeat_interleave(per_prompt)
+    if options.azimuths:
+        rows = with_cameras(teacher, rows, options)
     noise = torch.randn(len(rows), *teacher.latent_shape, generator=generator)
     return rows, noise.to(teacher.device)
+
+
+def with_cameras(teacher: Teacher, rows: Conditioning, options: TextToImageOptions) -> Conditioning:
+    """The conditioning from the options' cameras, of an object at the centre of the image."""
+    if not teacher.conditioned_on_cameras:
+        raise UserError(
+            f"azimuths are given, but the teacher {teacher.name_or_path} knows no cameras: "
+            "name the view in the prompt ('a red car, side view'), or give a multi-view teacher"
+        )
+    angles = torch.deg2rad(torch.tensor([(azimuth, options.elevation) for azimuth in options.azimuths]))
+    rest = torch.tensor([options.distance, 0.0, 0.0]).expand(len(angles), 3)
+    poses = torch.cat([angles, rest], 1).repeat(len(rows) // len(angles), 1).to(teacher.device)
+    return rows.with_extras(**{POSE: poses}).grouped(len(angles) if options.multi_view else 1)
 
 
 def load_init(teacher: Teacher, options: TextToImageOptions, count: int) -> Img2ImgInit | None:
@@ -160,14 +198,14 @@ def text_to_image(teacher: Teacher, options: TextToImageOptions) -> TextToImageO
 
     def record(step: int, x_t: Tensor, prediction: Prediction) -> None:
         for name, latents in (("x0", prediction.x0), ("xt", x_t)):
-            frames[name].append(image_grid(teacher.decode(latents).cpu(), options.count))
+            frames[name].append(image_grid(teacher.decode(latents).cpu(), options.images_per_prompt))
 
     callback = record if options.animation else None
     samples = []
     for scale in options.sweep or (options.guidance,):
         model = Guided(teacher, uncond, scale)
         latents = sample_latents(model, teacher, conditioning, noise, options, callback, init)
-        per_prompt = options.count * options.candidates
+        per_prompt = options.images_per_prompt * options.candidates
         samples.append(teacher.decode(latents).cpu().unflatten(0, (-1, per_prompt)))
 
     images = torch.stack(samples, 1)  # (prompts, scales, per_prompt, 3, H, W)

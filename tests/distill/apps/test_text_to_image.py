@@ -35,10 +35,10 @@ from distill.apps.text_to_image import (
 from distill.control.adapter import make_adapter, save_adapter
 from distill.core.sampling import sample_heun, sample_ode
 from distill.core.score import Guided
+from distill.core.views import POSE
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
 from distill.teacher.clip import caption_features, image_features
-from distill.teacher.folder import load_clip
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 PROMPT = "a red cube"
@@ -312,3 +312,26 @@ def test_sample_script_takes_images_adapters_and_comparisons(
 def test_invalid_options(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SampleOptions(prompts=(PROMPT,), **arguments)  # type: ignore[arg-type]
+
+
+def test_cameras_give_one_image_each_of_one_object(
+    multi_view_teacher_folder: Path, tiny_teacher: LatentDiffusionTeacher
+) -> None:
+    teacher = load_latent_diffusion(str(multi_view_teacher_folder))
+    options = TextToImageOptions(("a red cube", "a blue cube"), azimuths=(0.0, 90.0, 180.0), steps=2)
+    rows, noise = initial_batch(teacher, options)
+    assert len(rows) == len(noise) == 6 and rows.views == 3
+    expected = torch.tensor([0, torch.pi / 2, torch.pi]).repeat(2)
+    torch.testing.assert_close(rows.extras[POSE][:, 0], expected)
+    torch.testing.assert_close(
+        rows.extras[POSE][:, 1:].unique(dim=0), torch.tensor([[0.349066, 3.0, 0.0, 0.0]])
+    )
+    assert initial_batch(teacher, replace(options, multi_view=False))[0].views == 1
+    assert text_to_image(teacher, options).images.shape[0] == 6
+
+    with pytest.raises(UserError, match="knows no cameras"):
+        initial_batch(tiny_teacher, options)
+    with pytest.raises(UserError, match="elevation 95"):
+        replace(options, elevation=95.0)
+    with pytest.raises(UserError, match="leave candidates"):
+        replace(options, candidates=2)
