@@ -39,6 +39,7 @@ from distill.core.views import POSE
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
 from distill.teacher.clip import caption_features, image_features
+from distill.teacher.folder import load_clip
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 PROMPT = "a red cube"
