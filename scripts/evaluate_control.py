@@ -1,6 +1,6 @@
 """Grade an adapter on held-out conditions.
 
-python scripts/evaluate_control.py adapter=silhouette student=shapes64
+python scripts/evaluate_control.py adapter=silhouette student=shapes64_text
 """
 
 from dataclasses import dataclass, field
@@ -37,9 +37,9 @@ from sds3d.world.conditions import split_condition_images
 class Config:
     """An adapter, the conditions of a test split, and the same samples without the adapter."""
 
-    teacher: str = "shapes64"
+    teacher: str = "shapes64_text"
     adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
-    student: str | None = None  # shapes64, or a folder of distill_one_step.py: graded with the adapter too
+    student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: graded too
     data: str = "outputs/shapes64"
     probe: str | None = "probe64"  # null: no figures but those of lines
     judge: str | None = "judge64"  # null: no accuracy
@@ -55,11 +55,11 @@ def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
     teacher = require_latent(load_teacher(config.teacher, device, dtype))
-    adapter, condition = load_adapter(config.adapter, device, dtype)
-    student = None if config.student is None else load_student(config.student, device, dtype)[0]
+    adapter, condition = load_adapter(config.adapter, teacher)
+    student = None if config.student is None else load_student(config.student, device, dtype, teacher)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
     conditions = split_condition_images(config.data, "test", condition, data)
-    probe = None if config.probe is None else load_probe(config.probe, device)
+    probe = None if config.probe is None else load_probe(config.probe, device, teacher)
     graders = load_graders(config.teacher, config.judge, device=device)
     rows, images = evaluate_control(
         ControlledModels(teacher, adapter, student),

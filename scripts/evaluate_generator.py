@@ -24,8 +24,8 @@ QUERY = ("data", "judge", "clip", "features", "limit", "labels", "evaluation")  
 class Config:
     """Generators, a test split, and what grades samples; a row per generator, kept as JSON."""
 
-    teacher: str = "shapes64"
-    students: tuple[str, ...] = ()  # shapes64, or folders of distill_one_step.py
+    teacher: str = "shapes64_text"
+    students: tuple[str, ...] = ()  # shapes64_text, or folders of distill_one_step.py
     steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
     guidance: tuple[float, ...] = (2.0,)
     judge: str | None = "judge64"  # null: no accuracy
@@ -44,7 +44,8 @@ def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
     teacher = load_teacher(config.teacher, device, dtype)
-    samplers = [student_sampler(name, load_student(name, device, dtype)[0]) for name in config.students]
+    students = [load_student(name, device, dtype, teacher)[0] for name in config.students]
+    samplers = [student_sampler(*named) for named in zip(config.students, students, strict=True)]
     samplers += [
         teacher_sampler(teacher, steps, scale) for steps in config.steps for scale in config.guidance
     ]

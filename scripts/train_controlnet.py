@@ -6,7 +6,6 @@ python scripts/train_controlnet.py condition=silhouette
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from entry import entry
 
 from distill.control.adapter import save_adapter
@@ -21,6 +20,7 @@ from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
+from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.load import load_teacher, require_latent
 from sds3d.world.conditions import split_condition_images
 
@@ -32,7 +32,7 @@ class Config:
     # silhouette; depth and normals need world.geometry=true; edges and scribble suit any images; folder reads
     # a conditioning_image column
     condition: str = "silhouette"
-    teacher: str = "shapes64"
+    teacher: str = "shapes64_text"
     data: str = (
         "outputs/shapes64"  # a captioned image folder; its validation split, where it has one, is held out
     )
@@ -51,27 +51,27 @@ def main(config: Config) -> None:
     teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
     train = load_split(config.data, "train", teacher.resolution)
     conditions = split_condition_images(config.data, "train", condition, train)
-    held_out = load_held_out(config, teacher.resolution, precision.device)
+    held_out = load_held_out(config, teacher)
     run = Run(config.run, as_mapping(config), f"{condition} adapter")
     latents = load_latents(teacher, config.data)
     trainer = AdapterTrainer(run, teacher, latents, conditions, condition, config.adapter)
     adapter = trainer.train(held_out)
     metrics = finish(run)
     record_work(run.directory / "result.json", plan)
-    save_adapter(run.directory / "adapter", adapter, condition, metrics)
+    save_adapter(run.directory / "adapter", adapter, condition, metrics, teacher.identity)
     files = ["adapter", *(["fidelity.png"] if metrics else [])]
     if metrics:
         print(*(f"{name} {value:.3f}" for name, value in metrics.items()))
     print(f"written: {run.directory}/{', '.join(files)}")
 
 
-def load_held_out(config: Config, resolution: int, device: torch.device) -> HeldOut | None:
+def load_held_out(config: Config, teacher: LatentDiffusionTeacher) -> HeldOut | None:
     """The first images of the validation split; None where the data have none."""
     if not (Path(config.data) / "validation").is_dir():
         return None
-    probe = None if config.probe is None else load_probe(config.probe, device)
+    probe = None if config.probe is None else load_probe(config.probe, teacher.device, teacher)
     limit = config.adapter.validation.samples
-    data = load_split(config.data, "validation", resolution, limit)
+    data = load_split(config.data, "validation", teacher.resolution, limit)
     conditions = split_condition_images(config.data, "validation", config.condition, data)
     return HeldOut(data.texts, conditions, data.composite(slice(None)), probe)
 

@@ -39,7 +39,7 @@ class SampleOptions(TextToImageOptions):
 
     # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
     teacher: str = "shapes64"
-    student: str | None = None  # shapes64, or a folder of distill_one_step.py: all its steps
+    student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: all its steps
     student_guidance: float | None = None  # of a student whose input it is (LCM); null: the student's own
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
     # the same images by each sampler, timed: [ddim, dpm], or each in steps of its own, [ddim:25, ddpm:500]
@@ -106,7 +106,8 @@ def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     """As `sample_with_teacher`, by the student; the grid also shows the teacher where they are compared."""
     precision = pick_precision(options.device, options.precision)
     device, dtype = precision.device, precision.dtype
-    student, parts = load_student(str(options.student), device, dtype)
+    teacher = load_teacher(options.teacher, device, dtype) if options.compare else None
+    student, parts = load_student(str(options.student), device, dtype, teacher)
     if options.student_guidance is not None and student.guidance is None:
         raise UserError(
             f"student_guidance is {options.student_guidance:g}, but {options.student} was trained at one "
@@ -118,7 +119,6 @@ def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     chosen = StudentSampleOptions(
         options.prompts, options.count, options.seed, options.compare, options.guidance
     )
-    teacher = load_teacher(options.teacher, device, dtype) if options.compare else None
     rows = sample_student(student, parts, teacher, chosen)
     if options.compare:
         print(timing_table(rows))

@@ -14,12 +14,14 @@ from diffusers import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
+from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_record
 from distill.core.noise import NoiseSchedule
 from distill.core.teacher import Denoiser, Teacher
 from distill.data.images import load_image
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
+from distill.runtime.precision import Precision
 from distill.runtime.shipped import names, resolve
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.latent import LatentDiffusionTeacher
@@ -99,7 +101,7 @@ class ControlOptions:
 
     def build(self, teacher: Teacher) -> Control:
         """The control, loaded. Raises `UserError` for an invalid adapter or image."""
-        adapter, _ = load_adapter(self.adapter, teacher.device, teacher.precision.dtype)
+        adapter, _ = load_adapter(self.adapter, teacher)
         image = load_image(self.image, teacher.resolution).to(teacher.device)
         return Control(adapter, image, self.weight, self.start, self.end)
 
@@ -234,27 +236,40 @@ def _plain(value: Any) -> Any:
 
 
 def save_adapter(
-    folder: Path | str, adapter: ControlNetModel, condition: str, figures: dict[str, float]
+    folder: Path | str,
+    adapter: ControlNetModel,
+    condition: str,
+    figures: dict[str, float],
+    teacher: TeacherIdentity | None = None,
 ) -> None:
-    """Write `ControlNetModel`'s own folder in fp16, with its condition; an older adapter is replaced."""
+    """Write `ControlNetModel`'s own folder in fp16, with its condition and the teacher that it belongs to.
+
+    An older adapter is replaced.
+    """
+    facts = {"condition": condition, "figures": figures, **teacher_record(teacher)}
     with atomic_folder(folder, CONDITION_FILE, "an adapter") as temporary:
         copy.deepcopy(adapter).half().save_pretrained(temporary)
-        write_json(temporary / CONDITION_FILE, {"condition": condition, "figures": figures})
+        write_json(temporary / CONDITION_FILE, facts)
 
 
-def load_adapter(
-    name_or_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> tuple[ControlNetModel, str]:
+def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tuple[ControlNetModel, str]:
     """A shipped adapter or one of a folder, frozen, and its condition ("" where unknown).
 
-    Raises `UserError` where there is none.
+    It has the device and the precision of the teacher (or of a student's parts) that it is for, by default
+    float32 on the CPU. Raises `UserError` where there is none, and for one that belongs to another teacher.
     """
     folder = resolve("adapter", name_or_path)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{name_or_path} is no adapter: give {names('adapter')}, or a folder of train_controlnet.py"
         )
-    adapter = ControlNetModel.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
     path = folder / CONDITION_FILE
-    condition = read_json(path)["condition"] if path.is_file() else ""
-    return adapter.to(device, memory_format=torch.channels_last), condition
+    facts = read_json(path) if path.is_file() else {}  # adapters made elsewhere have none
+    precision = Precision(torch.device("cpu"), torch.float32)
+    if teacher is not None:
+        precision, owner = teacher.precision, recorded_teacher(facts, str(path))
+        remedy = "train one (scripts/train_controlnet.py)"
+        check_teacher(f"adapter {name_or_path}", owner, teacher.identity, remedy)
+    adapter = ControlNetModel.from_pretrained(folder, dtype=precision.dtype).eval().requires_grad_(False)
+    adapter = adapter.to(precision.device, memory_format=torch.channels_last)
+    return adapter, facts.get("condition", "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.conditioning import Conditioning
+from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
@@ -121,6 +122,8 @@ class Teacher(ScoreModel):
     denoiser: Denoiser
     scheduler: DDIMScheduler
     name_or_path: str
+    # What its adapters, students and pairs record; None: not identified, and then nothing is compared.
+    identity: TeacherIdentity | None = None
 
     @property
     @abstractmethod

@@ -3,6 +3,7 @@
 Like the judge it is independent of every teacher: it is trained on augmented renders with true geometry.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core.identity import TeacherIdentity, recorded_teacher, teacher_mismatch, teacher_record
+from distill.core.teacher import Teacher
 from distill.data.augmentation import add_noise, blur_sharpen, color_jitter
 from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.evaluation.judge import Block
@@ -126,28 +129,39 @@ def depth_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return shape + gradient + 0.1 * shift.abs().mean()
 
 
-def save_probe(probe: Probe, folder: Path | str, metrics: dict[str, float]) -> None:
-    """Write model.safetensors, in half precision, and probe.json."""
+def save_probe(
+    probe: Probe, folder: Path | str, metrics: dict[str, float], teacher: TeacherIdentity | None = None
+) -> None:
+    """Write model.safetensors, in half precision, and probe.json, with the teacher that it is for."""
     state = {
         k: (v.half() if v.is_floating_point() else v).cpu().contiguous()
         for k, v in probe.state_dict().items()
     }
     with atomic_path(Path(folder) / "model.safetensors") as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-    write_json(
-        Path(folder) / "probe.json", {"format": FORMAT, "options": asdict(probe.options), "metrics": metrics}
-    )
+    facts = {"format": FORMAT, "options": asdict(probe.options), "metrics": metrics}
+    write_json(Path(folder) / "probe.json", facts | teacher_record(teacher))
 
 
-def load_probe(folder: Path | str, device: torch.device | str = "cpu") -> Probe:
+def load_probe(
+    folder: Path | str, device: torch.device | str = "cpu", teacher: Teacher | None = None
+) -> Probe:
     """The probe in a folder, or a shipped one by name (`probe64`), float32, frozen.
 
-    It is loaded to `device`. Raises `UserError` where there is none.
+    It is loaded to `device`. teacher: the one whose samples are graded. A probe for another's is reported on
+    stderr and not refused: it sees images only, and fits those that are like its data. Raises `UserError`
+    where there is none.
     """
     path = resolve("probe", folder)
     facts = read_json(path / "probe.json") if (path / "probe.json").is_file() else None
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise UserError(f"{folder} holds no probe: train one with scripts/train_probe.py")
+    if teacher is not None:
+        owner = recorded_teacher(facts, str(path / "probe.json"))
+        mismatch = teacher_mismatch(f"probe {folder}", owner, teacher.identity)
+        if mismatch is not None:
+            remedy = "where its images differ, train one (scripts/train_probe.py)"
+            print(f"warning: {mismatch}: {remedy}", file=sys.stderr)
     probe = Probe(ProbeOptions(**facts["options"]))
     probe.load_state_dict(load_file(path / "model.safetensors"))
     return probe.to(device).eval().requires_grad_(False)

@@ -10,6 +10,7 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_model
 
+from distill.core.identity import check_teacher, recorded_teacher, teacher_record
 from distill.core.noise import NoiseSchedule
 from distill.core.teacher import Teacher
 from distill.one_step import pipeline as pipeline_file
@@ -24,7 +25,7 @@ from distill.teacher.vocabulary import VOCABULARY
 
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
 PIPELINE = "pipeline.py"  # its presence marks a student's folder
-DEFAULTS = "student.json"  # steps and guidance scale, of a student that allows a choice of them
+FACTS = "student.json"  # its teacher; of a student that allows a choice of them, steps and guidance scale
 NO_BLENDING = 1e9  # a timestep_scaling at which c_skip is 0 and c_out 1
 
 
@@ -74,17 +75,24 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
         save_pipeline(temporary, pipeline, exact=("vae", "text_encoder"))
         if teacher.vocabulary is not None:
             write_json(temporary / "tokenizer" / VOCABULARY, sorted(teacher.vocabulary))
+        facts = teacher_record(teacher.identity)
         if student.grid is not None or student.guidance is not None:
-            write_json(temporary / DEFAULTS, {"steps": len(student.timesteps), "guidance": student.guidance})
+            facts |= {"steps": len(student.timesteps), "guidance": student.guidance}
+        write_json(temporary / FACTS, facts)
         shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
 
 
 def load_student(
-    name_or_path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    name_or_path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    teacher: Teacher | None = None,
 ) -> tuple[Student, LatentDiffusionTeacher]:
     """A student by shipped name or folder, and its text encoder and VAE as a teacher of their own.
 
-    `dtype` is that of their weights, by default the device's. Raises `UserError` where there is none.
+    `dtype` is that of their weights, by default the device's. The parts have the identity of the student's
+    teacher, whose adapters they take. teacher: the one that the student is used with, where there is one.
+    Raises `UserError` where there is no student, and for one that belongs to another teacher.
     """
     folder = resolve("student", name_or_path)
     if not (folder / PIPELINE).is_file():
@@ -92,14 +100,21 @@ def load_student(
             f"{name_or_path} is no student: give {names('student')}, "
             "or a folder that distill_one_step.py wrote (outputs/one_step/.../student)"
         )
+    path = folder / FACTS
+    facts = read_json(path) if path.is_file() else {}
+    owner = recorded_teacher(facts, str(path))
+    if teacher is not None:
+        remedy = "distil one (scripts/distill_one_step.py)"
+        check_teacher(f"student {name_or_path}", owner, teacher.identity, remedy)
     parts = load_latent_diffusion(str(folder), device, dtype)
+    parts.identity = owner
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     schedule, config = NoiseSchedule(scheduler.alphas_cumprod), scheduler.config
     denoiser = UNetDenoiser(parts.unet, schedule, config.prediction_type)
     scaling = None if config.timestep_scaling == NO_BLENDING else config.timestep_scaling
-    if not (folder / DEFAULTS).is_file():
+    if "steps" not in facts:
         timesteps = spaced_timesteps(config.num_train_timesteps, config.original_inference_steps)
         return Student(denoiser, timesteps, timestep_scaling=scaling), parts
-    defaults, grid = read_json(folder / DEFAULTS), config.original_inference_steps
-    timesteps = spaced_timesteps(config.num_train_timesteps, defaults["steps"], grid)
-    return Student(denoiser, timesteps, grid, scaling, defaults["guidance"]), parts
+    grid = config.original_inference_steps
+    timesteps = spaced_timesteps(config.num_train_timesteps, facts["steps"], grid)
+    return Student(denoiser, timesteps, grid, scaling, facts["guidance"]), parts

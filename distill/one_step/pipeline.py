@@ -35,6 +35,6 @@ class StudentPipeline(StableDiffusionPipeline):
 
     @property
     def _defaults(self) -> dict[str, float]:
-        """What the folder's student.json holds, where there is one."""
+        """What the folder's student.json holds, where there is one; only `steps` and `guidance` are read."""
         path = Path(self.name_or_path or "") / "student.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
+from distill.core.identity import TEACHER, check_teacher, recorded_teacher, teacher_record
 from distill.core.teacher import Teacher
 from distill.evaluation.generate import sampling_batches, teacher_sampler
 from distill.one_step.student import Student
@@ -55,7 +56,8 @@ def make_pairs(teacher: Teacher, captions: Sequence[str], folder: Path | str, op
     folder = Path(folder)
     facts = {
         "format": FORMAT,
-        "teacher": teacher.name_or_path,
+        TEACHER: teacher.name_or_path,
+        **teacher_record(teacher.identity),
         "options": vars(options),
         "captions": list(captions),
     }
@@ -92,16 +94,20 @@ class Pairs:
     caption: Tensor
 
 
-def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Conditioning]) -> Pairs:
-    """All finished pairs of a folder, their captions through a teacher's `encode_text`.
+def load_pairs(folder: Path | str, teacher: Teacher) -> Pairs:
+    """All finished pairs of a folder, their captions through the teacher's `encode_text`.
 
-    Raises `UserError` where there are none, and for a damaged shard.
+    Raises `UserError` where there are none, for a damaged shard, and for pairs of another teacher.
     """
     folder = Path(folder)
     facts = read_json(folder / "pairs.json")
     paths = sorted(folder.glob("pairs_*.safetensors"))
     if not isinstance(facts, dict) or facts.get("format") != FORMAT or not paths:
         raise UserError(f"{folder} holds no pairs: make them with scripts/make_pairs.py output={folder}")
+    if not isinstance(facts[TEACHER], str):  # a path of a teacher that is not identified
+        owner = recorded_teacher(facts, str(folder / "pairs.json"))
+        remedy = f"make them (scripts/make_pairs.py output={folder})"
+        check_teacher(f"set of pairs {folder}", owner, teacher.identity, remedy)
     try:
         shards = [load_file(path) for path in paths]
     except (SafetensorError, OSError) as error:
@@ -111,7 +117,7 @@ def load_pairs(folder: Path | str, encode: Callable[[Sequence[str]], Conditionin
     joined = {name: torch.cat([shard[name] for shard in shards]) for name in ("noise", "latents", "caption")}
     captions = facts["captions"]
     batches = [captions[first : first + 256] for first in range(0, len(captions), 256)]
-    conditioning = Conditioning.cat([encode(batch) for batch in batches])
+    conditioning = Conditioning.cat([teacher.encode_text(batch) for batch in batches])
     return Pairs(joined["noise"].float(), joined["latents"].float(), conditioning, joined["caption"])
 
 

@@ -6,7 +6,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -257,8 +257,13 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """A hash of the modules' weights, 16 hexadecimal digits: the key of caches that depend on them."""
+    """A hash of the modules' weights: the key of caches that depend on them."""
+    return hash_tensors(value for module in modules for value in module.state_dict().values())
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """A hash of the values of tensors, as float32, in their order: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for value in (value for module in modules for value in module.state_dict().values()):
+    for value in tensors:
         digest.update(value.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

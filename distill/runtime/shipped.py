@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Literal
 
 WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter"]
-WEIGHTS = Path(__file__).parents[1] / "weights"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
-    "teacher": {"shapes64": "shapes64"},
+    # shapes64_text: conditioned on text alone; the shipped students and adapters are of its U-Net
+    "teacher": {"shapes64": "shapes64_text", "shapes64_text": "shapes64_text"},
     "judge": {"judge64": "judge64"},
     "probe": {"probe64": "probe64"},
-    "student": {"shapes64": "students/shapes64"},  # one-step, by the name of its teacher
+    "student": {"shapes64_text": "students/shapes64_text"},  # one-step, by the name of its teacher
     "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by their condition
 }
 
@@ -18,6 +19,12 @@ def resolve(kind: WeightsKind, name_or_path: Path | str) -> Path:
     """The folder of shipped weights by name; any other name as a path."""
     folder = SHIPPED[kind].get(str(name_or_path))
     return Path(name_or_path) if folder is None else WEIGHTS / folder
+
+
+def display_name(name_or_path: Path | str) -> str:
+    """A path within the shipped weights, from their folder on; any other name or path as it is."""
+    path = Path(name_or_path).resolve()
+    return str(path.relative_to(WEIGHTS)) if path.is_relative_to(WEIGHTS) else str(name_or_path)
 
 
 def names(kind: WeightsKind) -> str:

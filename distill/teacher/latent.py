@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from distill.core.conditioning import Conditioning
+from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule
 from distill.core.teacher import Teacher
 from distill.runtime import shipped
@@ -17,6 +18,7 @@ from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.runtime.precision import Precision, resolve_precision
 from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.identity import identify
 from distill.teacher.multi_view import load_view_conditions
 from distill.teacher.vocabulary import check_length, check_prompt, load_vocabulary
 
@@ -33,12 +35,17 @@ class LatentDiffusionTeacher(Teacher):
     denoiser: UNetDenoiser
 
     def __init__(
-        self, parts: dict[str, Any], vocabulary: frozenset[str] | None = None, name_or_path: str = ""
+        self,
+        parts: dict[str, Any],
+        vocabulary: frozenset[str] | None = None,
+        name_or_path: str = "",
+        identity: TeacherIdentity | None = None,
     ) -> None:
         """parts: tokenizer, text_encoder, vae, unet, scheduler, as a diffusers pipeline names them.
 
         All are frozen. `vocabulary` is None where any word is allowed.
         """
+        self.identity = identity
         self.tokenizer: CLIPTokenizer = parts["tokenizer"]
         self.text_encoder: CLIPTextModel = parts["text_encoder"]
         self.vae: AutoencoderKL = parts["vae"]
@@ -159,10 +166,12 @@ def load_latent_diffusion(
     except (OSError, ValueError) as error:
         raise UserError(_not_loaded(name_or_path, folder, str(error).splitlines()[0])) from None
     parts, vocabulary = dict(pipeline.to(device).components), None
+    # where diffusers found the U-Net: of a hub id in the hub's cache
+    identity = identify(str(folder or name_or_path), Path(pipeline.unet.config["_name_or_path"]).parent)
     if folder is not None:
         parts["unet"] = load_view_conditions(folder, parts["unet"])
         vocabulary = load_vocabulary(folder / "tokenizer")
-    return LatentDiffusionTeacher(parts, vocabulary, str(folder or name_or_path))
+    return LatentDiffusionTeacher(parts, vocabulary, str(folder or name_or_path), identity)
 
 
 def _not_loaded(name_or_path: str, folder: Path | None, reason: str) -> str:

@@ -70,7 +70,7 @@ class MeshControl:
     def __init__(self, teacher: LatentDiffusionTeacher, options: MeshControlOptions) -> None:
         """Raises `UserError` for a mesh or an adapter that cannot be used."""
         self.caster = RayCaster(coarse_mesh(options.mesh))
-        adapter, trained_on = load_adapter(options.adapter, teacher.device, teacher.precision.dtype)
+        adapter, trained_on = load_adapter(options.adapter, teacher)
         self.condition = options.condition or trained_on
         if self.condition not in CONDITIONS:
             raise UserError(

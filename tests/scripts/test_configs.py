@@ -22,7 +22,9 @@ from distill.one_step.points import PointOptions
 from distill.one_step.regression import PairOptions
 from distill.one_step.trainer import OneStepOptions
 from distill.runtime.config import TARGET, as_mapping, build, defaults_of, fields_of, target_class
+from distill.runtime.files import read_json
 from distill.runtime.help import comments, help_lines
+from distill.runtime.shipped import resolve
 from distill.teacher.train import TeacherOptions
 from sds3d.export.export import ExportOptions
 from sds3d.scene.nerf import NerfOptions
@@ -155,6 +157,16 @@ def test_python_and_command_line_agree(script: str) -> None:
 def test_sample_and_python_agree() -> None:
     config, options = options_of("sample"), TextToImageOptions((PROMPT,))
     assert {name: vars(config)[name] for name in vars(options)} == vars(options)
+
+
+@pytest.mark.parametrize("adapter", ["depth", "silhouette"])
+def test_control_chooses_the_teacher_of_its_adapter(adapter: str) -> None:
+    control = [f"control={adapter}", "control.mesh=x.obj"]
+    config = options_of("text_to_3d", *control)
+    assert config.control.adapter == adapter
+    record = read_json(resolve("adapter", adapter) / "condition.json")["teacher"]
+    assert config.teacher == record["name"]
+    assert options_of("text_to_3d", *control, "teacher=mine").teacher == "mine"
 
 
 @pytest.mark.parametrize(("script", "choice"), CHOICES)

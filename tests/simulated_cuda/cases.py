@@ -60,8 +60,8 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "distill_points": ["seeds=[0]", "points.budget=64", "points.init_steps=2", "points.pairs=16",
                        "methods=[dmd2]"],
     "doctor": [],
-    "evaluate_control": [*CONTROL, "student=shapes64"],
-    "evaluate_generator": ["students=[shapes64]", "steps=[2]", "limit=8", "evaluation.samples=8",
+    "evaluate_control": [*CONTROL, "student=shapes64_text"],
+    "evaluate_generator": ["students=[shapes64_text]", "steps=[2]", "limit=8", "evaluation.samples=8",
                            "evaluation.captions=2", "evaluation.each=2", "evaluation.batch=4"],
     "evaluate_teacher": [TINY, "limit=8", "evaluation.samples=4", "evaluation.steps=2",
                          "evaluation.guidance=[2]"],
@@ -93,8 +93,8 @@ ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
                       "optimise_image.start=source"],
     "scene/hash_large": SMALL_FIELD,
-    "control/depth": ["control.mesh=mesh.glb", "teacher=shapes64"],
-    "control/silhouette": ["control.mesh=mesh.glb", "teacher=shapes64"],
+    "control/depth": ["control.mesh=mesh.glb"],
+    "control/silhouette": ["control.mesh=mesh.glb"],
 }  # fmt: skip
 EXPERIMENT = {  # of the presets' scripts
     "text_to_3d": ("prompt=a red teapot", *EXPORT, "text_to_3d.views=1", *SMALL_FIELD),

@@ -22,7 +22,7 @@ from distill.one_step.updates import update_weights
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.optim import backward
 
-# Of a U-Net's work, up to its bottleneck (measured on shapes64's, forward and backward alike).
+# Of a U-Net's work, up to its bottleneck (measured on shapes64_text's, forward and backward alike).
 ENCODER_FLOP_FRACTION = 0.4
 
 

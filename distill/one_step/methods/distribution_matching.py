@@ -96,7 +96,7 @@ class DistributionMatching(CriticMethod):
         if options.regression is not None:
             teacher, pairs = context.teacher, context.pairs
             if pairs is None:
-                pairs = load_pairs(options.regression.pairs, teacher.encode_text)
+                pairs = load_pairs(options.regression.pairs, teacher)
             self.regression = Regression(pairs, options.regression, teacher.decode, context.features)
 
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:

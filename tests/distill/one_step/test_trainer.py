@@ -227,7 +227,7 @@ def test_pairs_are_samples_of_the_teacher(tiny_teacher: LatentDiffusionTeacher, 
     (tmp_path / "pairs_00002.safetensors").unlink()  # as of an interrupted run
     make_pairs(tiny_teacher, captions, tmp_path, options)
     assert (tmp_path / "pairs_00001.safetensors").stat().st_mtime_ns == stamp
-    pairs = load_pairs(tmp_path, tiny_teacher.encode_text)
+    pairs = load_pairs(tmp_path, tiny_teacher)
     assert pairs.noise.shape == (5, *tiny_teacher.latent_shape) and pairs.caption.tolist() == [0, 1, 2, 0, 1]
     model = Guided(tiny_teacher, tiny_teacher.encode_text([""]), 2.0)
     conditioning = pairs.conditioning.select(pairs.caption)
@@ -236,7 +236,7 @@ def test_pairs_are_samples_of_the_teacher(tiny_teacher: LatentDiffusionTeacher, 
     with pytest.raises(UserError, match="another teacher, captions or options"):
         make_pairs(tiny_teacher, captions, tmp_path, PairOptions(count=5, steps=3, shard=2))
     with pytest.raises(UserError, match=r"pairs\.json does not exist"):
-        load_pairs(tmp_path / "none", tiny_teacher.encode_text)
+        load_pairs(tmp_path / "none", tiny_teacher)
 
 
 @pytest.mark.parametrize("distance", ["latents", "pixels", "features"])
@@ -245,7 +245,7 @@ def test_regression_is_zero_on_the_students_own_samples(
 ) -> None:
     options = PairOptions(count=4, steps=1, guidance=1.0, shard=4)
     make_pairs(tiny_teacher, ["a red cube", "a blue duck"], tmp_path, options)
-    pairs = load_pairs(tmp_path, tiny_teacher.encode_text)
+    pairs = load_pairs(tmp_path, tiny_teacher)
     # One step from the last level generated the pairs.
     student = Student.from_teacher(tiny_teacher, StudentOptions(sigma_max=None))
     judge = Judge({"object": ("a", "b")}, JudgeOptions(("object",), width=8)).eval().requires_grad_(False)

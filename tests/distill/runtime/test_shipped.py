@@ -23,7 +23,8 @@ from sds3d.world.shapes import COLOURS, OBJECTS, make_shape, noun_phrase
 
 @pytest.fixture(scope="module")
 def teacher() -> LatentDiffusionTeacher:
-    return load_latent_diffusion("shapes64")
+    """The one that the shipped student and adapters belong to."""
+    return load_latent_diffusion("shapes64_text")
 
 
 def test_weights_are_within_the_budget() -> None:
@@ -34,7 +35,9 @@ def test_weights_are_within_the_budget() -> None:
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 20 * 2**20
 
 
-def test_teacher_generates_the_colour_of_the_prompt(teacher: LatentDiffusionTeacher) -> None:
+@pytest.mark.parametrize("name", sorted(set(SHIPPED["teacher"].values())))  # each folder once
+def test_teacher_generates_the_colour_of_the_prompt(name: str) -> None:
+    teacher = load_latent_diffusion(name)
     captions = [f"a {colour} sphere" for colour in ("red", "green", "blue") for _ in range(4)]
     images = generate(teacher, captions, teacher_sampler(teacher, 10, 3.0), 12).images
     centre = images[:, :, 24:40, 24:40].mean((2, 3))  # (12, 3): the largest channel is the colour's
@@ -51,7 +54,7 @@ def test_vae_reconstructs_an_image(teacher: LatentDiffusionTeacher) -> None:
 
 def test_student_generates_object_and_colour_in_one_step(teacher: LatentDiffusionTeacher) -> None:
     """Every object and colour, by the judge; its VAE and text encoder equal the teacher's, byte for byte."""
-    student, parts = load_student("shapes64")
+    student, parts = load_student("shapes64_text", teacher=teacher)
     assert len(student.timesteps) == 1
     modules: list[tuple[Any, Any]] = [(parts.vae, teacher.vae), (parts.text_encoder, teacher.text_encoder)]
     for module, expected in modules:
@@ -67,12 +70,12 @@ def test_student_generates_object_and_colour_in_one_step(teacher: LatentDiffusio
 
 def test_student_folder_runs_in_a_stock_pipeline() -> None:
     """One step without guidance gives our image of the same noise."""
-    student, parts = load_student("shapes64")
+    student, parts = load_student("shapes64_text")
     noise = torch.randn(1, *parts.latent_shape, generator=torch.Generator().manual_seed(1))
     prompt = "a red teapot"
     with torch.no_grad():
         ours = parts.decode(student(noise, parts.encode_text([prompt]), torch.Generator()))
-    stock = StableDiffusionPipeline.from_pretrained(resolve("student", "shapes64"), dtype=torch.float32)
+    stock = StableDiffusionPipeline.from_pretrained(resolve("student", "shapes64_text"), dtype=torch.float32)
     stock.set_progress_bar_config(disable=True)
     theirs = stock(prompt, latents=noise, num_inference_steps=1, guidance_scale=1, output_type="pt").images
     torch.testing.assert_close(theirs.float(), ours, atol=1e-3, rtol=0)
@@ -86,7 +89,7 @@ def test_adapter_controls_the_view_of_a_mesh(name: str, teacher: LatentDiffusion
     casters = [RayCaster(make_shape(key).mesh) for key in objects]
     renders = [mesh_condition_images(caster, name, views)[[i]] for i, caster in enumerate(casters)]
     pictures = torch.cat(renders)
-    adapter, condition = load_adapter(name)
+    adapter, condition = load_adapter(name, teacher)
     assert condition == name
     options, probe = ControlEvaluationOptions(steps=8, batch=len(objects)), load_probe("probe64")
     samplers = (
