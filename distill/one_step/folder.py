@@ -21,6 +21,7 @@ from distill.runtime.shipped import names, resolve
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import original_parts, save_pipeline
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
+from distill.teacher.multi_view import MultiViewUNet
 from distill.teacher.vocabulary import VOCABULARY
 
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
@@ -51,9 +52,10 @@ def student_scheduler(student: Student) -> LCMScheduler:
 def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None:
     """Write the folder in fp16 safetensors, whole or not at all; an older student there is replaced.
 
-    The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. Of a
-    teacher that is no latent diffusion model only the network's weights are written, in float32. Raises
-    `UserError` when the folder holds something other than a student.
+    The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. A student
+    is conditioned on text: of a multi-view U-Net the view conditions are left out. Of a teacher that is no
+    latent diffusion model only the network's weights are written, in float32. Raises `UserError` when the
+    folder holds something other than a student.
     """
     if not isinstance(teacher, LatentDiffusionTeacher):
         with atomic_folder(folder, WEIGHTS, "a student") as temporary:
@@ -61,11 +63,12 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
             save_model(student.denoiser.network, str(temporary / WEIGHTS))
         return
     text_encoder, vae = original_parts(teacher)
+    network = student.denoiser.network
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=teacher.tokenizer,
-        unet=copy.deepcopy(student.denoiser.network),
+        unet=network.stock() if isinstance(network, MultiViewUNet) else copy.deepcopy(network),
         scheduler=student_scheduler(student),
         safety_checker=None,
         feature_extractor=None,

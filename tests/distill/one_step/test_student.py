@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 from distill.core.noise import NoiseSchedule
 from distill.one_step.folder import load_student, save_student
@@ -19,7 +19,7 @@ from distill.one_step.student import (
     student_timesteps,
 )
 from distill.runtime.errors import UserError
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 
 def noise(teacher: LatentDiffusionTeacher, count: int, seed: int = 0) -> torch.Tensor:
@@ -101,6 +101,19 @@ def test_stock_diffusers_samples_the_same_image(
         images = pipeline(prompts, generator=generator, output_type="pt", **options_).images
         torch.testing.assert_close(images.float(), ours, atol=2e-5, rtol=0)
     assert float(ours.std()) > 0.01
+
+
+def test_a_multi_view_teachers_student_is_a_stock_unet(
+    multi_view_teacher_folder: Path, tmp_path: Path
+) -> None:
+    teacher = load_latent_diffusion(str(multi_view_teacher_folder))
+    student = Student.from_teacher(teacher, StudentOptions())
+    save_student(tmp_path / "s", student, teacher)
+    again, parts = load_student(tmp_path / "s", teacher=teacher)
+    x, text = noise(teacher, 1), teacher.encode_text(["a red cube"])
+    with torch.no_grad():
+        torch.testing.assert_close(again.predict_x0(x, 0, text), student.predict_x0(x, 0, text))
+    assert type(parts.unet) is UNet2DConditionModel
 
 
 def test_a_folder_of_something_else_is_left_alone(
