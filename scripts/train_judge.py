@@ -1,8 +1,16 @@
-"""Train and save the judge.
+"""Train and save a judge.
 
-python scripts/train_judge.py data=outputs/judge_world
+judge64, of single objects: python scripts/train_judge.py
 Its data: python scripts/make_shapes.py output=outputs/judge_world world.train=24000 world.seed=1000
 world.random_light=true world.pairs=0 world.hold_out=false
+
+pairs64, of pairs and of the azimuth of single objects (see configs/attributes/pairs.yaml):
+python scripts/make_shapes.py output=outputs/pairs_world world.train=16000 world.validation=0 world.seed=2000
+world.pairs=1 world.hold_out=false
+python scripts/make_shapes.py output=outputs/azimuth_world world.train=8000 world.validation=0 world.seed=3000
+world.pairs=0 world.random_light=true world.hold_out=false
+python scripts/train_judge.py attributes=pairs "data=[outputs/pairs_world, outputs/azimuth_world]"
+run.directory=outputs/judge_pairs
 """
 
 import json
@@ -10,31 +18,17 @@ from dataclasses import dataclass
 
 from entry import entry
 
-from distill.data.folders import load_split
-from distill.evaluation.judge import JudgeOptions, save_judge, train_judge
-from distill.evaluation.labels import judge_accuracy
-from distill.runtime.config import as_mapping
-from distill.runtime.run import Run, RunOptions
+from distill.evaluation.judge_run import JudgeRecipe, run_judge
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(JudgeRecipe):
     """An independent classifier of renders, which trains and guides nothing."""
-
-    run: RunOptions
-    data: str = "outputs/judge_world"
-    judge: JudgeOptions
 
 
 def main(config: Config) -> None:
-    train, test = (load_split(config.data, split) for split in ("train", "test"))
-    run = Run(config.run, as_mapping(config), "judge")
-    judge = train_judge(run, train, config.judge)
-    metrics = {"test": judge_accuracy(judge, test.composite(slice(None)), test.rows)}
-    save_judge(judge, run.directory / "judge", metrics)
-    run.finish(metrics)
-    print(json.dumps(metrics, indent=2))
-    print(f"written: {run.directory}/judge")
+    print(json.dumps(run_judge(config), indent=2))
+    print(f"written: {config.run.directory}/judge")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from distill.core.conditioning import Conditioning
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.core.teacher import Teacher
+from distill.core.views import POSE
 from distill.one_step.student import Student
 
 
@@ -40,14 +41,17 @@ class Sampler:
     network: Any  # an nn.Module; diffusers' classes are untyped
 
 
-def teacher_sampler(teacher: Teacher, steps: int, guidance: float) -> Sampler:
-    """DDIM with classifier-free guidance."""
+def teacher_sampler(teacher: Teacher, steps: int, guidance: float, poses: Tensor | None = None) -> Sampler:
+    """DDIM with classifier-free guidance, conditioned on the poses (N, 5) of the N captions where given."""
     model = Guided(teacher, teacher.encode_text([""]), guidance)
 
     def sample(batch: SamplingBatch) -> Tensor:
-        return sample_ode(model, teacher.scheduler, batch.conditioning, batch.noise, steps)
+        conditioning = batch.conditioning
+        if poses is not None:
+            conditioning = conditioning.with_extras(**{POSE: poses[batch.indices].to(batch.noise)})
+        return sample_ode(model, teacher.scheduler, conditioning, batch.noise, steps)
 
-    name = f"teacher, {steps} steps, guidance {guidance:g}"
+    name = f"teacher, {steps} steps, guidance {guidance:g}{'' if poses is None else ', camera'}"
     return Sampler(name, sample, steps * (1 if guidance == 1 else 2), teacher.denoiser.network)
 
 
@@ -79,24 +83,35 @@ def sampling_batches(
 
 
 @torch.no_grad()
-def generate(
+def generate_batches(
     teacher: Teacher, captions: Sequence[str], sampler: Sampler, batch: int, seed: int = 0
-) -> TimedSamples:
-    """One image of each caption. Its initial noise is a function of the seed and its position only."""
+) -> Iterator[TimedSamples]:
+    """One image of each caption, batch by batch, in order, with a progress bar.
+
+    The initial noise of an image is a function of the seed and its position only.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), *teacher.latent_shape, generator=generator)
     batches = sampling_batches(teacher, captions, noise, batch, generator)
     total = -(-len(captions) // batch)
-    images, unet_seconds, decoder_seconds = [], 0.0, 0.0
-
     for part in tqdm(batches, sampler.name, total, leave=False, unit="batch", mininterval=5):
         started = _now(teacher)
         latents = sampler.sample(part)
         sampled = _now(teacher)
-        images.append(teacher.decode(latents).cpu())
-        unet_seconds += sampled - started
-        decoder_seconds += _now(teacher) - sampled
-    return TimedSamples(torch.cat(images), unet_seconds, decoder_seconds)
+        images = teacher.decode(latents).cpu()
+        yield TimedSamples(images, sampled - started, _now(teacher) - sampled)
+
+
+def generate(
+    teacher: Teacher, captions: Sequence[str], sampler: Sampler, batch: int, seed: int = 0
+) -> TimedSamples:
+    """All images of `generate_batches` at once."""
+    parts = list(generate_batches(teacher, captions, sampler, batch, seed))
+    return TimedSamples(
+        torch.cat([part.images for part in parts]),
+        sum(part.unet_seconds for part in parts),
+        sum(part.decoder_seconds for part in parts),
+    )
 
 
 def _now(teacher: Teacher) -> float:

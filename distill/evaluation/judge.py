@@ -1,4 +1,4 @@
-"""The judge: a small classifier of metadata columns that grades images and is independent of every teacher.
+"""The judge: a small network that reads metadata columns off images and is independent of every teacher.
 
 Its features also serve for Frechet distances (`distill.evaluation.metrics`).
 """
@@ -24,19 +24,21 @@ from distill.runtime.shipped import resolve
 
 FORMAT = "distill-judge-1"
 FEATURES = 128
+LENGTH_WEIGHT = 0.05  # of the lengths of direction vectors in the loss
 IGNORE = -100  # the label of a row that does not count, the default of `F.cross_entropy`
 
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """The metadata columns that are classified, size and training.
+    """The metadata columns that are read, size and training.
 
-    A row counts for an attribute where its value is neither null nor empty and, for each pair (attribute,
+    A row counts for a column where its value is neither null nor empty and, for each pair (column,
     condition) in `only_if`, its column `condition` is True.
     """
 
-    attributes: tuple[str, ...]
+    attributes: tuple[str, ...]  # classified
     only_if: tuple[tuple[str, str], ...] = ()
+    directions: tuple[str, ...] = ()  # angles in degrees, read as unit vectors
     width: int = 48
     batch: int = 64
     learning_rate: float = 3e-3
@@ -64,7 +66,7 @@ class Block(nn.Sequential):
 
 
 class Judge(nn.Module):
-    """A convolutional net with one linear head an attribute; `labels` name the logits."""
+    """A convolutional net with one linear head an attribute and a direction; `labels` name the logits."""
 
     def __init__(
         self, labels: Mapping[str, Sequence[str]], options: JudgeOptions, resolution: int = 64
@@ -86,6 +88,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(FEATURES, len(values)) for name, values in self.labels.items()}
         )
+        self.direction_heads = nn.ModuleDict({name: nn.Linear(FEATURES, 2) for name in options.directions})
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
     def features(self, images: Tensor) -> Tensor:
@@ -102,8 +105,13 @@ class Judge(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits (N, number of labels) of each attribute for images (N, 3, H, W) in [0, 1]."""
+        return self.outputs(images)[0]
+
+    def outputs(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Logits (N, number of labels) of each attribute, and vectors (N, 2) along each direction."""
         features = self.features(images)
-        return {name: head(features) for name, head in self.heads.items()}
+        logits = {name: head(features) for name, head in self.heads.items()}
+        return logits, {name: head(features) for name, head in self.direction_heads.items()}
 
 
 def collect_labels(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> dict[str, tuple[str, ...]]:
@@ -136,10 +144,32 @@ def label_table(
     return table
 
 
+def direction_table(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> Tensor:
+    """Cosines and sines (N, directions, 2) of the angles; NaN where a row does not count.
+
+    Raises `UserError` for a value that is no number, and where no row counts.
+    """
+    angles = torch.full((len(rows), len(options.directions)), torch.nan)
+    for column, name in enumerate(options.directions):
+        for index, row in enumerate(rows):
+            value = row.get(name) if counts(row, name, options.only_if) else None
+            if value is not None and not isinstance(value, int | float):
+                raise UserError(f"row {index} has the {name} {value!r}; expected degrees")
+            angles[index, column] = torch.nan if value is None else value
+        if angles[:, column].isnan().all():
+            raise UserError(f"no row counts for the direction '{name}'; expected a column of degrees")
+    radians = torch.deg2rad(angles)
+    return torch.stack([radians.cos(), radians.sin()], -1)
+
+
+def counts(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str]]) -> bool:
+    """Whether a row's conditions for the column `name` hold (`JudgeOptions`)."""
+    return all(row.get(condition) is True for column, condition in only_if if column == name)
+
+
 def label_of(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str]]) -> str | None:
     """The label of a row in the column `name`; None where the row does not count (`JudgeOptions`)."""
-    counts = all(row.get(condition) is True for attribute, condition in only_if if attribute == name)
-    return (row.get(name) or None) if counts else None
+    return (row.get(name) or None) if counts(row, name, only_if) else None
 
 
 def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) -> Tensor:
@@ -150,6 +180,21 @@ def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) 
             scores, target, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum"
         )
         losses.append(total / (target != IGNORE).sum().clamp(min=1))
+    return torch.stack(losses).sum()
+
+
+def direction_loss(vectors: Mapping[str, Tensor], targets: Tensor) -> Tensor:
+    """The sum over directions of 1 - cos of the angle between vector and target, mean of rows that count.
+
+    targets (B, directions, 2), NaN where a row does not count. A small term draws the vectors to length 1:
+    near 0 their direction would be unstable.
+    """
+    losses = [targets.new_zeros(())]
+    for vector, target in zip(vectors.values(), targets.unbind(1), strict=True):
+        given = ~target.isnan().any(1)
+        cosine = F.cosine_similarity(vector, target.nan_to_num(0.0))
+        error = 1 - cosine + LENGTH_WEIGHT * (vector.norm(dim=1) - 1).square()
+        losses.append((error * given).sum() / given.sum().clamp(min=1))
     return torch.stack(losses).sum()
 
 
@@ -169,7 +214,7 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
     Raises `UserError` for an attribute with fewer than two values.
     """
     judge = Judge(collect_labels(data.rows, options), options, data.images.shape[-1]).to(run.device)
-    table = label_table(data.rows, judge.labels, options)
+    table, directions = label_table(data.rows, judge.labels, options), direction_table(data.rows, options)
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
@@ -180,9 +225,10 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
         index = batch_indices(len(data), options.batch, step, run.options.seed)
         images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator)
         with run.precision.autocast():
-            logits = judge(images.to(run.device))
-        logits = {name: scores.float() for name, scores in logits.items()}
+            outputs = judge.outputs(images.to(run.device))
+        logits, vectors = ({name: value.float() for name, value in output.items()} for output in outputs)
         loss = judge_loss(logits, table[index].to(run.device), options.label_smoothing)
+        loss = loss + direction_loss(vectors, directions[index].to(run.device))
         optimizer_step(optimizer, loss, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss.detach())
@@ -205,6 +251,14 @@ def predict(judge: Judge, images: Tensor) -> dict[str, list[str]]:
     features = judge_features(judge, images).to(next(judge.parameters()).device)
     argmax = {name: head(features).argmax(1).tolist() for name, head in judge.heads.items()}
     return {name: [judge.labels[name][index] for index in indices] for name, indices in argmax.items()}
+
+
+@torch.no_grad()
+def read_directions(judge: Judge, images: Tensor) -> dict[str, Tensor]:
+    """Angles (N,) in degrees, in [-180, 180], of each direction in images (N, 3, H, W) in [0, 1]."""
+    features = judge_features(judge, images).to(next(judge.parameters()).device)
+    vectors = {name: head(features).cpu() for name, head in judge.direction_heads.items()}
+    return {name: torch.rad2deg(torch.atan2(xy[:, 1], xy[:, 0])) for name, xy in vectors.items()}
 
 
 def save_judge(judge: Judge, folder: Path | str, metrics: Mapping[str, object]) -> None:
@@ -234,8 +288,9 @@ def load_judge(folder: Path | str, device: torch.device | str = "cpu") -> Judge:
         raise UserError(f"{folder} holds no judge: train one with scripts/train_judge.py (format {FORMAT})")
     try:
         saved = facts["options"]
-        pairs = tuple((attribute, condition) for attribute, condition in saved["only_if"])
-        options = JudgeOptions(**{**saved, "attributes": tuple(saved["attributes"]), "only_if": pairs})
+        pairs = tuple((column, condition) for column, condition in saved["only_if"])
+        columns = {name: tuple(saved.get(name, ())) for name in ("attributes", "directions")}
+        options = JudgeOptions(**{**saved, **columns, "only_if": pairs})
         judge = Judge(facts["labels"], options, facts.get("resolution", 64))
         judge.load_state_dict(load_file(folder / "model.safetensors"))
     except (KeyError, TypeError, ValueError, OSError, RuntimeError, SafetensorError) as error:

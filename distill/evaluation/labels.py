@@ -25,6 +25,37 @@ def fill_caption(template: str, values: Mapping[str, str]) -> str:
 
 
 @dataclass(frozen=True)
+class PairLabels:
+    """The metadata columns of captions of two things in a relation; empty where the data has none.
+
+    The relations in `interchangeable` depend on the side that the two are seen from ("next to" is "in front
+    of" a quarter turn on), and so does their order: one picture shows them by its light alone. In the figure
+    `pair_right_any_side` they count for each other and in either order.
+    """
+
+    first: tuple[str, ...] = ()  # columns of the first thing
+    second: tuple[str, ...] = ()  # the same of the second
+    relation: str = ""  # the column that holds a value in rows of two things only
+    interchangeable: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.first) != len(self.second) or bool(self.first) != bool(self.relation):
+            raise UserError(
+                f"pairs have the columns {list(self.first)}, {self.relation!r} and {list(self.second)}: "
+                "expected as many of the second thing as of the first, and the relation's"
+            )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All that a judge of pairs reads."""
+        return (*self.first, self.relation, *self.second) if self.relation else ()
+
+    def rows(self, rows: Sequence[Row]) -> list[int]:
+        """The indices of the rows of two things."""
+        return [index for index, row in enumerate(rows) if self.relation and row.get(self.relation)]
+
+
+@dataclass(frozen=True)
 class LabelOptions:
     """What a data set's metadata columns mean. Figures whose columns are absent are left out.
 
@@ -40,6 +71,7 @@ class LabelOptions:
     subsets: tuple[tuple[str, str], ...] = ()
     # rows with a value in this column have no labels, such as captions of two objects
     exclude_if: str | None = None
+    pair: PairLabels = PairLabels()  # what those rows hold, for a judge of pairs
     caption: str = ""  # of a class, for zero-shot labels: "a {colour} {object}"
     caption_detail: str = ""  # appended for the values of one column more: ", {view} view"
 
@@ -67,12 +99,21 @@ def judge_accuracy(
 
     A figure for which no row counts is left out. Raises `UserError` for a column that the judge lacks.
     """
+    return prediction_accuracy(judge, predict(judge, images), rows, options)
+
+
+def prediction_accuracy(
+    judge: Judge,
+    predictions: Mapping[str, Sequence[str]],
+    rows: Sequence[Row],
+    options: LabelOptions = DEFAULT,
+) -> dict[str, float]:
+    """`judge_accuracy` of a judge's predictions (by column, N each) that have been made already."""
     foreign = [name for name in options.columns or () if name not in judge.labels]
     if foreign:
         raise UserError(
             f"the judge predicts {', '.join(judge.labels)}: labels.columns names {', '.join(foreign)}"
         )
-    predictions = predict(judge, images)
     only_if = (*options.only_if, *judge.options.only_if)
 
     def correct(name: str) -> list[bool | None]:

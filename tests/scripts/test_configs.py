@@ -42,6 +42,7 @@ REQUIRED = {  # what a user must give
     "export": ["run_directory=x"],
     "view": ["run_directory=x"],
     "label_images": ["folder=x", "captions=[a]"],
+    "evaluate_views": ["teacher=x"],
 }
 CHOICES = [  # every config of every group, on a script that chooses from it
     (script, f"{group}={name}")
@@ -49,8 +50,10 @@ CHOICES = [  # every config of every group, on a script that chooses from it
         ("text_to_3d", "objective"),
         ("text_to_3d", "control"),
         ("text_to_3d", "scene"),
+        ("text_to_3d", "input"),
         ("distill_one_step", "method"),
         ("evaluate_teacher", "labels"),
+        ("train_judge", "attributes"),
     ]
     for name in entry.groups()[group]
 ]
@@ -229,6 +232,25 @@ def test_help_shows_default_type_and_comment() -> None:
 )
 def test_forced(argument: str, forced: str) -> None:
     assert entry.forced(argument, ["objective"]) == forced
+
+
+def test_a_picture_brings_its_defaults() -> None:
+    chosen = ["input", "objective"]
+    assert entry.with_implied(["image=a.png"], chosen) == ["input=image", "image=a.png"]
+    assert entry.with_implied(["image=a.png"], ["objective"]) == ["image=a.png"]
+    assert entry.with_implied(["image=a.png", "input=prompt"], chosen) == ["image=a.png", "input=prompt"]
+    assert entry.with_implied(["image=null", "suite=tiny"], chosen) == ["image=null", "suite=tiny"]
+    assert entry.with_implied(["suite=images"], chosen)[0] == "input=image"
+
+    config = entry.load_script("text_to_3d", ["image=some/a photo.png", "text_to_3d.views=6"])
+    assert config.run.directory == "outputs/image_to_3d/a-photo-seed0" and config.prompt == ""
+    assert config.text_to_3d.views == 6 and config.text_to_3d.views_per_group == 3
+    assert list(config.text_to_3d.stages) == ["score_distillation", "sdedit_refinement"]
+    assert config.objective.teacher.guidance == 5.0 and config.objective.image
+    other = entry.load_script("text_to_3d", ["image=a.png", "objective=csd", "prompt=a red duck"])
+    assert other.prompt == "a red duck" and not other.objective.image
+    plain = entry.load_script("text_to_3d", ["prompt=a red duck"])
+    assert plain.image is None and plain.text_to_3d == TextTo3dOptions("a red duck")
 
 
 def test_arguments_without_a_name() -> None:

@@ -129,7 +129,7 @@ def test_world_judge_and_evaluation(tiny_teacher_folder, tmp_path):
     ]
     script("evaluate_teacher", *folders, *small)
     metrics = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert 0 <= metrics["samples"][0]["object_and_colour"] <= 1 and metrics["frechet"]["real_halves"] > 0
+    assert 0 <= metrics["samples"][0]["object_and_colour"] <= 1 and metrics["frechet"]["floor"] > 0
 
 
 MISTAKES = [

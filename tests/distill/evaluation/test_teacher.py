@@ -1,9 +1,12 @@
-"""Evaluation of a teacher: a complete report with label columns, and one of captions alone."""
+"""Evaluation of teachers: reports with label columns and of captions alone, cameras, pairs, resuming."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import script
@@ -13,14 +16,18 @@ from torch import Tensor
 from distill.data.folders import CaptionedImages
 from distill.evaluation import teacher as evaluation
 from distill.evaluation.clip import load_clip_scorer
+from distill.evaluation.evaluation_set import EvaluationSet, SetGraders, make_evaluation_set
 from distill.evaluation.features import judge_extractor
 from distill.evaluation.generate import generate, teacher_sampler
 from distill.evaluation.graders import Graders, load_graders
 from distill.evaluation.judge import Judge, JudgeOptions
-from distill.evaluation.labels import LabelOptions, fill_caption
+from distill.evaluation.labels import LabelOptions, PairLabels, fill_caption
+from distill.evaluation.metrics import frechet_distance, moments
 from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher, zero_shot
 from distill.runtime.errors import UserError
+from distill.runtime.images import image_grid, to_bytes
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
+from distill.teacher.vae import psnr
 
 LABELS = {"object": ("cube", "duck"), "colour": ("blue", "orange"), "view": ("back", "front")}
 WORLD = LabelOptions(
@@ -29,6 +36,7 @@ WORLD = LabelOptions(
     joint=("object", "colour"),
     subsets=(("held_out_combinations", "held_out"),),
     exclude_if="relation",
+    pair=PairLabels(("object",), ("second_object",), "relation", ("next to", "in front of")),
     caption="a {colour} {object}",
     caption_detail=", {view} view",
 )
@@ -56,40 +64,169 @@ def graders(tiny_teacher: LatentDiffusionTeacher) -> Graders:
     return Graders(judge, load_clip_scorer(tiny_teacher.name_or_path), judge_extractor(judge))
 
 
-def test_the_report_is_complete(tiny_teacher: LatentDiffusionTeacher, graders: Graders) -> None:
+SMALL = EvaluationOptions(samples=4, guidance=(1.0, 3.0), steps=1)
+
+
+def evaluation_set(
+    graders: Graders, data: CaptionedImages, labels: LabelOptions = WORLD, pair_judge: Judge | None = None
+) -> EvaluationSet:
+    return make_evaluation_set(data, SetGraders(graders, labels, pair_judge), SMALL.samples)
+
+
+def evaluate(
+    teacher: LatentDiffusionTeacher, test: EvaluationSet, folder: Path, options: EvaluationOptions = SMALL
+) -> dict[str, Any]:
+    return evaluate_teacher(teacher, test.graders.common.clip, test, options, folder, {"data": "d"})
+
+
+def pixels(path: Path) -> Any:
+    return np.asarray(Image.open(path))
+
+
+def grid_of(images: Tensor) -> Any:
+    return to_bytes(image_grid(images, 12))
+
+
+def test_the_report_is_complete(
+    tiny_teacher: LatentDiffusionTeacher, graders: Graders, tmp_path: Path
+) -> None:
     rows = world_rows()
-    data = CaptionedImages(noise_images(9), [*rows, {**rows[0], "relation": "on top of"}])
-    options = EvaluationOptions(samples=4, guidance=(1.0, 3.0), steps=1)
-    figures, samples = evaluate_teacher(tiny_teacher, graders, data, options, WORLD)
+    data = CaptionedImages(noise_images(10), [*rows, {**rows[0], "relation": "on top of"}, {"text": " "}])
+    test = evaluation_set(graders, data)
+    figures = evaluate(tiny_teacher, test, tmp_path)
     assert [sample["guidance"] for sample in figures["samples"]] == [1.0, 3.0]
-    assert samples.shape == (4, 3, 64, 64)
+    assert {sample["condition"] for sample in figures["samples"]} == {"caption"}
     assert set(figures["clip"]) == {"object", "colour", "view", "retrieval_top1", "retrieval_captions"}
     assert figures["clip"]["retrieval_captions"] == 8 and figures["vae"]["psnr"] > 0
-    assert set(figures["frechet"]) == {"real_halves", "reconstructions"}
+    assert set(figures["frechet"]) == {"real_count", "floor", "floor_counts", "reconstructions"}
+    assert figures["frechet"]["real_count"] == 8 and figures["frechet"]["floor_counts"] == [4, 4]
     assert figures["frechet"]["reconstructions"] > 0
     assert set(figures["judge_accuracy"]["real"]) == {*LABELS, "object_and_colour", "held_out_combinations"}
     best = max(sample["object_and_colour"] for sample in figures["samples"])
     scale = next(sample["guidance"] for sample in figures["samples"] if sample["object_and_colour"] == best)
-    sampler = teacher_sampler(tiny_teacher, 1, scale)
     texts = [each["text"] for each in rows[:4]]
-    torch.testing.assert_close(samples, generate(tiny_teacher, texts, sampler, options.batch).images)
+    expected = generate(tiny_teacher, texts, teacher_sampler(tiny_teacher, 1, scale), SMALL.batch).images
+    assert (pixels(tmp_path / "samples.png") == grid_of(expected)).all()
 
 
-def test_captions_alone_give_frechet_distance_and_clip_score(tiny_teacher: LatentDiffusionTeacher) -> None:
+def test_figures_are_those_of_all_samples_whatever_the_batch(
+    tiny_teacher: LatentDiffusionTeacher, graders: Graders, tmp_path: Path
+) -> None:
+    data = CaptionedImages(noise_images(8), world_rows())
+    test = evaluation_set(graders, data)
+    options = EvaluationOptions(samples=11, guidance=(2.0,), steps=1, batch=3)  # more than there are captions
+    row = evaluate(tiny_teacher, test, tmp_path, options)["samples"][0]
+    rows = [data.rows[i % 8] for i in range(11)]
+    texts = [each["text"] for each in rows]
+    images = generate(tiny_teacher, texts, teacher_sampler(tiny_teacher, 1, 2.0), 11).images
+    expected = {**graders.accuracy(images, rows, WORLD), **graders.clip_figures(images, texts)}
+    real = moments(graders.features(data.composite(slice(None))))
+    expected["frechet"] = frechet_distance(moments(graders.features(images)), real)
+    assert row.pop("condition") == "caption"
+    assert row == pytest.approx({"guidance": 2.0, **expected}, rel=1e-3)
+
+
+def test_captions_alone_give_frechet_distance_and_clip_score(
+    tiny_teacher: LatentDiffusionTeacher, tmp_path: Path
+) -> None:
     """No label column and no judge: features are CLIP's, the best samples those of the lowest distance."""
     captions = [{"text": text} for text in ("a red cube", "a blue duck", "a green cone", "a red duck")]
     data = CaptionedImages(noise_images(4)[:, :3], captions)
     graders = load_graders(tiny_teacher.name_or_path, judge=None)
-    options = EvaluationOptions(samples=4, guidance=(1.0, 3.0), steps=1)
-    for labels in (LabelOptions(), WORLD):
-        figures, samples = evaluate_teacher(tiny_teacher, graders, data, options, labels)
+    for name, labels in (("none", LabelOptions()), ("world", WORLD)):
+        figures = evaluate(tiny_teacher, evaluation_set(graders, data, labels), tmp_path / name)
         assert set(figures["clip"]) == {"retrieval_top1", "retrieval_captions"}
         assert figures["judge_accuracy"] == {"real": {}, "reconstructions": {}}
-        assert all(set(sample) == {"guidance", "clip_score", "frechet"} for sample in figures["samples"])
-        best = min(figures["samples"], key=lambda sample: sample["frechet"])
+        rows = figures["samples"]
+        assert all(set(row) == {"guidance", "condition", "clip_score", "frechet"} for row in rows)
+        best = min(rows, key=lambda row: row["frechet"])
         sampler = teacher_sampler(tiny_teacher, 1, best["guidance"])
-        expected = generate(tiny_teacher, data.texts, sampler, options.batch).images
-        torch.testing.assert_close(samples, expected)
+        expected = generate(tiny_teacher, data.texts, sampler, SMALL.batch).images
+        assert (pixels(tmp_path / name / "samples.png") == grid_of(expected)).all()
+
+
+def test_rows_resume(
+    tiny_teacher: LatentDiffusionTeacher, graders: Graders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test = evaluation_set(graders, CaptionedImages(noise_images(8), world_rows()))
+    calls: list[float] = []
+    compute = evaluation.sample_figures
+
+    def counted(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments[3])
+        return compute(*arguments)
+
+    monkeypatch.setattr(evaluation, "sample_figures", counted)
+    first = evaluate(tiny_teacher, test, tmp_path)
+    assert evaluate(tiny_teacher, test, tmp_path, replace(SMALL, batch=2)) == first and calls == [1.0, 3.0]
+    more = replace(SMALL, guidance=(1.0, 2.0, 3.0))
+    assert evaluate(tiny_teacher, test, tmp_path, more)["samples"][::2] == first["samples"]
+    assert calls == [1.0, 3.0, 2.0]
+    evaluate(tiny_teacher, test, tmp_path, replace(SMALL, seed=1))
+    assert calls[3:] == [1.0, 3.0]
+    with torch.no_grad():
+        tiny_teacher.unet.conv_out.bias += 1
+    evaluate(tiny_teacher, test, tmp_path, replace(SMALL, seed=1))
+    assert calls[5:] == [1.0, 3.0]
+
+
+def test_a_teacher_of_cameras_is_also_given_those_of_the_images(
+    multi_view_teacher_folder: Path, graders: Graders, tmp_path: Path
+) -> None:
+    teacher = load_latent_diffusion(str(multi_view_teacher_folder))
+    rows = [{**row, "pose": [i / 8, 0.3, 3.0, 0.0, 0.0]} for i, row in enumerate(world_rows())]
+    test = evaluation_set(graders, CaptionedImages(noise_images(8), rows))
+    options = replace(SMALL, guidance=(2.0,))
+    samples = evaluate(teacher, test, tmp_path, options)["samples"]
+    assert [row["condition"] for row in samples] == ["caption", "caption and camera"]
+    assert samples[0]["frechet"] != samples[1]["frechet"]
+    poses = torch.tensor([row["pose"] for row in rows[:4]])
+    sampler = teacher_sampler(teacher, 1, 2.0, poses)
+    images = generate(teacher, [row["text"] for row in rows[:4]], sampler, 4).images
+    expected = grid_of(images)
+    assert (pixels(tmp_path / "guidance-2-caption-and-camera.png") == expected).all()
+
+    without = evaluation_set(graders, CaptionedImages(noise_images(8), world_rows()))
+    rows = evaluate(teacher, without, tmp_path / "without", options)["samples"]
+    assert [row["condition"] for row in rows] == ["caption"]
+
+
+def test_pairs_are_graded_by_their_own_judge(
+    tiny_teacher: LatentDiffusionTeacher, graders: Graders, tmp_path: Path
+) -> None:
+    names, relations = ("cube", "duck"), ("next to", "on top of")
+    labels = {"object": names, "relation": relations, "second_object": names}
+    judge = Judge(labels, JudgeOptions(tuple(labels), width=8)).eval()
+    pairs = [
+        {"text": f"a red cube {relation} a blue duck", "object": "cube", "relation": relation}
+        | {"second_object": "duck"}
+        for relation in relations * 2
+    ]
+    data = CaptionedImages(noise_images(12), [*world_rows(), *pairs])
+    test = evaluation_set(graders, data, pair_judge=judge)
+    assert len(test.data) == 8 and len(test.pairs) == 4
+    options = replace(SMALL, guidance=(2.0,), pairs=3)
+    figures = evaluate(tiny_teacher, test, tmp_path, options)
+    columns = {"pair_first", "pair_second", "pair_relation", "pair_right", "pair_right_any_side"}
+    for row in (*figures["judge_accuracy"].values(), figures["samples"][0]):
+        assert columns <= set(row) and 0 <= row["pair_right"] <= row["pair_right_any_side"] <= 1
+    assert pixels(tmp_path / "guidance-2-caption-pairs.png").shape == (64, 3 * 66 - 2, 3)
+    with pytest.raises(UserError, match="the judge of pairs does not read relation, second_object"):
+        SetGraders(graders, WORLD, graders.judge)
+
+
+def test_a_reference_gives_a_floor_at_the_same_count(graders: Graders) -> None:
+    data = CaptionedImages(noise_images(8), world_rows())
+    reference = CaptionedImages(noise_images(16), world_rows() * 2)
+    set_graders = SetGraders(graders, WORLD)
+    test = make_evaluation_set(data, set_graders, 7, reference)
+    features = graders.features(reference.composite(slice(None)))
+    halves = moments(features[:7]), moments(features[7:14])
+    assert test.floor_counts == (7, 7) and test.count == 7
+    assert test.floor == pytest.approx(frechet_distance(*halves), rel=1e-4)
+    torch.testing.assert_close(test.statistics.mean, halves[0].mean, rtol=1e-4, atol=1e-6)
+    with pytest.raises(UserError, match="the reference has 16 labelled test images: at least 18"):
+        make_evaluation_set(data, set_graders, 9, reference)
 
 
 def test_the_script_grades_a_folder_of_captions(tiny_teacher_folder: Path, tmp_path: Path) -> None:
@@ -105,7 +242,13 @@ def test_the_script_grades_a_folder_of_captions(tiny_teacher_folder: Path, tmp_p
     where = [f"teacher={tmp_path / 'teacher'}", f"data={tmp_path / 'photos'}"]
     small = ["evaluation.samples=3", "evaluation.steps=1", "evaluation.guidance=[2]"]
     output = script("evaluate_teacher", *where, *small, f"output={tmp_path / 'e'}")
-    assert '"frechet"' in output and '"object"' not in output and "clip_score" not in output
+    assert "frechet" in output and "object" not in output and "clip_score" not in output
+    several = [f"teachers=[{tiny_teacher_folder}, {tmp_path / 'teacher'}]", *where[1:], *small]
+    output = script("evaluate_teacher", *several, f"output={tmp_path / 's'}")
+    assert output.count("caption, guidance 2: clip_score") == 2  # by the first teacher's CLIP
+    for folder in (tmp_path / "s").iterdir():
+        figures = json.loads((folder / "evaluation.json").read_text())
+        assert len(figures["samples"]) == 1 and (folder / "samples.png").is_file()
     message = script("evaluate_teacher", *where, *small, "judge=null", f"output={tmp_path / 'e'}", code=2)
     assert "no judge and no CLIP to take features from" in message
     steps = ["steps=[1]", "evaluation={samples: 4, captions: 2, each: 2, neighbours: 1}"]
@@ -113,12 +256,10 @@ def test_the_script_grades_a_folder_of_captions(tiny_teacher_folder: Path, tmp_p
     assert "teacher, 1 steps, guidance 2  2  frechet" in output and "judge_" not in output
 
 
-def test_a_split_without_labelled_rows_is_refused(
-    tiny_teacher: LatentDiffusionTeacher, graders: Graders
-) -> None:
+def test_a_split_without_labelled_rows_is_refused(graders: Graders) -> None:
     data = CaptionedImages(noise_images(2), [{"text": "x", "relation": "next to"}] * 2)
     with pytest.raises(UserError, match="the test split has 0 rows without relation"):
-        evaluate_teacher(tiny_teacher, graders, data, EvaluationOptions(), WORLD)
+        evaluation_set(graders, data)
     with pytest.raises(UserError, match="must be positive"):
         EvaluationOptions(steps=0)
 
@@ -127,16 +268,13 @@ def test_reconstruction_error_is_reported_as_psnr(
     tiny_teacher: LatentDiffusionTeacher, graders: Graders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reconstructions off by 0.1 everywhere have 20 dB."""
-
-    def shifted(teacher: object, images: Tensor) -> Tensor:
-        return images + 0.1
-
-    monkeypatch.setattr(evaluation, "reconstruct", shifted)
-    rows = [row("duck", ("blue", "orange")[i % 2], "front") for i in range(4)]
-    options = EvaluationOptions(samples=2, guidance=(1.0,), steps=1)
-    data = CaptionedImages(noise_images(4), rows)
-    figures, _ = evaluate_teacher(tiny_teacher, graders, data, options, WORLD)
-    assert figures["vae"]["psnr"] == pytest.approx(20, abs=1e-3)
+    monkeypatch.setattr(LatentDiffusionTeacher, "encode_images", lambda self, images: images)
+    monkeypatch.setattr(LatentDiffusionTeacher, "decode", lambda self, latents: latents + 0.1)
+    errors: list[Tensor] = []
+    data = CaptionedImages(noise_images(5), world_rows()[:5])
+    batches = list(evaluation.reconstruct(tiny_teacher, data, errors, batch=2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    torch.testing.assert_close(psnr(torch.cat(errors)), torch.full((5,), 20.0))
 
 
 def test_zero_shot_labels_of_real_renders() -> None:
@@ -148,5 +286,5 @@ def test_zero_shot_labels_of_real_renders() -> None:
     images = generate(teacher, texts, teacher_sampler(teacher, 10, 3.0), 6).images
     clip = load_clip_scorer("shapes64")
     assert clip is not None
-    figures = zero_shot(clip, CaptionedImages((images * 255).byte(), rows), images, WORLD)
+    figures = zero_shot(clip, CaptionedImages((images * 255).byte(), rows), WORLD)
     assert figures["colour"] == 1.0 and figures["object"] >= 5 / 6 and "view" not in figures

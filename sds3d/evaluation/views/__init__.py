@@ -1,0 +1,1 @@
+"""Grades of what a teacher that is conditioned on cameras draws: azimuths, multi-view groups, novel views."""
