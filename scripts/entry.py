@@ -34,6 +34,8 @@ from distill.runtime.names import slug  # noqa: E402
 Options = TypeVar("Options")
 HYDRA_NOISE = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path")
 HELP = "--help lists the options"
+# Arguments, by name or whole, that bring the config of a group with them, in scripts that choose from it.
+IMPLIED = {"image": "input=image", "suite=images": "input=image"}
 
 
 def groups() -> dict[str, list[str]]:
@@ -65,6 +67,15 @@ def forced(argument: str, chosen: Container[str]) -> str:
     key, equals, _ = argument.partition("=")
     own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key in chosen
     return argument if own or not equals else f"++{argument}"
+
+
+def with_implied(arguments: list[str], chosen: Container[str]) -> list[str]:
+    """Arguments with the configs that they bring with them, first; of groups that they name, their own."""
+    given = [argument for argument in arguments if not argument.endswith(("=", "=null"))]
+    names = {argument.partition("=")[0].lstrip("+") for argument in given}
+    implied = [IMPLIED[key] for key in (*names, *given) if key in IMPLIED]
+    groups = {choice: choice.partition("=")[0] for choice in dict.fromkeys(implied)}
+    return [*(c for c, group in groups.items() if group in chosen and group not in names), *arguments]
 
 
 def lineage(name: str) -> list[str]:
@@ -201,15 +212,18 @@ def load_script(script: str, arguments: Sequence[str] = ()) -> Any:
     cls = importlib.import_module(script).Config
     register_resolvers(cls)
     chosen = chosen_groups(script)
-    words = with_experiments([*map(quoted, arguments)], cls, [script], chosen)
+    words = with_experiments(with_implied([*map(quoted, arguments)], chosen), cls, [script], chosen)
     return build(cls, _values(compose_config(script, [forced(word, chosen) for word in words])))
 
 
 def register_resolvers(cls: type) -> None:
-    """What configs may compute: ${slug:...}, ${option:...} of an options class, ${experiment:...}."""
+    """What configs may compute: ${slug:...} and ${stem:...} (of a path), ${option:...} of an options class,
+    ${experiment:...}.
+    """
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("slug", slug, replace=True)
+    OmegaConf.register_new_resolver("stem", lambda path: slug(Path(str(path)).stem), replace=True)
     OmegaConf.register_new_resolver("option", partial(_option, cls), replace=True)
     OmegaConf.register_new_resolver("experiment", _experiment, replace=True)
 
@@ -287,7 +301,8 @@ def entry(
             _exit(mistake)
 
     try:
-        arguments = with_experiments(named(sys.argv[1:], positional), cls, scripts, chosen)
+        arguments = with_implied(named(sys.argv[1:], positional), chosen)
+        arguments = with_experiments(arguments, cls, scripts, chosen)
         sys.argv[1:] = [forced(quoted(argument), chosen) for argument in arguments]
         overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         if {"--help", "-h"} & set(sys.argv):

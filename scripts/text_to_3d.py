@@ -1,6 +1,7 @@
-"""A sentence to a mesh and a turntable.
+"""A sentence, or a picture, to a mesh and a turntable.
 
 python scripts/text_to_3d.py prompt="a red teapot"
+python scripts/text_to_3d.py image=photo.png
 """
 
 from dataclasses import dataclass

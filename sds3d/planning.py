@@ -20,7 +20,9 @@ from sds3d.scene.cameras import sample_cameras
 from sds3d.scene.compositing import Samples
 from sds3d.scene.nerf import NerfOptions
 from sds3d.text_to_3d.mesh_control import MeshControl
+from sds3d.text_to_3d.picture import Picture
 from sds3d.text_to_3d.recipe import TextTo3dRecipe
+from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.stages.base import Stage
 from sds3d.text_to_3d.stages.orientation import OrientationStage
 from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationStage
@@ -89,6 +91,13 @@ def expected_samples(recipe: TextTo3dRecipe, recorder: MetaRecorder) -> Iterator
         yield
 
 
+def blank_reference(recipe: TextTo3dRecipe, teacher: LatentDiffusionTeacher) -> ReferenceView:
+    """A picture of nothing: the work is that of any, without CLIP's and the estimate of the elevation."""
+    side = teacher.resolution
+    picture = Picture(torch.zeros(3, side, side), torch.zeros(1, side, side))
+    return ReferenceView(teacher, None, picture, 0.0, recipe.image_to_3d)
+
+
 def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:
     """The stages' updates, resampling rounds, orientation checks and previews of a run.
 
@@ -97,7 +106,9 @@ def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:
 
     def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
         control = None if recipe.control is None else MeshControl(teacher, recipe.control)
-        trainer = TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control)
+        reference = None if recipe.image is None else blank_reference(recipe, teacher)
+        args = recipe.scene, recipe.objective, recipe.text_to_3d, control, reference
+        trainer = TextTo3d(run, teacher, *args)
         jobs: list[Job] = []  # rounds first: updates of refinement need their views
         for stage in trainer.stages.values():
             if isinstance(stage, SDEditRefinementStage):

@@ -24,6 +24,7 @@ from sds3d.scene.protocol import MeshOptions, Scene3D, build_scene_options, load
 from sds3d.text_to_3d.prompts import view_of, view_prompt
 
 if TYPE_CHECKING:
+    from sds3d.text_to_3d.reference_view import ReferenceView
     from sds3d.text_to_3d.trainer import TextTo3d
 
 
@@ -77,9 +78,25 @@ def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.name_or_path}
     figures |= {"nfe": trainer.nfe, "seconds_export": round(time.monotonic() - started, 1)}
-    score = scene_clip_score(scene, teacher, prompt, options.clip)
-    figures |= {} if score is None else {"clip_score": score}
+    if trainer.reference is not None:
+        figures |= reference_figures(trainer.reference, scene, run.directory)
+    elif (score := scene_clip_score(scene, teacher, prompt, options.clip)) is not None:
+        figures["clip_score"] = score
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})
+
+
+def reference_figures(reference: "ReferenceView", scene: Scene3D, folder: Path) -> dict[str, Any]:
+    """Figures of the view from a picture's camera; picture.png shows the picture as it was cut out, and the
+    view.
+    """
+    background = torch.full((1, 3), GREY[0], device=scene.device)
+    render = scene.render(reference.camera, background).rgb
+    save_png(folder / "picture.png", image_grid(torch.cat([reference.picture.over(background), render]), 2))
+    return {
+        "elevation": reference.elevation,
+        "elevation_estimated": reference.estimated,
+        "reference_psnr": reference.psnr(render, background),
+    }
 
 
 def scene_clip_score(

@@ -1,6 +1,6 @@
-"""What the stages of a text-to-3D run share: prompt, cameras, teacher, critic, scene and optimizer."""
+"""What the stages of a text-to-3D run share: prompt, picture, cameras, teacher, critic, scene, optimizer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
@@ -18,12 +18,14 @@ from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
 from distill.runtime.run import Run
 from distill.runtime.transfer import upload
+from distill.teacher.pictures import PictureCondition
 from sds3d.scene.cameras import CameraOptions, Cameras
 from sds3d.scene.protocol import RenderedViews, SceneOptions
 from sds3d.scene.regularizers import RegularizerOptions
 from sds3d.scene.shading import PointLights
 from sds3d.text_to_3d.mesh_control import MeshControl
 from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, view_of, view_prompt
+from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.view_groups import sample_view_groups
 
 CAMERA_DIM = 12  # size of `Cameras.poses`, which a critic is conditioned on
@@ -33,10 +35,10 @@ CAMERA_DIM = 12  # size of `Cameras.poses`, which a critic is conditioned on
 class SharedOptions:
     """The options that all stages share."""
 
-    prompt: str
+    prompt: str  # with a picture it may be empty
     negative_prompt: str = ""
     views: int = 4  # cameras a step
-    view_words: bool = True  # view-dependent prompts: "..., front view"
+    view_words: bool = True  # view-dependent prompts: "..., front view"; with a picture never
     camera_condition: bool = True  # a teacher that is conditioned on cameras gets those of the views
     views_per_group: int = 1  # views that such a teacher denoises together (MVDream: 4); 1: each alone
     group_layout: Literal["ring", "random"] = (
@@ -85,9 +87,17 @@ class TextTo3dContext:
         objective: ObjectiveOptions,
         options: SharedOptions,
         control: MeshControl | None = None,
+        reference: ReferenceView | None = None,
     ) -> None:
-        """control: a coarse mesh that fixes the shape, through an adapter of the teacher."""
+        """control: a coarse mesh that fixes the shape, through an adapter of the teacher; reference: a
+        picture that the scene shows from azimuth 0.
+        """
+        if reference is not None:
+            check_picture(options, objective)
+            # Nothing says which side of what a picture shows is its front.
+            options = replace(options, view_words=False)
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
+        self.reference = reference
         self.conditioned_teacher = teacher if control is None else control.teacher
         self.camera_condition = options.camera_condition and self.conditioned_teacher.conditioned_on_cameras
         self.views_per_group = options.views_per_group if self.camera_condition else 1
@@ -140,28 +150,64 @@ class TextTo3dContext:
         if self.control is not None:
             self.control.set_cameras(cameras.with_resolution(self.teacher.resolution))
 
-    def with_cameras(self, conditioning: Conditioning, cameras: Cameras) -> Conditioning:
-        """A conditioning of one row, or of one a camera, with the cameras' poses and groups.
+    def with_cameras(
+        self, conditioning: Conditioning, cameras: Cameras, picture: PictureCondition | None = None
+    ) -> Conditioning:
+        """A conditioning of one row, or of one a camera, with the cameras' poses, groups and picture.
 
         As it is where the teacher is not conditioned on cameras.
         """
         if not self.camera_condition:
             return conditioning
         poses = upload(cameras.view_poses(), self.run.device)
+        if picture is not None:
+            return picture.views(conditioning, poses.unflatten(0, (-1, self.views_per_group)))
         return conditioning.expand(len(cameras)).with_extras(**{POSE: poses}).grouped(self.views_per_group)
 
-    def encode_prompts(self, cameras: Cameras) -> Conditioning:
-        """The conditioning of each camera's prompt."""
-        conditioning = self.teacher.encode_text(camera_prompts(self.options, cameras))
-        return self.with_cameras(conditioning, cameras)
+    def encode_picture(self, background: Tensor | None) -> PictureCondition | None:
+        """What the teacher reads of the picture beside views over backgrounds (B, 3), by default a mean grey.
 
-    def prompt_conditionings(self, cameras: Cameras) -> PromptConditionings:
+        None without a picture.
+        """
+        if self.reference is None:
+            return None
+        if background is None:
+            background = torch.full((1, 3), sum(self.options.background) / 2, device=self.run.device)
+        return self.reference.condition(background[:: self.views_per_group])
+
+    def of_object(self, name: str) -> bool:
+        """Whether a prompt of the objective describes the object, not what guidance leads away from."""
+        return name == "conditional" or "{prompt}" in self.objective.prompts.get(name, "")
+
+    def encode_prompts(self, cameras: Cameras, background: Tensor) -> tuple[Conditioning, Conditioning]:
+        """The conditioning of each camera's prompt, and the negative one, for views over backgrounds (B, 3).
+
+        With a picture the negative one is that of no picture.
+        """
+        picture = self.encode_picture(background)
+        cond = self.teacher.encode_text(camera_prompts(self.options, cameras))
+        uncond = self.teacher.encode_text([self.options.negative_prompt])
+        return (
+            self.with_cameras(cond, cameras, picture),
+            self.with_cameras(uncond, cameras, None if picture is None else picture.missing()),
+        )
+
+    def prompt_conditionings(self, cameras: Cameras, background: Tensor | None = None) -> PromptConditionings:
         """What the objective evaluates at cameras; with a critic also its prompt, the camera as an extra.
 
-        All prompts have the same poses, the unconditional one too: guidance is by text (MVDream).
+        background (B, 3): of the views, which the picture is given over too. All prompts have the same poses,
+        the unconditional one too: guidance is by text (MVDream) and by the picture, which only prompts of
+        the object have.
         """
+        picture = self.encode_picture(background)
+        missing = None if picture is None else picture.missing()
         conditionings = prompt_conditionings(self.teacher, self.options, self.objective, cameras)
-        conditionings = conditionings.apply(lambda value: self.with_cameras(value, cameras))
+        conditionings = PromptConditionings(
+            {
+                name: self.with_cameras(value, cameras, picture if self.of_object(name) else missing)
+                for name, value in conditionings.by_name.items()
+            }
+        )
         if self.critic is None:
             return conditionings
         critic = conditionings.by_name["conditional"]
@@ -185,8 +231,20 @@ class TextTo3dContext:
         with self.run.precision.autocast():
             return self.scene.regularization(views, weights, progress, self.run.generator)
 
+    def reference_loss(self, reference: ReferenceView) -> Tensor:
+        """The loss of the view from the picture's camera, over a random grey."""
+        grey = grey_backgrounds(self.options.background, 1, self.run.generator)
+        background = upload(grey, self.run.device)
+        views = self.render(reference.camera, background)
+        errors = reference.errors(views, background)
+        weights = reference.weights(self.run.step / self.run.options.steps)
+        self.run.log(**{name: error.detach() for name, error in errors.items()})
+        return torch.stack([weights[name] * error for name, error in errors.items()]).sum()
+
     def optimizer_step(self, loss: Tensor) -> None:
-        """One update of the scene."""
+        """One update of the scene by a stage's loss and, with a picture, that of its view."""
+        if self.reference is not None:
+            loss = loss + self.reference_loss(self.reference)
         optimizer_step(self.optimizer, loss, scaler=self.run.scaler)
 
     def train_critic(self, latents: Tensor, conditionings: PromptConditionings) -> None:
@@ -194,6 +252,22 @@ class TextTo3dContext:
         if self.critic is not None:
             conditioning = conditionings.by_name["critic"]
             self.critic.train_on(latents, conditioning, self.run.generator, self.run.scaler)
+
+
+def check_picture(options: SharedOptions, objective: ObjectiveOptions) -> None:
+    """Raise `UserError` for options under which a picture cannot be a condition."""
+    if not options.camera_condition:
+        raise UserError("camera_condition is false, but a picture is seen from a camera: give true")
+    if options.background_replacement < 1:
+        raise UserError(
+            f"background_replacement is {options.background_replacement:g}, but a picture is given over the "
+            "greys of the views: give 1"
+        )
+    if PERP_NEG_PROMPTS[0] in objective.prompt_names:
+        raise UserError(
+            "the objective contrasts view words, but nothing says what is the front of what a picture shows: "
+            "choose an objective without perp_neg and contrast"
+        )
 
 
 def prompt_conditionings(

@@ -1,18 +1,28 @@
-"""A text-to-3D run from its options to its files, for the command line, the benchmark and Python scripts."""
+"""A run from a prompt or a picture to its files, for the command line, the benchmark and Python scripts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
+from distill.core.teacher import Teacher
+from distill.evaluation.clip import load_clip_scorer
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import as_mapping
+from distill.runtime.errors import UserError
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.load import load_teacher, require_latent
+from distill.teacher.pictures import check_takes_pictures
 from sds3d.export.export import ExportOptions, export_run
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
+from sds3d.text_to_3d.context import check_picture
+from sds3d.text_to_3d.elevation import NFE, estimate_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
+from sds3d.text_to_3d.picture import load_picture
+from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
 
@@ -20,29 +30,64 @@ from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 class TextTo3dRecipe:
     """Everything a text-to-3D run depends on."""
 
-    prompt: str  # repeated as text_to_3d.prompt
+    prompt: str  # repeated as text_to_3d.prompt; with an image it may be empty
+    image: str | None = None  # a picture of one object, cut out or on a plain background: image to 3D
     teacher: str = (
         "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
     )
     run: RunOptions
     text_to_3d: TextTo3dOptions
+    image_to_3d: ImageTo3dOptions = field(default_factory=ImageTo3dOptions)
     scene: SceneOptions = field(default_factory=NerfOptions)
     objective: ObjectiveOptions
     control: MeshControlOptions | None = None
     export: ExportOptions = field(default_factory=ExportOptions)
     experiment: ExperimentInfo | None = None  # the description of the preset chosen by experiment=NAME
 
+    def __post_init__(self) -> None:
+        if self.image is not None and self.control is not None:
+            raise UserError(
+                f"image={self.image} and control.mesh={self.control.mesh} are given: both fix the shape, "
+                "leave one of them out"
+            )
+
 
 def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
     precision = pick_precision(recipe.run.device, recipe.run.precision)
     teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
-    check_inputs(teacher, recipe.text_to_3d)  # this and the mesh first: they leave no directory behind
+    # The inputs first: mistakes leave no directory behind.
+    check_inputs(teacher, recipe.text_to_3d, recipe.image is not None)
     control = None
     if recipe.control is not None:
         control = MeshControl(require_latent(teacher), recipe.control)
-    run = Run(recipe.run, as_mapping(recipe), recipe.text_to_3d.prompt)
-    return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control)
+    reference = None
+    if recipe.image is not None:
+        reference = load_reference(recipe, teacher, recipe.image)
+    label = recipe.text_to_3d.prompt or Path(recipe.image or "").stem
+    run = Run(recipe.run, as_mapping(recipe), label)
+    return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control, reference)
+
+
+def load_reference(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> ReferenceView:
+    """The picture of a run, with the elevation of its camera, estimated where it is not given.
+
+    Raises `UserError` for a teacher that takes no pictures and for a picture that cannot be used.
+    """
+    check_takes_pictures(teacher)
+    check_picture(recipe.text_to_3d, recipe.objective)
+    options, shared = recipe.image_to_3d, recipe.text_to_3d
+    picture = load_picture(image, teacher.resolution)
+    elevation, nfe = options.elevation, 0
+    if elevation is None:
+        grey = picture.over(torch.full((1, 3), sum(shared.background) / 2))
+        elevation, nfe = estimate_elevation(teacher, grey, shared.prompt, recipe.run.seed), NFE
+        print(
+            f"{image}: elevation of the camera estimated as {elevation:.0f} degrees (image_to_3d.elevation)"
+        )
+    scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
+    clip = None if scorer is None else scorer.model
+    return ReferenceView(teacher, clip, picture, elevation, options, nfe)
 
 
 def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:

@@ -1,4 +1,4 @@
-"""Text-to-3D: a scene optimised from a prompt by a list of stages."""
+"""Text-to-3D: a scene optimised from a prompt, or from a picture, by a list of stages."""
 
 from dataclasses import dataclass, field
 from typing import final
@@ -13,6 +13,7 @@ from sds3d.scene.cameras import ring
 from sds3d.scene.protocol import RenderedViews, Scene3D, SceneOptions
 from sds3d.text_to_3d.context import SharedOptions, TextTo3dContext
 from sds3d.text_to_3d.mesh_control import MeshControl
+from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.stages.base import StageOptions
 from sds3d.text_to_3d.stages.orientation import OrientationOptions
 from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationOptions
@@ -59,9 +60,10 @@ class TextTo3dOptions(SharedOptions):
             )
 
 
-def check_inputs(teacher: Teacher, options: TextTo3dOptions) -> None:
-    """Raises `UserError` for a prompt that is empty or that the teacher cannot encode."""
-    teacher.check_prompt(options.prompt)
+def check_inputs(teacher: Teacher, options: TextTo3dOptions, picture: bool = False) -> None:
+    """Raises `UserError` for a prompt that the teacher cannot encode, or that is empty without a picture."""
+    if options.prompt or not picture:
+        teacher.check_prompt(options.prompt)
     if options.negative_prompt:
         teacher.check_prompt(options.negative_prompt)
 
@@ -77,10 +79,13 @@ class TextTo3d:
         objective: ObjectiveOptions,
         options: TextTo3dOptions,
         control: MeshControl | None = None,
+        reference: ReferenceView | None = None,
     ) -> None:
-        """control: a coarse mesh that fixes the shape, through an adapter of the teacher."""
-        self.run, self.teacher, self.options = run, teacher, options
-        self.context = TextTo3dContext(run, teacher, scene, objective, options, control)
+        """control: a coarse mesh that fixes the shape, through an adapter of the teacher; reference: a
+        picture of the object (image to 3D).
+        """
+        self.run, self.teacher, self.options, self.reference = run, teacher, options, reference
+        self.context = TextTo3dContext(run, teacher, scene, objective, options, control, reference)
         self.scene: Scene3D = self.context.scene
         self.stages = {name: stage.build(self.context) for name, stage in options.stages.items()}
 
@@ -97,13 +102,16 @@ class TextTo3d:
 
     @property
     def nfe(self) -> int:
-        """NFE of the teacher over the whole run, in samples."""
-        return sum(self.stages[name].nfe(len(steps)) for name, steps in self.updates.items())
+        """NFE of the teacher over the whole run, in samples; the picture in a group of views is none."""
+        elevation = 0 if self.reference is None else self.reference.nfe
+        return elevation + sum(self.stages[name].nfe(len(steps)) for name, steps in self.updates.items())
 
     def train(self) -> Scene3D:
         """Optimise to the end of the run, with previews; returns the scene."""
         run = self.run
         run.track(scene=self.scene, optimizer=self.context.optimizer)
+        if self.reference is not None:
+            run.track(reference=self.reference)
         for stage in self.stages.values():
             run.track(**stage.state())
         for step in run.steps():
@@ -121,7 +129,11 @@ class TextTo3d:
         return self.stages[name].update(step, (step - steps.start) / len(steps))
 
     def preview(self) -> None:
-        """Four views around the scene."""
+        """Four views around the scene; with a picture also it and the view from its camera."""
         background = torch.full((4, 3), PREVIEW_GREY)
         views = self.scene.render(ring(4, resolution=self.teacher.resolution), background)
         self.run.preview("views", views.rgb)
+        if self.reference is not None:
+            grey = background[:1].to(self.run.device)
+            view = self.scene.render(self.reference.camera, grey).rgb
+            self.run.preview("picture", torch.cat([self.reference.picture.over(grey), view]))

@@ -90,12 +90,13 @@ class OrientationStage(Stage):
     """Rotates the scene by quarter turns at the checks of a run."""
 
     def __init__(self, context: TextTo3dContext, options: OrientationOptions) -> None:
-        """Nothing is checked without poses or view words for the teacher, or with a mesh that fixes the
-        pose.
+        """Nothing is checked without poses or view words for the teacher, or with a mesh or a picture that
+        fixes the pose.
         """
         self.context, self.options = context, options
         decidable = context.camera_condition or context.options.view_words
-        checked = options.checks if decidable and context.control is None else ()
+        fixed = context.control is not None or context.reference is not None
+        checked = options.checks if decidable and not fixed else ()
         steps = context.run.options.steps
         by_step = {round(check.fraction * steps): check for check in checked}
         self.checks = {step: check for step, check in by_step.items() if step < steps}

@@ -104,7 +104,7 @@ class ScoreDistillationStage(Stage):
 
         context.scene.update(step, generator)
         coarse = progress < options.coarse_until
-        views, cameras = self.render(progress, coarse)
+        views, cameras, background = self.render(progress, coarse)
 
         # The latents' residual then updates the density, the residual in pixels the albedo.
         separate = options.pixel_loss_target == "albedo" and self.objective.options.image and not coarse
@@ -113,23 +113,27 @@ class ScoreDistillationStage(Stage):
         images = None if coarse else self.pixels(rgb_albedo_grad, latents)
 
         context.set_cameras(cameras)
-        conditionings = context.prompt_conditionings(cameras)
+        conditionings = context.prompt_conditionings(cameras, background)
         output = self.objective(latents, conditionings, progress, generator, images=images)
         context.optimizer_step(output.loss + context.regularization(views, progress))
         context.train_critic(latents, conditionings)
         return output, views
 
-    def render(self, progress: float, coarse: bool) -> tuple[RenderedViews, Cameras]:
-        """Views for training from random cameras, over random backgrounds, and the cameras on the CPU."""
-        context, options, views = self.context, self.options, self.context.options.views
+    def render(self, progress: float, coarse: bool) -> tuple[RenderedViews, Cameras, Tensor | None]:
+        """Views for training from random cameras over random backgrounds (B, 3), the cameras on the CPU.
+
+        The backgrounds are None where they are the scene's own.
+        """
+        context, options, count = self.context, self.options, self.context.options.views
         fine = context.teacher.resolution if options.resolution is None else options.resolution
         resolution = options.coarse_resolution if coarse else fine
-        cameras = context.sample_cameras(context.options.camera, views, resolution)
-        background = context.training_backgrounds(views)
+        cameras = context.sample_cameras(context.options.camera, count, resolution)
+        background = context.training_backgrounds(count)
         lights = None
         if options.shading is not None:
             lights = options.shading.sample(cameras, progress, context.run.generator)
-        return context.render(cameras.to(context.run.device), background, lights), cameras
+        views = context.render(cameras.to(context.run.device), background, lights)
+        return views, cameras, background
 
     def encode(self, images: Tensor, coarse: bool) -> Tensor:
         """Latents of renders (B, 3, H, W), upsampled; coarse ones may go through the linear encoder."""

@@ -127,7 +127,7 @@ class SDEditRefinementStage(Stage):
         return self.refine_step(step)
 
     def resample_views(self, strength: float) -> None:
-        """Resample views of the scene from new cameras by SDEdit, each with its prompt and its pose."""
+        """Resample views of the scene from new cameras by SDEdit, each with its prompt, pose and picture."""
         context, options, teacher = self.context, self.options, self.context.teacher
         generator = context.run.generator
         cameras = context.sample_cameras(self.cameras, options.views, teacher.resolution)
@@ -136,18 +136,17 @@ class SDEditRefinementStage(Stage):
 
         clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])
         noise = upload(torch.randn(clean.shape, generator=generator), clean.device).to(clean.dtype)
-        uncond = teacher.encode_text([context.options.negative_prompt])
-        guided = Guided(context.conditioned_teacher, uncond, options.guidance)
         images = []
         size = max(CHUNK // context.views_per_group, 1) * context.views_per_group
         for first in range(0, len(renders), size):
             part = slice(first, first + size)
             chunk = cameras.select(part)
             context.set_cameras(chunk)
+            cond, uncond = context.encode_prompts(chunk, background[part])
             latents = sample_ode(
-                guided,
+                Guided(context.conditioned_teacher, uncond, options.guidance),
                 teacher.scheduler,
-                context.encode_prompts(chunk),
+                cond,
                 noise[part],
                 options.steps,
                 init=Img2ImgInit(clean[part], strength),
