@@ -28,8 +28,8 @@ def teacher() -> LatentDiffusionTeacher:
 
 
 def test_weights_are_within_the_budget() -> None:
-    """A student links its teacher's VAE and text encoder: with them, 20 MB at most; the package 40 MB."""
-    assert sum(path.lstat().st_size for path in WEIGHTS.rglob("*")) < 40 * 2**20
+    """A student links its teacher's VAE and text encoder: with them, 20 MB at most; the package 60 MB."""
+    assert sum(path.lstat().st_size for path in WEIGHTS.rglob("*")) < 60 * 2**20
     for folder in (WEIGHTS / name for kind in ("teacher", "student") for name in SHIPPED[kind].values()):
         assert (folder / "README.md").is_file()  # the model card
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 20 * 2**20
