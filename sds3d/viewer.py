@@ -22,7 +22,7 @@ from distill.runtime.files import read_json
 from distill.runtime.images import to_bytes
 from distill.runtime.precision import Precision
 from distill.teacher.load import load_teacher
-from sds3d.evaluation.benchmark import has_truth, truth_of
+from sds3d.evaluation.subjects import has_truth, truth_of
 from sds3d.export.export import scene_of_run
 from sds3d.export.files import load_mesh
 from sds3d.export.turntable import GREY, render_views

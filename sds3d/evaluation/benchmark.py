@@ -1,6 +1,5 @@
-"""Text-to-3D of prompts whose true meshes are known, graded by shape, by images and by mesh quality."""
+"""Runs of prompts and pictures whose true meshes are known, graded by shape, images and mesh quality."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,67 +22,19 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.names import slug
 from sds3d.evaluation.grading import Alignment, align, grade, surface
+from sds3d.evaluation.subjects import Subject, Suite
 from sds3d.export.files import load_mesh, load_textured
 from sds3d.export.mesh import is_manifold, mean_iou, silhouettes
 from sds3d.export.turntable import GREY, render_mesh, render_views
 from sds3d.scene.cameras import ring
 from sds3d.scene.protocol import Scene3D, load_scene
 from sds3d.text_to_3d.prompts import VIEWS, view_of
-from sds3d.world.raycast import RayCaster, render
-from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape, noun_phrase
-from sds3d.world.world import held_out
+from sds3d.text_to_3d.view_groups import rotate_azimuth
+from sds3d.world.raycast import Albedo, RayCaster, render
+from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, Shape, noun_phrase
 
-TINY = ("a red teapot", "a blue torus", "a green duck", "a yellow chair", "a purple car")
-PAIRS = (
-    "a red sphere on top of a blue cube",
-    "a green cone next to a yellow cylinder",
-    "a purple cube in front of an orange torus",
-)
 ELEVATION, RING = 20.0, 24  # degrees and number of the graded views
 WITHOUT_MESH = dict.fromkeys(("f_score_5", "f_score_2", "volume_iou", "watertight", "manifold"), 0.0)
-
-
-def full_suite() -> tuple[str, ...]:
-    """The tiny suite, every other object (a third of them in a held-out colour), and the pairs."""
-    colours = list(COLOURS)
-    tiny = {prompt.rsplit(" ", 1)[1] for prompt in TINY}
-    rest = [name for name in OBJECTS if name not in tiny]
-    first = [
-        next(c for c in colours if held_out(name, c) == (i % 3 == 0) and c != colours[i % 2])
-        for i, name in enumerate(rest)
-    ]
-    cycled = [colours[i % len(colours)] if i % 3 else colour for i, colour in enumerate(first)]
-    return (*TINY, *(noun_phrase(colour, name) for name, colour in zip(rest, cycled, strict=True)), *PAIRS)
-
-
-def _match(prompt: str) -> re.Match[str] | None:
-    noun = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(OBJECTS)})"
-    return re.fullmatch(rf"{noun}(?: ({'|'.join(RELATIONS)}) {noun})?", prompt.strip())
-
-
-def has_truth(prompt: str) -> bool:
-    """Whether the prompt is about the world: an object in a colour, or a pair of them."""
-    return _match(prompt) is not None
-
-
-def truth_of(prompt: str) -> tuple[Shape, np.ndarray]:
-    """The true shape of a prompt about the world, and its face colours (F, 3).
-
-    Raises `UserError` for any other prompt.
-    """
-    match = _match(prompt)
-    if match is None:
-        raise UserError(
-            f"{prompt!r} is no prompt of the world: "
-            "expected 'a red teapot' or 'a blue cube on top of a green cylinder'"
-        )
-    colour, name, relation, second_colour, second_name = match.groups()
-    first = make_shape(name)
-    if relation is None:
-        return first, first.albedo(np.array(COLOURS[colour]))
-    colours = np.array(COLOURS[colour]), np.array(COLOURS[second_colour])
-    pair = make_pair(first, relation, make_shape(second_name), colours)
-    return pair, pair.accents
 
 
 @dataclass(frozen=True)
@@ -126,8 +77,11 @@ def r_precision(images: Tensor, prompt: str, clip: ClipScorer) -> float:
     return float((nearest == captions.index(prompt)).double().mean())
 
 
-def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: np.ndarray, points: int = 6000) -> Figures:
-    """A mesh with vertex colours, in scene axes, against the truth; and its topology."""
+def grade_mesh(mesh: trimesh.Trimesh, shape: Shape, albedo: Albedo, points: int = 6000) -> Figures:
+    """A mesh with vertex colours, in scene axes, against the truth; and its topology.
+
+    `albedo` is that of the true faces (F, 3), or a function of points and faces.
+    """
     assert isinstance(mesh.visual, trimesh.visual.ColorVisuals)
     colours = np.asarray(mesh.visual.vertex_colors, np.float64)[:, :3][mesh.faces].mean(1) / 255
     result, truth = surface(mesh, colours, points), surface(shape.mesh, albedo, points)
@@ -149,21 +103,21 @@ def _aligned(mesh: trimesh.Trimesh, alignment: Alignment) -> trimesh.Trimesh:
 
 
 @torch.no_grad()
-def grade_views(
-    images: Tensor, prompt: str, graders: Graders, has_front: bool
-) -> tuple[Figures, ViewPredictions | None]:
+def grade_views(images: Tensor, subject: Subject, graders: Graders) -> tuple[Figures, ViewPredictions | None]:
     """Figures of a ring of views (RING, 3, H, W), and the judge's predictions.
 
-    Without a judge or CLIP their figures are missing; the Janus rate is defined for objects with a front.
+    Without a judge or CLIP their figures are missing, as are both for shapes without a name; the Janus rate
+    is defined for objects with a front. Azimuths count from the picture's, where there is one.
     """
     figures: Figures = {}
     predictions = None
-    if graders.judge is not None:
-        predictions = ViewPredictions(predict(graders.judge, images), ring(RING).azimuth.tolist())
-        figures |= _accuracy(predictions, prompt, graders.judge)
-        figures |= {"janus_rate": janus_rate(predictions)} if has_front else {}
-    if graders.clip is not None:
-        figures["r_precision"] = r_precision(images, prompt, graders.clip)
+    if graders.judge is not None and subject.caption:
+        azimuth = (ring(RING).azimuth + subject.angles[0]).tolist()
+        predictions = ViewPredictions(predict(graders.judge, images), azimuth)
+        figures |= _accuracy(predictions, subject.caption, graders.judge)
+        figures |= {"janus_rate": janus_rate(predictions)} if subject.truth[0].has_front else {}
+    if graders.clip is not None and subject.caption:
+        figures["r_precision"] = r_precision(images, subject.caption, graders.clip)
     return {**figures, "saturation": float(saturation(images).mean())}, predictions
 
 
@@ -179,32 +133,34 @@ def _accuracy(predictions: ViewPredictions, prompt: str, judge: Judge) -> Figure
 
 
 def grade_scene(
-    scene: Scene3D, mesh: trimesh.Trimesh | None, prompt: str, resolution: int, graders: Graders
+    scene: Scene3D, mesh: trimesh.Trimesh | None, subject: Subject, resolution: int, graders: Graders
 ) -> tuple[Figures, ViewPredictions | None]:
-    """A scene's views, and its mesh, against the truth of a prompt about the world; no mesh scores 0."""
-    shape, albedo = truth_of(prompt)
+    """A scene's views, and its mesh, against the truth; no mesh scores 0."""
     images = render_views(scene, ring(RING, ELEVATION, resolution), GREY).rgb
-    figures, predictions = grade_views(images, prompt, graders, shape.has_front)
-    return {**figures, **(WITHOUT_MESH if mesh is None else grade_mesh(mesh, shape, albedo))}, predictions
+    figures, predictions = grade_views(images, subject, graders)
+    return {**figures, **(WITHOUT_MESH if mesh is None else grade_mesh(mesh, *subject.truth))}, predictions
 
 
 def grade_run(
-    directory: Path, prompt: str, resolution: int, graders: Graders, device: torch.device | str = "cpu"
+    directory: Path, subject: Subject, resolution: int, graders: Graders, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """All figures of a finished text-to-3D run; those of renders of its mesh begin with `mesh_`.
+    """All figures of a finished run; those of renders of its mesh begin with `mesh_`.
 
     `device` is where its scene is rendered.
     """
     result = read_json(directory / "result.json")
     mesh = None if result["mesh"] is None else load_mesh(directory / "mesh.glb")
     scene = load_scene(directory / "scene", device)
-    figures, predictions = grade_scene(scene, mesh, prompt, resolution, graders)
+    figures, predictions = grade_scene(scene, mesh, subject, resolution, graders)
     if mesh is not None:
         cameras = ring(RING, ELEVATION, resolution)
         images = render_mesh(load_textured(directory / "mesh.glb"), cameras, GREY).rgb
-        of_mesh, _ = grade_views(images, prompt, graders, "janus_rate" in figures)
+        of_mesh, _ = grade_views(images, subject, graders)
         figures |= {f"mesh_{name}": value for name, value in of_mesh.items()}
         figures["mesh_to_scene_psnr"] = result["mesh"]["psnr_to_scene"]
+    if subject.is_picture:
+        figures["reference_psnr"] = result["reference_psnr"]
+        figures["elevation_error"] = abs(result["elevation"] - subject.angles[1])
     run = result["run"]
     figures |= {"seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"]}
     figures["nfe"] = float(result["nfe"])
@@ -212,51 +168,83 @@ def grade_run(
 
 
 def averages(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Mean and half-width of the 95 % interval of each figure over the prompts that have it."""
+    """Mean and half-width of the 95 % interval of each figure over the prompts that have it.
+
+    The seeds of a prompt are averaged first, as they are not independent; those of a single one are not.
+    """
     names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, float))
-    return {name: interval([row[name] for row in rows if name in row]) for name in names}
+    return {
+        name: _prompt_interval([(row["prompt"], row[name]) for row in rows if name in row]) for name in names
+    }
+
+
+def _prompt_interval(values: Sequence[tuple[str, float]]) -> tuple[float, float]:
+    """The interval of values by prompt."""
+    by_prompt: dict[str, list[float]] = {}
+    for prompt, value in values:
+        by_prompt.setdefault(prompt, []).append(value)
+    if len(by_prompt) == 1:
+        return interval([value for _, value in values])
+    return interval([float(np.mean(of_prompt)) for of_prompt in by_prompt.values()])
 
 
 def paired(
     first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[float, float]]:
-    """Mean of second minus first, with its 95 % interval, of each figure over the prompts in both.
+    """Mean of second minus first, with its 95 % interval, of each figure over the prompts and seeds in both.
 
-    Raises `UserError` where they have no prompt in common.
+    Rows without a seed, of earlier versions, are of seed 0. Raises `UserError` where there is no row in both.
     """
-    by_prompt = {row["prompt"]: row for row in first}
-    pairs = [(by_prompt[row["prompt"]], row) for row in second if row["prompt"] in by_prompt]
+    by_run = {_run_of(row): row for row in first}
+    pairs = [(by_run[_run_of(row)], row) for row in second if _run_of(row) in by_run]
     if not pairs:
-        raise UserError("the two benchmarks share no prompt: compare runs of one suite")
+        raise UserError("the two benchmarks share no prompt and seed: compare runs of one suite")
     differences = {
-        name: [after[name] - before[name] for before, after in pairs if name in before and name in after]
+        name: [
+            (after["prompt"], after[name] - before[name])
+            for before, after in pairs
+            if name in before and name in after
+        ]
         for name in averages([row for _, row in pairs])
     }
-    return {name: interval(values) for name, values in differences.items() if values}
+    return {name: _prompt_interval(values) for name, values in differences.items() if values}
+
+
+def _run_of(row: Mapping[str, Any]) -> tuple[str, int]:
+    return row["prompt"], row.get("seed", 0)
+
+
+def row_folder(folder: Path, prompt: str, seed: int = 0) -> Path:
+    """Where a benchmark in `folder` keeps one run and its row."""
+    return folder / (slug(prompt) if seed == 0 else f"{slug(prompt)}-seed{seed}")
 
 
 def run_suite(
-    prompts: Sequence[str],
+    suite: Suite,
     folder: Path,
     query: Mapping[str, Any],
-    compute: Callable[[str, Path], Mapping[str, Any]],
+    compute: Callable[[Subject, int, Path], Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """A row per prompt, in their order: `compute` runs and grades one in a directory of its own.
+    """A row per subject and seed, all subjects by the first seed first: `compute` runs and grades one in a
+    directory of its own.
 
     A row is computed where there is none yet for the same `query`, the options that all rows depend on.
     """
     rows = []
-    for prompt in tqdm(prompts, desc="benchmark", unit="prompt"):
-        directory = folder / slug(prompt)
-        row_query = {"prompt": prompt, **query}
-        rows.append(cached_row(directory / "row.json", row_query, partial(compute, prompt, directory)))
+    runs = [(Subject(name), seed) for seed in suite.seeds for name in suite.names]
+    for subject, seed in tqdm(runs, desc="benchmark", unit="run"):
+        directory = row_folder(folder, subject.name, seed)
+        row_query = {"prompt": subject.name, "seed": seed, **query}
+        row_query |= {"group": subject.group} if subject.group else {}
+        rows.append(cached_row(directory / "row.json", row_query, partial(compute, subject, seed, directory)))
     return rows
 
 
-def truth_strip(prompt: str, count: int = 8, resolution: int = 128) -> Tensor:
+def truth_strip(subject: Subject, count: int = 8, resolution: int = 128) -> Tensor:
     """Views of the truth as in the teacher's data, (count, 3, H, W), to lay beside a result's."""
-    shape, albedo = truth_of(prompt)
-    caster, cameras = RayCaster(shape.mesh), ring(count, ELEVATION, resolution)
+    shape, albedo = subject.truth
+    azimuth = torch.tensor(subject.angles[0])
+    caster, cameras = RayCaster(shape.mesh), rotate_azimuth(ring(count, ELEVATION, resolution), azimuth)
     rgba = torch.stack(
         [
             torch.from_numpy(render(caster, albedo, camera).rgba).permute(2, 0, 1)

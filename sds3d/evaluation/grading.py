@@ -13,6 +13,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from distill.runtime.errors import UserError
+from sds3d.world.raycast import Albedo
 
 VOXELS = 64  # a side of the cube in which solids are compared
 SHELL_POINTS = 150  # of a shell along the diagonal, at least: no voxel of a closed surface stays empty
@@ -86,8 +87,10 @@ def solid(shell: Array, low: Array, size: float) -> NDArray[np.bool_]:
     return ndimage.binary_fill_holes(grid)
 
 
-def surface(mesh: trimesh.Trimesh, face_colours: Array, count: int = 8000, seed: int = 0) -> Surface:
-    """`count` points on the outside of a mesh; face_colours (F, 3). Raises `UserError` without area."""
+def surface(mesh: trimesh.Trimesh, colours: Albedo, count: int = 8000, seed: int = 0) -> Surface:
+    """`count` points on the outside of a mesh, whose colours are those of the faces (F, 3), or a function of
+    points (N, 3) and faces (N,), which solid textures need. Raises `UserError` without area.
+    """
     if len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all() or mesh.area <= 0:
         raise UserError(f"a mesh of {len(mesh.faces)} faces has no finite surface to grade")
     points, faces = trimesh.sample.sample_surface(mesh, 8 * count, seed=seed)
@@ -102,10 +105,9 @@ def surface(mesh: trimesh.Trimesh, face_colours: Array, count: int = 8000, seed:
     voxels = np.floor((points - low) / size * VOXELS).astype(int)
     outer = np.flatnonzero(depth[tuple(voxels.T)] <= 1.5)
     chosen = outer[np.linspace(0, len(outer) - 1, min(count, len(outer))).astype(int)]
-    faces = faces[chosen]
-    return Surface(
-        points[chosen], mesh.face_normals[faces], np.asarray(face_colours, np.float64)[faces], shell
-    )
+    points, faces = points[chosen], faces[chosen]
+    values = colours[faces] if isinstance(colours, np.ndarray) else colours(points, faces)
+    return Surface(points, mesh.face_normals[faces], np.asarray(values, np.float64), shell)
 
 
 def _cube(shell: Array, margin: float = 0.1) -> tuple[Array, float]:

@@ -21,7 +21,7 @@ from sds3d.scene.protocol import SceneOptions
 from sds3d.text_to_3d.context import check_picture
 from sds3d.text_to_3d.elevation import NFE, estimate_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
-from sds3d.text_to_3d.picture import load_picture
+from sds3d.text_to_3d.picture import Picture, load_picture
 from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
@@ -61,33 +61,33 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     control = None
     if recipe.control is not None:
         control = MeshControl(require_latent(teacher), recipe.control)
-    reference = None
-    if recipe.image is not None:
-        reference = load_reference(recipe, teacher, recipe.image)
+    picture = None if recipe.image is None else read_picture(recipe, teacher, recipe.image)
     label = recipe.text_to_3d.prompt or Path(recipe.image or "").stem
     run = Run(recipe.run, as_mapping(recipe), label)
+    reference = None if picture is None else make_reference(recipe, teacher, picture)
     return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control, reference)
 
 
-def load_reference(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> ReferenceView:
-    """The picture of a run, with the elevation of its camera, estimated where it is not given.
-
-    Raises `UserError` for a teacher that takes no pictures and for a picture that cannot be used.
-    """
+def read_picture(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> Picture:
+    """The picture of a run. Raises `UserError` for one that cannot be used, and a teacher that takes none."""
     check_takes_pictures(teacher)
     check_picture(recipe.text_to_3d, recipe.objective)
-    options, shared = recipe.image_to_3d, recipe.text_to_3d
-    picture = load_picture(image, teacher.resolution)
-    elevation, nfe = options.elevation, 0
+    return load_picture(image, teacher.resolution)
+
+
+def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, picture: Picture) -> ReferenceView:
+    """The picture with the elevation of its camera, estimated where it is not given."""
+    elevation, nfe = recipe.image_to_3d.elevation, 0
     if elevation is None:
-        grey = picture.over(torch.full((1, 3), sum(shared.background) / 2))
-        elevation, nfe = estimate_elevation(teacher, grey, shared.prompt, recipe.run.seed), NFE
+        grey = picture.over(torch.full((1, 3), sum(recipe.text_to_3d.background) / 2))
+        elevation = estimate_elevation(teacher, grey, recipe.text_to_3d.prompt, recipe.run.seed)
+        nfe = NFE
         print(
-            f"{image}: elevation of the camera estimated as {elevation:.0f} degrees (image_to_3d.elevation)"
+            f"elevation of the picture's camera: {elevation:.0f} degrees, estimated (image_to_3d.elevation)"
         )
     scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
     clip = None if scorer is None else scorer.model
-    return ReferenceView(teacher, clip, picture, elevation, options, nfe)
+    return ReferenceView(teacher, clip, picture, elevation, recipe.image_to_3d, nfe)
 
 
 def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:

@@ -1,4 +1,4 @@
-"""The benchmark: truths by prompt, Janus rate and confusion by hand, ranking of meshes, paired rows."""
+"""The benchmark: Janus rate and confusion by hand, ranking of meshes, rows by seed, pages, pairs of runs."""
 
 import json
 from pathlib import Path
@@ -12,46 +12,21 @@ from command_line import script
 
 from distill.evaluation.graders import Graders
 from distill.runtime.errors import UserError
-from distill.teacher.vocabulary import words_of
 from sds3d.evaluation.benchmark import (
-    PAIRS,
-    TINY,
     ViewPredictions,
     averages,
     confusion,
-    full_suite,
     grade_mesh,
     grade_views,
     janus_rate,
     paired,
     r_precision,
     run_suite,
-    truth_of,
 )
-from sds3d.world.shapes import COLOURS, OBJECTS, make_shape
-from sds3d.world.world import held_out
-
-
-def test_suite_has_every_object_held_out_combinations_and_pairs() -> None:
-    suite = full_suite()
-    singles = [prompt.split()[1:] for prompt in suite if prompt not in PAIRS]
-    assert suite[:5] == TINY and len(suite) == len(set(suite)) == len(OBJECTS) + len(PAIRS) >= 24
-    assert {name for _, name in singles} == set(OBJECTS) and len({colour for colour, _ in singles}) >= 6
-    assert 4 <= sum(held_out(name, colour) for colour, name in singles) <= 12
-    assert all(words_of(prompt) for prompt in suite)
-    for prompt in suite:
-        truth_of(prompt)
-
-
-def test_truths_are_the_worlds_own() -> None:
-    shape, albedo = truth_of("a red teapot")
-    assert shape.mesh is make_shape("teapot").mesh and np.allclose(albedo[0], COLOURS["red"])
-    pair, colours = truth_of("a blue cube on top of an orange cylinder")
-    expected = {tuple(np.round(COLOURS[c], 6)) for c in ("blue", "orange")}
-    assert not pair.has_front and {tuple(c) for c in colours.round(6)} == expected
-    for wrong in ("a red zebra", "teapot", "a red teapot beside a cube"):
-        with pytest.raises(UserError, match="no prompt of the world"):
-            truth_of(wrong)
+from sds3d.evaluation.page import means_by_group, save_page
+from sds3d.evaluation.subjects import Subject, Suite, truth_of
+from sds3d.text_to_3d.prompts import view_of
+from sds3d.world.shapes import COLOURS, OBJECTS
 
 
 def test_janus_rate_and_confusion_by_hand() -> None:
@@ -105,8 +80,24 @@ def test_r_precision_by_hand() -> None:
 
 
 def test_without_graders_their_figures_are_missing() -> None:
-    figures, predictions = grade_views(torch.rand(24, 3, 8, 8), "a red teapot", Graders(), has_front=True)
-    assert set(figures) == {"saturation"} and predictions is None
+    for name in ("a red teapot", "picture of a red teapot", "picture of assembly 1000000"):
+        figures, predictions = grade_views(torch.rand(24, 3, 8, 8), Subject(name), Graders())
+        assert set(figures) == {"saturation"} and predictions is None
+
+
+def test_azimuths_count_from_the_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that is right about the object's true azimuths finds no Janus in either frame."""
+    for name in ("a red car", "picture of a red car"):
+        subject = Subject(name)
+        azimuths = [angle + subject.angles[0] for angle in range(0, 360, 15)]
+        views = [view_of(azimuth, 20.0) for azimuth in azimuths]
+        judge = SimpleNamespace(labels={"view": ["front", "side", "back", "overhead"]})
+        labels = {"view": views}
+        monkeypatch.setattr("sds3d.evaluation.benchmark.predict", lambda judge, images, all=labels: all)
+        graders = Graders(judge=judge)  # type: ignore[arg-type]
+        figures, predictions = grade_views(torch.rand(24, 3, 8, 8), subject, graders)
+        assert figures["janus_rate"] == 0 and predictions is not None
+        assert all(true == predicted for true, predicted in predictions.views())
 
 
 def test_averages_and_paired_differences() -> None:
@@ -119,17 +110,60 @@ def test_averages_and_paired_differences() -> None:
         paired(one, [{"prompt": "z", "f": 1.0}])
 
 
+def test_seeds_of_a_prompt_are_averaged_first() -> None:
+    rows = [{"prompt": p, "seed": s, "f": f} for p, s, f in (("a", 0, 0.2), ("a", 1, 0.4), ("b", 0, 0.9))]
+    mean, width = averages(rows)["f"]
+    assert mean == pytest.approx(0.6)
+    assert width == pytest.approx(averages([{"prompt": "a", "f": 0.3}, {"prompt": "b", "f": 0.9}])["f"][1])
+    of_one = averages(rows[:2])["f"]  # a single prompt: over its seeds
+    assert of_one[0] == pytest.approx(0.3) and of_one[1] > 0.1
+
+    old = [{"prompt": "a", "f": 0.1}, {"prompt": "b", "f": 0.8}]  # rows of before: seed 0
+    assert paired(old, rows)["f"][0] == pytest.approx(0.1)
+    later = [{**row, "seed": row["seed"] + 5} for row in rows]
+    with pytest.raises(UserError, match="no prompt and seed"):
+        paired(old, later)
+
+
 def test_rows_are_computed_once_per_query(tmp_path: Path) -> None:
     computed = []
 
-    def compute(prompt: str, directory: Path) -> dict[str, float]:
-        computed.append(prompt)
+    def compute(subject: Subject, seed: int, directory: Path) -> dict[str, float]:
+        computed.append((subject.name, seed, directory.name))
         return {"f": 1.0}
 
+    suite = Suite(("a", "picture of a red cube"), (0, 2))
     for steps in (1, 1, 2):
-        rows = run_suite(["a", "b"], tmp_path, {"steps": steps}, compute)
-        assert [(row["prompt"], row["steps"], row["f"]) for row in rows] == [("a", steps, 1), ("b", steps, 1)]
-    assert computed == ["a", "b"] * 2
+        rows = run_suite(suite, tmp_path, {"steps": steps}, compute)
+        assert [(row["prompt"], row["seed"], row["steps"]) for row in rows] == [
+            (name, seed, steps) for seed in suite.seeds for name in suite.names
+        ]
+    names = ["a", "picture-of-a-red-cube", "a-seed2", "picture-of-a-red-cube-seed2"]
+    assert [name for _, _, name in computed] == names * 2
+    assert "group" not in rows[0] and rows[1]["group"] == "known"
+    run_suite(Suite(suite.names, (0, 1, 2)), tmp_path, {"steps": 2}, compute)
+    assert [seed for _, seed, _ in computed[8:]] == [1, 1]  # a third seed: the others stay
+
+
+def test_page_shows_rows_of_before_and_groups(tmp_path: Path) -> None:
+    """Rows without a seed; and means of known and unseen shapes side by side."""
+    old = [{"prompt": "a red torus", "f_score_5": 0.5, "seconds": 2.0}]
+    save_page(tmp_path, "old", old, {}, {})
+    page = (tmp_path / "index.html").read_text()
+    assert "<h2>a red torus</h2>" in page and "mean, 95 %" in page
+    assert "means_by_group" not in json.loads((tmp_path / "rows.json").read_text())
+
+    names = ("picture of a red torus", "picture of assembly 1000000")
+    pictures = [
+        {"prompt": name, "seed": seed, "group": Subject(name).group, "f_score_5": score}
+        for name, score in zip(names, (0.9, 0.7), strict=True)
+        for seed in (0, 1)
+    ]
+    groups = means_by_group(pictures)
+    assert groups["known"]["f_score_5"][0] == 0.9 and groups["unseen"]["f_score_5"][0] == 0.7
+    save_page(tmp_path / "new", "new", pictures, {}, {})
+    page = (tmp_path / "new" / "index.html").read_text()
+    assert ">known<" in page and ">unseen<" in page and "picture of a red torus, seed 1" in page
 
 
 def test_script_runs_grades_and_compares(tiny_teacher_folder: Path, tmp_path: Path) -> None:
@@ -152,4 +186,6 @@ def test_script_runs_grades_and_compares(tiny_teacher_folder: Path, tmp_path: Pa
     assert "paired difference" in page
     wrong = ["prompts=[a red zebra]", f"output={tmp_path}"]
     assert "no prompt of the world" in script("benchmark_3d", *wrong, code=2)
-    assert "expected one of tiny, full" in script("benchmark_3d", "suite=huge", f"output={tmp_path}", code=2)
+    assert "expected one of tiny, quick, full, images" in script(
+        "benchmark_3d", "suite=huge", f"output={tmp_path}", code=2
+    )

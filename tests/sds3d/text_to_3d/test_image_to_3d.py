@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from command_line import ROOT, script
+from entry import load_script
 from PIL import Image
 from scene_fixtures import OPTIONS, SDS, SMALL, ZERO_GRADIENT, OneImageTeacher, disc, run_options, with_stages
 from torch import Tensor
@@ -17,9 +18,11 @@ from distill.core.conditioning import Conditioning
 from distill.core.score import Prediction
 from distill.core.views import POSE, REFERENCE, REFERENCE_POSE
 from distill.objectives.options import LinearSchedule, ObjectiveOptions
+from distill.planning.plan import make_plan
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
+from sds3d.planning import text_to_3d_subject
 from sds3d.text_to_3d.mesh_control import MeshControlOptions
 from sds3d.text_to_3d.picture import Picture
 from sds3d.text_to_3d.recipe import TextTo3dRecipe, start_text_to_3d
@@ -218,6 +221,14 @@ def test_a_prompt_is_optional_with_a_picture() -> None:
         check_inputs(teacher, GROUPED)
 
 
+def test_a_run_on_a_picture_is_planned(multi_view_teacher_folder: Path) -> None:
+    """The picture's row is work of the U-Net: four rows for three views, with and without it."""
+    arguments = ["image=x.png", f"teacher={multi_view_teacher_folder}", "run.device=cpu", "run.steps=4"]
+    arguments += ["text_to_3d.stages.sdedit_refinement=null"]
+    plan = make_plan(text_to_3d_subject(load_script("text_to_3d", arguments)), torch.float32)
+    assert plan.record.samples["U-Net"] == 4 * 2 * 4
+
+
 def test_the_script_makes_a_mesh_of_a_picture(
     multi_view_teacher_folder: Path, tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
@@ -229,7 +240,7 @@ def test_the_script_makes_a_mesh_of_a_picture(
     small += ["export.mesh.resolution=24", "text_to_3d.stages.sdedit_refinement.views=3"]
     arguments = [f"image={tmp_path / 'a photo.png'}", f"run.directory={tmp_path / 'run'}", *small]
     arguments += [f"teacher={multi_view_teacher_folder}", "run.preview_every=2"]
-    assert "elevation of the camera estimated" in script("text_to_3d", *arguments)
+    assert "degrees, estimated (image_to_3d.elevation)" in script("text_to_3d", *arguments)
     for name in ("mesh.glb", "turntable.mp4", "picture.png", "previews/picture_00000002.png"):
         assert (tmp_path / "run" / name).is_file(), name
     result = (tmp_path / "run" / "result.json").read_text()
