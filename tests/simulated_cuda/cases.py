@@ -65,6 +65,8 @@ SCRIPTS: dict[str, Sequence[str]] = {
                            "evaluation.captions=2", "evaluation.each=2", "evaluation.batch=4"],
     "evaluate_teacher": [TINY, "limit=8", "evaluation.samples=4", "evaluation.steps=2",
                          "evaluation.guidance=[2]"],
+    "evaluate_views": ["teacher=multi_view", "sampling.steps=2", "multi_view.objects=[cube]",
+                       "novel_views.objects=[cube]", "novel_views.unseen=1", "novel_views.pictures=1"],
     "export": [f"run_directory={SCENE}", "output=outputs/export", *EXPORT],
     "label_images": [TINY, f"folder={SCENE}/previews", "captions=[a red teapot, a blue torus]"],
     "make_pairs": [TINY, "pairs.count=4", "pairs.steps=2", "pairs.batch=2", "output=outputs/more_pairs"],
@@ -89,6 +91,8 @@ GROUPS = {
     "scene": "text_to_3d",
     "method": "distill_one_step",
 }
+IMAGE_TO_3D = ("teacher=multi_view", "image=picture.png", *RUN, *EXPORT,
+               "text_to_3d.stages.sdedit_refinement=null", "run.directory=outputs/image_to_3d")  # fmt: skip
 ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
                       "optimise_image.start=source"],

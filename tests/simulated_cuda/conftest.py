@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import trimesh
+from PIL import Image
 from stable_diffusion import stock_pipeline
 
 from simulated_cuda import cases
@@ -27,7 +28,11 @@ def built() -> None:
 
 @pytest.fixture(scope="session")
 def device(
-    built: None, tmp_path_factory: pytest.TempPathFactory, tiny_teacher_folder: Path, worker_id: str
+    built: None,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_teacher_folder: Path,
+    multi_view_teacher_folder: Path,
+    worker_id: str,
 ) -> Iterator[DeviceProcess]:
     """Works in a folder that all processes of a test run share."""
     base = tmp_path_factory.getbasetemp()
@@ -36,7 +41,9 @@ def device(
     process = DeviceProcess(folder)
     with locked(folder / "lock"):
         if not (folder / "ready").exists():
-            prepare(folder, process, tiny_teacher_folder)
+            shutil.copytree(tiny_teacher_folder, folder / "tiny")
+            shutil.copytree(multi_view_teacher_folder, folder / "multi_view")
+            prepare(folder, process)
             (folder / "ready").touch()
     yield process
     process.close()
@@ -50,9 +57,8 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, process: DeviceProcess, tiny_teacher: Path) -> None:
-    """The files that the cases name."""
-    shutil.copytree(tiny_teacher, folder / "tiny")
+def prepare(folder: Path, process: DeviceProcess) -> None:
+    """The files that the cases name, beside the teachers."""
     with torch.random.fork_rng():
         stock_pipeline(False).save_pretrained(folder / "stable_diffusion")
     trimesh.creation.box((0.8, 0.6, 0.4)).export(folder / "mesh.glb")
@@ -61,3 +67,6 @@ def prepare(folder: Path, process: DeviceProcess, tiny_teacher: Path) -> None:
         assert result.code == 0, f"{script}: {result.errors}"
     (image,) = (folder / cases.SCENE / "previews").glob("views_*.png")
     shutil.copy(image, folder / "image.png")
+    picture = Image.new("RGB", (128, 128), (190, 190, 190))
+    picture.paste((200, 30, 30), (36, 44, 92, 100))
+    picture.save(folder / "picture.png")

@@ -94,6 +94,11 @@ def test_config(device: DeviceProcess, config: str) -> None:
     assert_trained_in_single_precision(device.folder / "outputs" / config)
 
 
+def test_a_picture(device: DeviceProcess) -> None:
+    assert_written(device.folder, ran(device.run("text_to_3d", *cases.IMAGE_TO_3D)))
+    assert_trained_in_single_precision(device.folder / "outputs" / "image_to_3d")
+
+
 @pytest.mark.parametrize("name", names("labels"))
 def test_labels(device: DeviceProcess, name: str) -> None:
     judge = ["judge=null"] if name == "none" else []
