@@ -55,7 +55,7 @@ def test_every_output_is_float32_and_near_the_float32_teachers(
             "embedding": model.encode_text(PROMPTS).embedding,
             "latents": model.encode_images(images()),
             "images": model.decode(noisy),
-            "reconstructions": reconstruct(model, images()),
+            "reconstructions": torch.cat(list(reconstruct(model, images()))),
             "x0": prediction.x0,
             "eps": prediction.eps,
             "v": prediction.v,
