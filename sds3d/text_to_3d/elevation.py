@@ -1,9 +1,8 @@
 """The elevation of a picture's camera, from the teacher's denoising error at candidate cameras.
 
 The diffusion classifier (Li et al. 2023, arXiv:2303.16203) over poses: the picture as a single view of a
-camera at each candidate elevation and azimuth. One-2-3-45 (Liu et al. 2023, arXiv:2306.16928, section 3.2)
-matches views that its teacher predicts nearby instead: that one reads relative cameras only, this one the
-elevation itself.
+camera at each candidate elevation and azimuth. One-2-3-45 (Liu et al. 2023, arXiv:2306.16928) matches views
+that its teacher predicts nearby instead: that one reads relative cameras only, this one the elevation itself.
 """
 
 import torch

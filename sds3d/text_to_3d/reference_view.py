@@ -24,8 +24,8 @@ DISTANCE, FOVY = 3.0, 35.0  # of the picture's camera: what `EXTENT` of `picture
 class ImageTo3dOptions:
     """The picture's camera, and how closely the scene follows the picture.
 
-    The weights are those of mean squared errors, on the scale of the objective; those of DreamGaussian (Tang
-    et al. 2023, arXiv:2309.16653, section 3.3), which raises them from 0, as {start: 0, end: 10000} does.
+    The weights are of mean squared errors, on the scale of the objective: those of the code of DreamGaussian
+    (Tang et al. 2023, arXiv:2309.16653), which raises them from 0, as {start: 0, end: 10000} does here.
     """
 
     elevation: float | None = None  # degrees of the picture's camera; null: estimated with the teacher
