@@ -10,7 +10,7 @@ world.pairs=1 world.hold_out=false
 python scripts/make_shapes.py output=outputs/azimuth_world world.train=8000 world.validation=0 world.seed=3000
 world.pairs=0 world.random_light=true world.hold_out=false
 python scripts/train_judge.py attributes=pairs "data=[outputs/pairs_world, outputs/azimuth_world]"
-run.directory=outputs/judge_pairs
+initial=judge64 run.directory=outputs/judge_pairs
 """
 
 import json

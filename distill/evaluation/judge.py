@@ -21,9 +21,11 @@ from distill.runtime.files import atomic_path, read_json, write_json
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
 from distill.runtime.shipped import resolve
+from distill.teacher.folder import load_initial
 
 FORMAT = "distill-judge-1"
 FEATURES = 128
+GRID = 4  # positions a side that a hidden layer tells apart
 LENGTH_WEIGHT = 0.05  # of the lengths of direction vectors in the loss
 IGNORE = -100  # the label of a row that does not count, the default of `F.cross_entropy`
 
@@ -40,6 +42,7 @@ class JudgeOptions:
     only_if: tuple[tuple[str, str], ...] = ()
     directions: tuple[str, ...] = ()  # angles in degrees, read as unit vectors
     width: int = 48
+    hidden: int | None = None  # units of a layer that reads where in the image features are; null: their mean
     batch: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
@@ -48,8 +51,11 @@ class JudgeOptions:
     def __post_init__(self) -> None:
         if not self.attributes:
             raise UserError("the judge has no attributes; expected the name of a metadata column")
-        if self.width < 1 or self.batch < 2:
-            raise UserError(f"judge width {self.width}, batch {self.batch}; expected at least 1 and 2")
+        if self.width < 1 or self.batch < 2 or (self.hidden is not None and self.hidden < 1):
+            raise UserError(
+                f"judge width {self.width}, hidden {self.hidden}, batch {self.batch}; expected at least 1, 1 "
+                "and 2"
+            )
 
 
 class Block(nn.Sequential):
@@ -85,16 +91,21 @@ class Judge(nn.Module):
             Block(2 * width, FEATURES, stride=2),
             Block(FEATURES, FEATURES),
         )
-        self.heads = nn.ModuleDict(
-            {name: nn.Linear(FEATURES, len(values)) for name, values in self.labels.items()}
-        )
-        self.direction_heads = nn.ModuleDict({name: nn.Linear(FEATURES, 2) for name in options.directions})
+        size, self.hidden = FEATURES, None
+        if options.hidden is not None:
+            size = options.hidden
+            layers = nn.Linear(FEATURES * GRID**2, size), nn.BatchNorm1d(size), nn.ReLU()
+            self.hidden = nn.Sequential(nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), *layers)
+        heads = {name: nn.Linear(size, len(values)) for name, values in self.labels.items()}
+        self.heads = nn.ModuleDict(heads)
+        self.direction_heads = nn.ModuleDict({name: nn.Linear(size, 2) for name in options.directions})
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
 
     def features(self, images: Tensor) -> Tensor:
-        """Features (N, 128) of images (N, 3, H, W) in [0, 1], of at least 16 x 16 pixels."""
+        """Features (N, 128), or (N, hidden), of images (N, 3, H, W) in [0, 1], of at least 16 x 16 pixels."""
         centred = (images * 4 - 2).contiguous(memory_format=torch.channels_last)
-        return self.trunk(centred).mean((2, 3))
+        maps = self.trunk(centred)
+        return maps.mean((2, 3)) if self.hidden is None else self.hidden(maps)
 
     def layers(self, images: Tensor) -> list[Tensor]:
         """The activations (N, C, h, w) of every block, differentiable, for perceptual distances."""
@@ -208,12 +219,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return random_erasing(add_noise(images, generator, 0.04), generator).clamp(0, 1)
 
 
-def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge:
+def train_judge(
+    run: Run, data: CaptionedImages, options: JudgeOptions, initial: Judge | None = None
+) -> Judge:
     """Train on a split; returns the judge in evaluation mode, its weights as `save_judge` rounds them.
 
-    Raises `UserError` for an attribute with fewer than two values.
+    Training starts from the convolutions of `initial`. Raises `UserError` for an attribute with fewer than
+    two values, and for an initial judge of another width.
     """
     judge = Judge(collect_labels(data.rows, options), options, data.images.shape[-1]).to(run.device)
+    if initial is not None:
+        load_initial(judge.trunk, initial.trunk, "judge")
     table, directions = label_table(data.rows, judge.labels, options), direction_table(data.rows, options)
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
@@ -239,7 +255,7 @@ def train_judge(run: Run, data: CaptionedImages, options: JudgeOptions) -> Judge
 
 @torch.no_grad()
 def judge_features(judge: Judge, images: Tensor, batch: int = 256) -> Tensor:
-    """Features (N, 128) on the CPU of images (N, 3, H, W) in [0, 1], by the judge as it was trained."""
+    """Features (N, D) on the CPU of images (N, 3, H, W) in [0, 1], by the judge as it was trained."""
     device = next(judge.parameters()).device
     judge.eval()
     return torch.cat([judge.features(part.to(device)).cpu() for part in images.split(batch)])

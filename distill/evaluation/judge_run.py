@@ -8,7 +8,7 @@ import torch
 
 from distill.data.folders import CaptionedImages, load_split
 from distill.evaluation.directions import direction_accuracy
-from distill.evaluation.judge import Judge, JudgeOptions, predict, save_judge, train_judge
+from distill.evaluation.judge import Judge, JudgeOptions, load_judge, predict, save_judge, train_judge
 from distill.evaluation.labels import LabelOptions, prediction_accuracy
 from distill.evaluation.pairs import pair_accuracy
 from distill.runtime.config import as_mapping
@@ -22,6 +22,7 @@ class JudgeRecipe:
     run: RunOptions
     data: str | tuple[str, ...] = "outputs/judge_world"  # one captioned folder, or several
     judge: JudgeOptions
+    initial: str | None = None  # a judge of the same width whose convolutions training starts from
     labels: LabelOptions = field(default_factory=LabelOptions)  # which columns pairs have
 
 
@@ -46,8 +47,9 @@ def judge_metrics(judge: Judge, data: CaptionedImages, labels: LabelOptions) -> 
 def run_judge(recipe: JudgeRecipe) -> dict[str, Any]:
     """Train, grade on the test split and save to `judge` in the run's directory; returns the metrics."""
     train, test = (load_splits(recipe.data, split) for split in ("train", "test"))
+    initial = None if recipe.initial is None else load_judge(recipe.initial)
     run = Run(recipe.run, as_mapping(recipe), "judge")
-    judge = train_judge(run, train, recipe.judge)
+    judge = train_judge(run, train, recipe.judge, initial)
     metrics = {"test": judge_metrics(judge, test, recipe.labels)}
     save_judge(judge, run.directory / "judge", metrics)
     run.finish(metrics)

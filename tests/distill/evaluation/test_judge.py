@@ -1,6 +1,7 @@
 """The judge: learns a separable folder, masks rows that do not count, saves and loads."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,33 @@ def test_saved_judges_predict_the_same_after_loading(trained: Judge, tmp_path: P
     assert predict(loaded, images) == predict(trained, images)
     assert judge_features(loaded, images).shape == (5, 128)
     assert json.loads((tmp_path / "judge.json").read_text())["metrics"] == {"test": {"object": 1.0}}
+
+
+def test_a_hidden_layer_reads_where_features_are(tmp_path: Path) -> None:
+    """The mean of the features does not change where they are permuted, the layer's output does."""
+    torch.manual_seed(0)
+    judge = Judge(LABELS, replace(TINY, hidden=24)).eval()
+    images = torch.rand(3, 3, 64, 64)
+    assert judge_features(judge, images).shape == (3, 24) and judge.hidden is not None
+    maps = judge.trunk(images)
+    turned = maps.flip(3)
+    torch.testing.assert_close(maps.mean((2, 3)), turned.mean((2, 3)))
+    assert not torch.allclose(judge.hidden(maps), judge.hidden(turned))
+    save_judge(judge, tmp_path, {})
+    assert load_judge(tmp_path).options.hidden == 24 and predict(load_judge(tmp_path), images)
+    with pytest.raises(UserError, match="hidden 0"):
+        replace(TINY, hidden=0)
+
+
+def test_training_starts_from_the_convolutions_of_another_judge(trained: Judge, tmp_path: Path) -> None:
+    options = replace(TINY, attributes=("colour",), only_if=(), hidden=16, learning_rate=1e-6)
+    run = Run(RunOptions(str(tmp_path), 1, trackers=()), {}, "judge")
+    judge = train_judge(run, toy(64, 3), options, trained)
+    for name, value in trained.trunk.named_parameters():
+        torch.testing.assert_close(judge.trunk.get_parameter(name), value, atol=1e-3, rtol=1e-3)
+    other = Run(RunOptions(str(tmp_path / "other"), 1, trackers=()), {}, "judge")
+    with pytest.raises(UserError, match="the initial judge has another size"):
+        train_judge(other, toy(64, 3), replace(options, width=16), trained)
 
 
 def test_the_default_judge_is_small(tmp_path: Path) -> None:
