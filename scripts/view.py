@@ -24,9 +24,7 @@ class Config:
 
 def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
-    viewer = Viewer(config.run_directory, config.viewer, precision)
-    print(f"open http://{config.viewer.host}:{viewer.server.get_port()} (Ctrl-C to stop)", flush=True)
-    viewer.serve()
+    Viewer(config.run_directory, config.viewer, precision).serve()
 
 
 if __name__ == "__main__":

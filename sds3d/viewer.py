@@ -243,8 +243,9 @@ class Viewer:
         return to_bytes(torch.cat([render[0], teacher.decode(prediction.x0)[0]], -1))
 
     def serve(self) -> None:
-        """Update until interrupted."""
+        """Print the address, and update until interrupted."""
         try:
+            print(f"open http://{self.options.host}:{self.server.get_port()} (Ctrl-C to stop)", flush=True)
             while True:
                 self.update()
                 time.sleep(0.03)

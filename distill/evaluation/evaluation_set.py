@@ -27,7 +27,7 @@ class SetGraders:
 
     def __post_init__(self) -> None:
         columns = set() if self.pair_judge is None else set(self.pair_judge.labels)
-        missing = set(self.labels.pair.columns) - columns
+        missing = set(self.labels.pair.visible) - columns
         if self.pair_judge is not None and missing:
             raise UserError(
                 f"the judge of pairs does not read {', '.join(sorted(missing))}: give one that does "

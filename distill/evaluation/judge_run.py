@@ -33,12 +33,17 @@ def load_splits(folders: str | Sequence[str], split: str) -> CaptionedImages:
     return CaptionedImages(torch.cat([part.images for part in parts]), rows)
 
 
+def with_pair_columns(data: CaptionedImages, labels: LabelOptions) -> CaptionedImages:
+    """The same images, their rows with the columns that pairs are read as (`PairLabels.derive`)."""
+    return CaptionedImages(data.images, [{**row, **labels.pair.derive(row)} for row in data.rows])
+
+
 def judge_metrics(judge: Judge, data: CaptionedImages, labels: LabelOptions) -> dict[str, Any]:
     """Accuracy by column, of directions, and of pairs where the judge reads all their columns."""
     images = data.composite(slice(None))
     predictions = predict(judge, images)
     pairs = {}
-    if labels.pair.relation and set(labels.pair.columns) <= set(judge.labels):
+    if labels.pair.relation and set(labels.pair.visible) <= set(judge.labels):
         pairs = pair_accuracy(predictions, data.rows, labels.pair)
     columns = prediction_accuracy(judge, predictions, data.rows)
     return {**columns, **direction_accuracy(judge, images, data.rows), **pairs}
@@ -46,7 +51,9 @@ def judge_metrics(judge: Judge, data: CaptionedImages, labels: LabelOptions) -> 
 
 def run_judge(recipe: JudgeRecipe) -> dict[str, Any]:
     """Train, grade on the test split and save to `judge` in the run's directory; returns the metrics."""
-    train, test = (load_splits(recipe.data, split) for split in ("train", "test"))
+    train, test = (
+        with_pair_columns(load_splits(recipe.data, split), recipe.labels) for split in ("train", "test")
+    )
     initial = None if recipe.initial is None else load_judge(recipe.initial)
     run = Run(recipe.run, as_mapping(recipe), "judge")
     judge = train_judge(run, train, recipe.judge, initial)

@@ -12,6 +12,7 @@ from distill.evaluation.judge import Judge, label_of, predict
 from distill.runtime.errors import UserError
 
 Row = Mapping[str, Any]
+ARRANGEMENT, ORDER = "arrangement", "order"  # columns that `PairLabels` derives
 
 
 def template_columns(template: str) -> list[str]:
@@ -29,8 +30,7 @@ class PairLabels:
     """The metadata columns of captions of two things in a relation; empty where the data has none.
 
     The relations in `interchangeable` depend on the side that the two are seen from ("next to" is "in front
-    of" a quarter turn on), and so does their order: one picture shows them by its light alone. In the figure
-    `pair_right_any_side` they count for each other and in either order.
+    of" a quarter turn on), and so does their order. One picture does not show them, but by its light.
     """
 
     first: tuple[str, ...] = ()  # columns of the first thing
@@ -46,9 +46,33 @@ class PairLabels:
             )
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        """All that a judge of pairs reads."""
-        return (*self.first, self.relation, *self.second) if self.relation else ()
+    def visible(self) -> tuple[str, ...]:
+        """The columns of `derive` that every picture shows: those of either thing, and the arrangement."""
+        if not self.relation:
+            return ()
+        return (*(f"{name}_{thing}" for thing in ("a", "b") for name in self.first), ARRANGEMENT)
+
+    def derive(self, row: Row) -> dict[str, str]:
+        """Further columns of a row, in which what a picture does not show makes no difference.
+
+        Thing a is the first and b the second one; in interchangeable relations they are sorted by their
+        columns. `arrangement` is the relation, or all interchangeable ones; `order` states whether the first
+        thing is a, where they were sorted and differ. Of one thing: a.
+        """
+        if not self.relation:
+            return {}
+        things = [tuple(row.get(name) or "" for name in columns) for columns in (self.first, self.second)]
+        arrangement, order = row.get(self.relation) or "", ""
+        if arrangement in self.interchangeable:
+            arrangement = " or ".join(self.interchangeable)
+            order = "" if things[0] == things[1] else "sorted" if things[0] < things[1] else "reversed"
+            things.sort()
+        columns = {
+            f"{name}_{letter}": value
+            for letter, thing in zip(("a", "b"), things, strict=True)
+            for name, value in zip(self.first, thing, strict=True)
+        }
+        return {**columns, ARRANGEMENT: arrangement, ORDER: order}
 
     def rows(self, rows: Sequence[Row]) -> list[int]:
         """The indices of the rows of two things."""

@@ -2,42 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 
-from distill.evaluation.labels import PairLabels, Row, fractions
+from distill.evaluation.labels import ARRANGEMENT, ORDER, PairLabels, Row, fractions
 
 
 def pair_accuracy(
     predictions: Mapping[str, Sequence[str]], rows: Sequence[Row], labels: PairLabels
 ) -> dict[str, float]:
-    """Fractions of the rows of pairs that a judge's predictions (by column, N each) match.
+    """Fractions of the rows of two things that a judge's predictions (by column, N each) match.
 
-    `pair_first` and `pair_second`: all columns of either thing; `pair_relation`; `pair_right`: everything;
-    `pair_right_any_side`: up to the side that it is seen from (`PairLabels`). Empty without rows of pairs.
+    `pair_things`: all columns of both; `pair_arrangement`; `pair_right`: both, which is the caption but for
+    the side that it is seen from (`PairLabels.derive`). `pair_right_strict`: the relation and the order too,
+    where the judge predicts them. Empty without rows of two things.
     """
+    strict = (labels.relation, ORDER)
     hits: dict[str, list[bool]] = {}
     for index in labels.rows(rows):
-        predicted = {name: predictions[name][index] for name in labels.columns}
-        for name, hit in _matches(predicted, rows[index], labels).items():
+        true = {**rows[index], **labels.derive(rows[index])}
+        match = {
+            name: not true[name] or values[index] == true[name]
+            for name, values in predictions.items()
+            if name in (*labels.visible, *strict)
+        }
+        things = all(match[name] for name in labels.visible if name != ARRANGEMENT)
+        right = things and match[ARRANGEMENT]
+        figures = {"pair_things": things, "pair_arrangement": match[ARRANGEMENT], "pair_right": right}
+        if all(name in predictions for name in strict):
+            figures["pair_right_strict"] = right and all(match[name] for name in strict)
+        for name, hit in figures.items():
             hits.setdefault(name, []).append(hit)
     return fractions(hits)
-
-
-def _matches(predicted: Row, row: Row, labels: PairLabels) -> dict[str, bool]:
-    """By figure, whether one prediction matches its row."""
-
-    def values(source: Row, columns: Sequence[str]) -> list[str]:
-        return [source[name] for name in columns]
-
-    first, second = (values(predicted, columns) for columns in (labels.first, labels.second))
-    true_first, true_second = (values(row, columns) for columns in (labels.first, labels.second))
-    relation, true_relation = predicted[labels.relation], row[labels.relation]
-    in_order = first == true_first and second == true_second
-    either_order = in_order or (first == true_second and second == true_first)
-    same_kind = {relation, true_relation} <= set(labels.interchangeable)
-    right = in_order and relation == true_relation
-    return {
-        "pair_first": first == true_first,
-        "pair_second": second == true_second,
-        "pair_relation": relation == true_relation,
-        "pair_right": right,
-        "pair_right_any_side": right or (same_kind and either_order),
-    }

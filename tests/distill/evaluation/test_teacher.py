@@ -205,7 +205,7 @@ def test_pairs_are_graded_by_their_own_judge(
     tiny_teacher: LatentDiffusionTeacher, graders: Graders, tmp_path: Path
 ) -> None:
     names, relations = ("cube", "duck"), ("next to", "on top of")
-    labels = {"object": names, "relation": relations, "second_object": names}
+    labels = {"object_a": names, "object_b": names, "arrangement": ("next to or in front of", "on top of")}
     judge = Judge(labels, JudgeOptions(tuple(labels), width=8)).eval()
     pairs = [
         {"text": f"a red cube {relation} a blue duck", "object": "cube", "relation": relation}
@@ -217,11 +217,11 @@ def test_pairs_are_graded_by_their_own_judge(
     assert len(test.data) == 8 and len(test.pairs) == 4
     options = replace(SMALL, guidance=(2.0,), pairs=3)
     figures = evaluate(tiny_teacher, test, tmp_path, options)
-    columns = {"pair_first", "pair_second", "pair_relation", "pair_right", "pair_right_any_side"}
     for row in (*figures["judge_accuracy"].values(), figures["samples"][0]):
-        assert columns <= set(row) and 0 <= row["pair_right"] <= row["pair_right_any_side"] <= 1
+        assert {"pair_things", "pair_arrangement"} <= set(row)
+        assert 0 <= row["pair_right"] <= row["pair_things"] <= 1
     assert pixels(tmp_path / "guidance-2-caption-pairs.png").shape == (64, 3 * 66 - 2, 3)
-    with pytest.raises(UserError, match="the judge of pairs does not read relation, second_object"):
+    with pytest.raises(UserError, match="the judge of pairs does not read arrangement, object_a, object_b"):
         SetGraders(graders, WORLD, graders.judge)
 
 
