@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
+from torch.optim import Optimizer
 
 from distill.core.noise import NoiseSchedule
 from distill.core.sampling import sample_ode
@@ -14,6 +15,7 @@ from distill.data.latents import LatentCache
 from distill.data.views import ViewLabels
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
+from distill.runtime.muon import Muon
 from distill.runtime.optim import optimizer_step, warmup_constant_decay
 from distill.runtime.run import Run
 from distill.teacher.denoiser import UNetDenoiser
@@ -30,6 +32,7 @@ class UnetOptions:
     layers: int = 1
     heads: int = 4
     batch: int = 64
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1.5e-3  # constant until the last part of the training
     caption_dropout: float = 0.1  # from the first step on, for classifier-free guidance
     ema: float = 0.999
@@ -123,7 +126,7 @@ def train_unet(
     if run.compiled:
         unet.compile()
     ema = EMA(unet, options.ema)
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate, weight_decay=0.01, fused=True)
+    optimizer = make_optimizer(unet, options)
     lr_schedule = warmup_constant_decay(optimizer, run.options.steps, decay=options.decay)
     run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
 
@@ -148,6 +151,13 @@ def train_unet(
             run.preview("samples", decode(vae, samples))
     ema.copy_to(averaged.network)
     return averaged.network
+
+
+def make_optimizer(unet: UNet2DConditionModel, options: UnetOptions) -> Optimizer:
+    """The optimizer that `options` name, over all parameters."""
+    if options.optimizer == "muon":
+        return Muon(unet.parameters(), options.learning_rate)
+    return torch.optim.AdamW(unet.parameters(), options.learning_rate, weight_decay=0.01, fused=True)
 
 
 def make_batches(

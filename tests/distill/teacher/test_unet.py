@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -162,14 +162,17 @@ def test_caption_dropout_uses_the_empty_prompt(tmp_path: Path, monkeypatch: pyte
     assert not bool((embeddings == 0).any())
 
 
-def test_a_short_training_lowers_the_loss_and_returns_the_average(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_short_training_lowers_the_loss_and_returns_the_average(
+    tmp_path: Path, optimizer: Literal["adamw", "muon"]
+) -> None:
     data, vae = cache(), tiny_vae()
     schedule = NoiseSchedule(make_scheduler(TINY).alphas_cumprod)
     noise = torch.randn(16, 4, 4, 4, generator=torch.Generator().manual_seed(7))
     conditioning = data.conditioning_of(torch.arange(16))
     batch = (data.latents[:16], noise, torch.arange(16) * 66, conditioning)
     run = Run(RunOptions(str(tmp_path), 50, trackers=(), preview_every=50), {}, "unet")
-    unet = train_unet(run, data, vae, TINY)
+    unet = train_unet(run, data, vae, replace(TINY, optimizer=optimizer))
     assert not unet.training and not any(p.requires_grad for p in unet.parameters())
     trained, untrained = (
         UNetDenoiser(network, schedule, "v_prediction")

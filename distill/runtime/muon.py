@@ -1,0 +1,110 @@
+"""Muon: momentum whose matrices are orthogonalised, with Adam for what is no matrix."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration: steep at 0, in [0.7, 1.2] after five
+ITERATIONS = 5
+RMS = 0.2  # of an update's elements at learning rate 1, near that of AdamW (arXiv:2502.16982, section 2.2)
+SMALLEST_SIDE = 16  # of a matrix; narrower ones are left to Adam, as biases are
+
+
+class Muon(Optimizer):
+    """The optimiser of Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon), for convolutions too.
+
+    A weight of two or more dimensions is a matrix of its first dimension by all others. Its update is the
+    orthogonal matrix nearest to Nesterov momentum, scaled to the root mean square `RMS`, so that one learning
+    rate and weight decay serve both kinds (Liu et al. 2025, arXiv:2502.16982, equation 4). Other parameters
+    are updated by AdamW. torch.optim.Muon takes neither convolutions nor biases.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float = 0.01,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        given = list(parameters)
+        matrices = [weight for weight in given if is_matrix(weight)]
+        others = [weight for weight in given if not is_matrix(weight)]
+        groups = [{"params": matrices, "matrices": True}, {"params": others, "matrices": False}]
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
+        super().__init__([group for group in groups if group["params"]], defaults)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update by the parameters' gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            pairs = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
+            for weight, _ in pairs:
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            if group["matrices"]:
+                self._update_matrices(pairs, group)
+            else:
+                self._update_others(pairs, group)
+        return loss
+
+    def _update_matrices(self, pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for weight, gradient in pairs:
+            state = self.state[weight]
+            if not state:
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(gradient, 1 - group["momentum"])
+            direction = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
+            by_shape[direction.shape[0], direction.shape[1]].append((weight, direction))
+        for shape, same in by_shape.items():  # of one shape at a time: few large products
+            updates = orthogonalize(torch.stack([direction for _, direction in same]))
+            scale = RMS * max(shape) ** 0.5  # an orthogonal matrix has the root mean square 1 / sqrt(max)
+            for (weight, _), update in zip(same, updates, strict=True):
+                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+
+    def _update_others(self, pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        first, second = group["betas"]
+        for weight, gradient in pairs:
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+            state["step"] += 1
+            count = state["step"].item()
+            state["exp_avg"].lerp_(gradient, 1 - first)
+            state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
+            deviation = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
+            weight.addcdiv_(state["exp_avg"], deviation, value=-group["lr"] / (1 - first**count))
+
+
+def is_matrix(weight: Tensor) -> bool:
+    """Whether a parameter is updated as a matrix: of two dimensions or more, neither side of it narrow."""
+    return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) >= SMALLEST_SIDE
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices (N, rows, columns) with their singular values moved to about 1, between 0.7 and 1.2.
+
+    By Newton-Schulz iteration; singular values under a thousandth of a matrix's norm may remain smaller.
+    """
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = matrices.mT if tall else matrices
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.mT
+        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.mT if tall else wide
