@@ -98,13 +98,20 @@ def is_matrix(weight: Tensor) -> bool:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (N, rows, columns) with their singular values moved to about 1, between 0.7 and 1.2.
 
-    By Newton-Schulz iteration; singular values under a thousandth of a matrix's norm may remain smaller.
+    By the Newton-Schulz iteration X <- (a + b G + c G^2) X with G = X X^T. The factors commute with G, so they
+    are multiplied on the smaller side alone, which is several times cheaper for wide matrices. Singular
+    values under a thousandth of a matrix's norm may remain smaller.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     wide = matrices.mT if tall else matrices
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        gram = wide @ wide.mT
-        wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.mT if tall else wide
+    gram = wide @ wide.mT
+    identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    product = identity.expand_as(gram)
+    for iteration in range(ITERATIONS):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c) + a * identity
+        product = factor @ product
+        if iteration < ITERATIONS - 1:
+            gram = factor @ factor @ gram
+    return (product @ wide).mT if tall else product @ wide
