@@ -52,10 +52,10 @@ class TextTo3dOptions(SharedOptions):
                     "(views_per_group) do not divide: give a multiple"
                 )
         fixed = [stage.fixed_pose_from for stage in self.stages.values() if stage.fixed_pose_from is not None]
-        last = max((fraction for stage in self.stages.values() for fraction in stage.rotates_at), default=0.0)
-        if fixed and last >= min(fixed):
+        rotations = [fraction for stage in self.stages.values() for fraction in stage.rotates_at]
+        if fixed and rotations and max(rotations) >= min(fixed):
             raise UserError(
-                f"orientation is checked at {last:g} of the run, but refinement relies on the pose from "
+                f"orientation is checked at {max(rotations):g} of the run, but refinement relies on the pose from "
                 f"{min(fixed):g} on: check it before"
             )
 

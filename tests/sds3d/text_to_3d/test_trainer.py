@@ -167,6 +167,7 @@ def test_mistakes_raise_before_the_run(tiny_teacher: LatentDiffusionTeacher) -> 
             orientation=OrientationOptions((OrientationCheck(0.6),)),
             refinement=SDEditRefinementOptions(start=0.5),
         )
+    replace(OPTIONS, stages={"refinement": SDEditRefinementOptions((1.0,), start=0.0)})  # views alone
 
 
 @pytest.mark.parametrize(
