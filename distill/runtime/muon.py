@@ -98,9 +98,9 @@ def is_matrix(weight: Tensor) -> bool:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (N, rows, columns) with their singular values moved to about 1, between 0.7 and 1.2.
 
-    By the Newton-Schulz iteration X <- (a + b G + c G^2) X with G = X X^T. The factors commute with G, so they
-    are multiplied on the smaller side alone, which is several times cheaper for wide matrices. Singular
-    values under a thousandth of a matrix's norm may remain smaller.
+    By the Newton-Schulz iteration X <- (a + b G + c G^2) X with G = X X^T. The factors commute with G, so
+    they are multiplied on the smaller side alone, which is cheaper for wide matrices. Singular values under
+    a thousandth of a matrix's norm may remain smaller.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]

@@ -3,7 +3,8 @@
 The weights of `UNet2DConditionModel` are unchanged: stock diffusers loads and samples them as a text-to-image
 model. What is added:
 
-- the camera (MVDream, arXiv:2308.16512, section 3.1) in the time embedding and as one more text token;
+- the camera (MVDream, arXiv:2308.16512, section 3.1) in the time embedding and as one more text token, both
+  computed jointly from the camera and what is seen: the mean text embedding and CLIP's of the picture;
 - self-attention over all positions of a group of views (section 3.1, "3D self-attention"), same weights;
 - a picture of the object (Zero-1-to-3, arXiv:2303.11328) as one more view of the group, without noise, at
   time 0 (CAT3D, arXiv:2405.10314, section 3.1), and CLIP's embedding of it as one more text token.
@@ -41,7 +42,7 @@ WEIGHTS = "model.safetensors"
 class ViewConditionOptions:
     """Sizes of the layers that read cameras and pictures."""
 
-    width: int = 128
+    width: int = 256
     image_dim: int | None = None  # of CLIP's image embeddings; null: none is read
 
     def __post_init__(self) -> None:
@@ -59,13 +60,16 @@ def pose_features(poses: Tensor) -> Tensor:
 
 
 class ViewConditions(nn.Module):
-    """Poses and picture embeddings as text tokens (B, 1, D), and poses as a part of the time embedding."""
+    """Poses and picture embeddings as text tokens (B, 1, D), and poses as a part of the time embedding.
+
+    What a pose looks like depends on the object, so the layers that read it are given both.
+    """
 
     def __init__(self, options: ViewConditionOptions, token_dim: int, time_dim: int) -> None:
         super().__init__()
         self.options = options
-        width = options.width
-        self.pose = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        width, inputs = options.width, FEATURES + token_dim + (options.image_dim or 0)
+        self.pose = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.pose_token = nn.Sequential(nn.Linear(width, token_dim), nn.LayerNorm(token_dim))
         self.pose_time = nn.Linear(width, time_dim)
         nn.init.zeros_(self.pose_time.weight)
@@ -76,12 +80,13 @@ class ViewConditions(nn.Module):
 
     def forward(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments of the U-Net for a conditioning with extras; tokens that are not given are masked."""
-        tokens, given = [conditioning.embedding.to(dtype)], []
+        text = conditioning.embedding.to(dtype)
+        tokens, given = [text], []
         arguments: dict[str, Any] = {"cross_attention_kwargs": {"views": conditioning.views}}
         poses, images = (conditioning.extras.get(name) for name in (POSE, IMAGE_EMBEDDING))
         if poses is not None:
             given.append(is_given(poses))
-            hidden = self.pose(pose_features(poses.nan_to_num(0.0)).to(dtype))
+            hidden = self.pose(self.joint_features(poses, text, images))
             tokens.append(self.pose_token(hidden)[:, None])
             time = self.pose_time(hidden) * given[-1][:, None]
             arguments["added_cond_kwargs"] = {POSE_EMBEDDING: time}
@@ -94,6 +99,14 @@ class ViewConditions(nn.Module):
             text = torch.ones(tokens[0].shape[:2], dtype=torch.bool, device=tokens[0].device)
             arguments["encoder_attention_mask"] = torch.cat([text, torch.stack(given, 1)], 1)
         return arguments
+
+    def joint_features(self, poses: Tensor, text: Tensor, images: Tensor | None) -> Tensor:
+        """Features (B, F) of poses (B, 5), text (B, T, D) and image embeddings (B, E); missing are zeros."""
+        parts = [pose_features(poses.nan_to_num(0.0)).to(text.dtype), text.mean(1)]
+        if self.options.image_dim is not None:
+            missing = text.new_zeros(len(text), self.options.image_dim)
+            parts.append(missing if images is None else images.nan_to_num(0.0).to(text.dtype))
+        return torch.cat(parts, 1)
 
 
 @final

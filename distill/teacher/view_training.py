@@ -32,7 +32,7 @@ class ViewTrainingOptions:
     picture_text: float = 0.2  # of the pictured groups that keep their caption
     picture_dropout: float = 0.1  # of the pictured groups, for classifier-free guidance
     embedding_dropout: float = 0.3  # of the pictured groups: CLIP's embedding of the picture alone
-    width: int = 128  # of the layers that read the pose
+    width: int = 256  # of the layers that read the pose, the text and the picture together
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -14,6 +14,7 @@ from distill.core.views import IMAGE_EMBEDDING, POSE, REFERENCE, REFERENCE_POSE,
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.multi_view import (
+    POSE_EMBEDDING,
     MultiViewUNet,
     load_view_conditions,
     pose_features,
@@ -84,6 +85,21 @@ def test_the_pose_reaches_the_token_and_the_time_embedding(unet: Any, denoiser: 
     assert all(changed(by_token, before))
     assert all(changed(by_token, denoiser.output(x_t, t, Conditioning(embedding))))
     conditions.pose_time.weight.copy_(weight)
+
+
+def test_a_pose_is_read_together_with_the_text_and_the_picture(unet: Any) -> None:
+    _, _, embedding, poses = inputs()
+    images = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+
+    def time_part(embedding: Tensor, **images: Tensor) -> Tensor:
+        arguments = unet.view_conditions(Conditioning(embedding, {POSE: poses, **images}), torch.float32)
+        part: Tensor = arguments["added_cond_kwargs"][POSE_EMBEDDING]
+        return part
+
+    first = time_part(embedding)
+    assert all(changed(time_part(embedding.roll(1, 0)), first))
+    assert all(changed(time_part(embedding, **{IMAGE_EMBEDDING: images}), first))
+    assert not any(changed(time_part(embedding, **{IMAGE_EMBEDDING: images * torch.nan}), first))
 
 
 def test_views_of_a_group_see_each_other_and_no_others(denoiser: UNetDenoiser) -> None:
