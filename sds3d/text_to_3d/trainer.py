@@ -55,8 +55,8 @@ class TextTo3dOptions(SharedOptions):
         rotations = [fraction for stage in self.stages.values() for fraction in stage.rotates_at]
         if fixed and rotations and max(rotations) >= min(fixed):
             raise UserError(
-                f"orientation is checked at {max(rotations):g} of the run, but refinement relies on the pose from "
-                f"{min(fixed):g} on: check it before"
+                f"orientation is checked at {max(rotations):g} of the run, but refinement relies on the pose "
+                f"from {min(fixed):g} on: check it before"
             )
 
 
