@@ -97,8 +97,8 @@ ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
                       "optimise_image.start=source"],
     "scene/hash_large": SMALL_FIELD,
-    "control/depth": ["control.mesh=mesh.glb"],
-    "control/silhouette": ["control.mesh=mesh.glb"],
+    "control/depth": ["control.mesh=mesh.glb", "teacher=shapes64_text"],
+    "control/silhouette": ["control.mesh=mesh.glb", "teacher=shapes64_text"],
 }  # fmt: skip
 EXPERIMENT = {  # of the presets' scripts
     "text_to_3d": ("prompt=a red teapot", *EXPORT, "text_to_3d.views=1", *SMALL_FIELD),

@@ -161,7 +161,13 @@ def test_viewer_opens_a_scene_on_the_device(device: DeviceProcess) -> None:
         port = f"viewer.port={server.getsockname()[1]}"
     script = [str(HERE), "run", "view", f"run_directory={cases.SCENE}", port]
     server = subprocess.Popen(
-        [sys.executable, *script], cwd=device.folder, env=environment(), stdout=subprocess.PIPE, text=True
+        [sys.executable, *script],
+        cwd=device.folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+        # A background job of a shell ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert server.stdout is not None
     lines = iter(server.stdout.readline, "")
