@@ -24,6 +24,7 @@ from sds3d.text_to_3d.context import TextTo3dContext
 from sds3d.text_to_3d.stages.base import Stage, StageOptions
 
 CHUNK = 16  # views sampled at once, or one group; bounds the memory
+MAX_DEVIATION = 0.03  # median absolute deviation of a plain background's colours
 
 
 @final
@@ -153,7 +154,9 @@ class SDEditRefinementStage(Stage):
             )
             images.append(teacher.decode(latents))
 
-        self.refined.replace(cameras.to(context.run.device), background, torch.cat(images).clamp(0, 1))
+        resampled = torch.cat(images).clamp(0, 1)
+        background = background_of(resampled, background)
+        self.refined.replace(cameras.to(context.run.device), background, resampled)
         context.run.preview("refined", self.refined.images)
 
     def refine_step(self, step: int) -> RenderedViews:
@@ -171,6 +174,18 @@ class SDEditRefinementStage(Stage):
         context.optimizer_step(options.weight * rgb_loss + context.regularization(views, 1.0, regularizers))
         context.run.log(rgb_loss=rgb_loss.detach())
         return views
+
+
+def background_of(images: Tensor, expected: Tensor) -> Tensor:
+    """The colours (B, 3) of the backgrounds of images (B, 3, H, W): their borders' medians.
+
+    The teacher may change the background that a view had, and chooses it where nothing of the view is kept.
+    A border of many colours says nothing: then it is the `expected` one (B, 3).
+    """
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1]], -1)
+    median = border.median(-1, keepdim=True).values
+    deviation = (border - median).abs().median(-1).values.amax(1)
+    return torch.where((deviation < MAX_DEVIATION)[:, None], median[..., 0], expected)
 
 
 @final

@@ -17,6 +17,7 @@ from sds3d.text_to_3d.stages.sdedit_refinement import (
     RefinedViews,
     SDEditRefinementOptions,
     SDEditRefinementStage,
+    background_of,
 )
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
@@ -148,3 +149,21 @@ def test_views_are_stored_with_their_cameras() -> None:
     loaded = RefinedViews(5, 8)
     loaded.load_state_dict(stored.state_dict())
     assert torch.equal(loaded.images, images)
+
+
+def test_background_is_read_off_a_plain_border() -> None:
+    grey = torch.full((3, 3, 16, 16), 0.4) + 0.01 * torch.rand(3, 3, 16, 16)
+    grey[1, :, 4:12, :9] = torch.tensor([1.0, 0.0, 0.0])[:, None, None]  # an object at the left border
+    grey[2] = torch.rand(3, 16, 16)
+    expected = torch.full((3, 3), 0.9)
+    read = background_of(grey, expected)
+    assert (read[:2] - 0.405).abs().max() < 0.005
+    assert torch.equal(read[2], expected[2])
+
+
+def test_scene_is_fitted_over_the_backgrounds_that_the_teacher_chose(tmp_path: Path) -> None:
+    """Views sampled outright are on the teacher's background; fitted over another, the scene is fog."""
+    stage = trainer(tmp_path, 10).stages["sdedit_refinement"]
+    stage.resample_views(1.0)
+    border = disc()[:, 0, 0]
+    assert (stage.refined.background - border).abs().max() < 0.05
