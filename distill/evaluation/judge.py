@@ -47,6 +47,7 @@ class JudgeOptions:
     learning_rate: float = 3e-3
     weight_decay: float = 0.02
     label_smoothing: float = 0.05
+    direction_weight: float = 1.0  # of the directions' loss beside that of the attributes
 
     def __post_init__(self) -> None:
         if not self.attributes:
@@ -55,6 +56,10 @@ class JudgeOptions:
             raise UserError(
                 f"judge width {self.width}, hidden {self.hidden}, batch {self.batch}; expected at least 1, 1 "
                 "and 2"
+            )
+        if self.direction_weight <= 0:
+            raise UserError(
+                f"judge direction_weight is {self.direction_weight:g}: a positive one is expected"
             )
 
 
@@ -244,7 +249,8 @@ def train_judge(
             outputs = judge.outputs(images.to(run.device))
         logits, vectors = ({name: value.float() for name, value in output.items()} for output in outputs)
         loss = judge_loss(logits, table[index].to(run.device), options.label_smoothing)
-        loss = loss + direction_loss(vectors, directions[index].to(run.device))
+        direction = direction_loss(vectors, directions[index].to(run.device))
+        loss = loss + options.direction_weight * direction
         optimizer_step(optimizer, loss, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss.detach())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def test_an_angle_is_learnt_and_survives_saving(tmp_path: Path) -> None:
     assert loaded.options == OPTIONS
     assert torch.equal(read_directions(loaded, images)["angle"], read_directions(judge, images)["angle"])
     assert direction_accuracy(judge, images[:1], [{**data.rows[0], "pointed": False}]) == {}
+
+
+def test_the_weight_of_directions_scales_their_loss(tmp_path: Path) -> None:
+    losses = []
+    for weight in (1.0, 2.0, 4.0):
+        torch.manual_seed(0)
+        run = Run(RunOptions(str(tmp_path / str(weight)), 1, trackers=(), device="cpu"), {}, "judge")
+        train_judge(run, hands(64, 0), replace(OPTIONS, direction_weight=weight))
+        losses.append(json.loads((run.directory / "metrics.jsonl").read_text())["loss"])
+    assert losses[1] > losses[0]
+    assert losses[2] - losses[1] == pytest.approx(2 * (losses[1] - losses[0]), rel=1e-4)
+    with pytest.raises(UserError, match="direction_weight is 0"):
+        replace(OPTIONS, direction_weight=0.0)
 
 
 def test_judges_without_directions_load_as_before(tmp_path: Path) -> None:
