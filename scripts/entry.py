@@ -35,7 +35,7 @@ Options = TypeVar("Options")
 HYDRA_NOISE = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path")
 HELP = "--help lists the options"
 # Arguments, by name or whole, that bring the config of a group with them, in scripts that choose from it.
-IMPLIED = {"image": "input=image", "suite=images": "input=image"}
+IMPLIED = {"image": "input=image", "suite=images": "input=image", "objective": "recipe=score_distillation"}
 
 
 def groups() -> dict[str, list[str]]:
@@ -73,7 +73,8 @@ def with_implied(arguments: list[str], chosen: Container[str]) -> list[str]:
     """Arguments with the configs that they bring with them, first; of groups that they name, their own."""
     given = [argument for argument in arguments if not argument.endswith(("=", "=null"))]
     names = {argument.partition("=")[0].lstrip("+") for argument in given}
-    implied = [IMPLIED[key] for key in (*names, *given) if key in IMPLIED]
+    roots = {name.partition(".")[0] for name in names}  # objective.time.low=0.05 names the objective too
+    implied = [IMPLIED[key] for key in (*roots, *given) if key in IMPLIED]
     groups = {choice: choice.partition("=")[0] for choice in dict.fromkeys(implied)}
     return [*(c for c, group in groups.items() if group in chosen and group not in names), *arguments]
 

@@ -57,7 +57,7 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     precision = pick_precision(recipe.run.device, recipe.run.precision)
     teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
     # The inputs first: mistakes leave no directory behind.
-    check_inputs(teacher, recipe.text_to_3d, recipe.image is not None)
+    check_inputs(teacher, recipe.text_to_3d, recipe.image is not None, recipe.control is not None)
     control = None
     if recipe.control is not None:
         control = MeshControl(require_latent(teacher), recipe.control)

@@ -45,6 +45,15 @@ class TextTo3dOptions(SharedOptions):
                 f"of the stages [{', '.join(self.stages)}] none updates the scene from the first step on: "
                 "list score_distillation"
             )
+        takeover, successor = 1.0, ""
+        for name, stage in reversed(self.stages.items()):
+            if stage.updates_from is not None:
+                if stage.updates_from >= takeover:
+                    raise UserError(
+                        f"{name} never updates the scene, because {successor} takes over at {takeover:g} of "
+                        f"the run: remove it (text_to_3d.stages.{name}=null), or let {successor} start later"
+                    )
+                takeover, successor = stage.updates_from, name
         for name, stage in self.stages.items():
             if stage.own_views is not None and stage.own_views % self.views_per_group:
                 raise UserError(
@@ -60,8 +69,20 @@ class TextTo3dOptions(SharedOptions):
             )
 
 
-def check_inputs(teacher: Teacher, options: TextTo3dOptions, picture: bool = False) -> None:
-    """Raises `UserError` for a prompt that the teacher cannot encode, or that is empty without a picture."""
+def check_inputs(
+    teacher: Teacher, options: TextTo3dOptions, picture: bool = False, control: bool = False
+) -> None:
+    """Raises `UserError` for a prompt that the teacher cannot encode, or that is empty without a picture.
+
+    And for stages that need a teacher with cameras, unless `control` (a mesh) ties the views to each other.
+    """
+    for name, stage in options.stages.items():
+        if stage.shape_from_views and not (teacher.conditioned_on_cameras or control):
+            raise UserError(
+                f"{name} samples all views from noise, and the teacher {teacher.name_or_path} is not "
+                "conditioned on cameras, so that they would show different objects: give "
+                "recipe=score_distillation"
+            )
     if options.prompt or not picture:
         teacher.check_prompt(options.prompt)
     if options.negative_prompt:

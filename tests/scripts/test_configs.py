@@ -51,6 +51,7 @@ CHOICES = [  # every config of every group, on a script that chooses from it
         ("text_to_3d", "control"),
         ("text_to_3d", "scene"),
         ("text_to_3d", "input"),
+        ("text_to_3d", "recipe"),
         ("distill_one_step", "method"),
         ("evaluate_teacher", "labels"),
         ("train_judge", "attributes"),
@@ -241,6 +242,12 @@ def test_a_picture_brings_its_defaults() -> None:
     assert entry.with_implied(["image=a.png", "input=prompt"], chosen) == ["image=a.png", "input=prompt"]
     assert entry.with_implied(["image=null", "suite=tiny"], chosen) == ["image=null", "suite=tiny"]
     assert entry.with_implied(["suite=images"], chosen)[0] == "input=image"
+
+    chosen = ["input", "recipe"]  # and an option of the objective its recipe
+    for argument in ("objective=csd", "++objective.clip=1"):
+        implied = ["recipe=score_distillation", argument]
+        assert entry.with_implied([argument], chosen) == implied
+        assert entry.with_implied([argument], ["input"]) == [argument]
 
     config = entry.load_script("text_to_3d", ["image=some/a photo.png", "text_to_3d.views=6"])
     assert config.run.directory == "outputs/image_to_3d/a-photo-seed0" and config.prompt == ""

@@ -51,6 +51,11 @@ class StageOptions(ABC):
         return None
 
     @property
+    def shape_from_views(self) -> bool:
+        """Whether the shape is that of views sampled from noise, which only their cameras make agree."""
+        return False
+
+    @property
     def own_views(self) -> int | None:
         """How many views of its own choice the stage gives to the teacher; None: those of a step."""
         return None

@@ -76,6 +76,11 @@ class SDEditRefinementOptions(StageOptions):
         return self.updates_from
 
     @property
+    def shape_from_views(self) -> bool:
+        """Where the first round is at strength 1, and nothing updates the scene before it."""
+        return self.start == 0 and self.strengths[:1] == (1.0,)
+
+    @property
     def own_views(self) -> int | None:
         """The views of a round."""
         return self.views if self.strengths else None

@@ -27,6 +27,7 @@ from sds3d.text_to_3d.mesh_control import MeshControlOptions
 from sds3d.text_to_3d.picture import Picture
 from sds3d.text_to_3d.recipe import TextTo3dRecipe, start_text_to_3d
 from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView, picture_camera
+from sds3d.text_to_3d.stages import sdedit_refinement
 from sds3d.text_to_3d.stages.base import StageOptions
 from sds3d.text_to_3d.stages.orientation import OrientationCheck, OrientationOptions
 from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationStage
@@ -111,7 +112,8 @@ def test_the_picture_lies_over_the_greys_of_the_views(tmp_path: Path) -> None:
 
 
 def test_refinement_guides_by_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sds3d.text_to_3d.stages.sdedit_refinement.CHUNK", 7)
+    monkeypatch.setattr(sdedit_refinement, "CHUNK", 7)
+    monkeypatch.setattr(sdedit_refinement, "background_of", lambda images, expected: expected)
     stage = SDEditRefinementOptions((0.5,), start=0.5, views=12, steps=4)
     task = trainer(tmp_path, with_stages(GROUPED, sdedit_refinement=stage))
     task.stages["sdedit_refinement"].resample_views(0.5)

@@ -25,6 +25,7 @@ from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.load import load_teacher
 from sds3d.scene.cameras import orbit
 from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.context import TextTo3dContext
@@ -167,7 +168,28 @@ def test_mistakes_raise_before_the_run(tiny_teacher: LatentDiffusionTeacher) -> 
             orientation=OrientationOptions((OrientationCheck(0.6),)),
             refinement=SDEditRefinementOptions(start=0.5),
         )
-    replace(OPTIONS, stages={"refinement": SDEditRefinementOptions((1.0,), start=0.0)})  # views alone
+    views_alone = SDEditRefinementOptions((1.0, 0.5), start=0.0)
+    with pytest.raises(
+        UserError, match=r"score_distillation never .* refinement takes over at 0 .*distillation=null"
+    ):
+        with_stages(OPTIONS, refinement=views_alone)
+    replace(OPTIONS, stages={"refinement": views_alone})
+
+
+def test_views_sampled_from_noise_need_cameras_or_a_mesh(
+    tiny_teacher: LatentDiffusionTeacher, multi_view_teacher_folder: Path
+) -> None:
+    options = replace(
+        OPTIONS, prompt="a red cube", stages={"views": SDEditRefinementOptions((1.0,), start=0.0)}
+    )
+    with pytest.raises(
+        UserError, match="views samples all views .* not conditioned on cameras.*recipe=score_dist"
+    ):
+        check_inputs(tiny_teacher, options)
+    check_inputs(tiny_teacher, options, control=True)
+    check_inputs(load_teacher(str(multi_view_teacher_folder)), options)
+    refined = replace(options, stages={"views": SDEditRefinementOptions((0.9,), start=0.0)})
+    check_inputs(tiny_teacher, refined)  # of the initial scene: its middle is dense
 
 
 @pytest.mark.parametrize(
