@@ -91,8 +91,13 @@ GROUPS = {
     "scene": "text_to_3d",
     "method": "distill_one_step",
 }
-IMAGE_TO_3D = ("teacher=multi_view", "image=picture.png", *RUN, *EXPORT,
-               "text_to_3d.stages.sdedit_refinement=null", "run.directory=outputs/image_to_3d")  # fmt: skip
+MULTI_VIEW = {  # of text_to_3d.py, with a teacher that takes cameras and pictures
+    "score_distillation": ["image=picture.png", "recipe=score_distillation",
+                           "text_to_3d.stages.sdedit_refinement=null"],
+    "sampled_views": ["prompt=a red teapot", "recipe=sampled_views",
+                      "text_to_3d.stages.sdedit_refinement.views=4",
+                      "text_to_3d.stages.sdedit_refinement.steps=2"],
+}  # fmt: skip
 ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",
                       "optimise_image.start=source"],

@@ -94,9 +94,13 @@ def test_config(device: DeviceProcess, config: str) -> None:
     assert_trained_in_single_precision(device.folder / "outputs" / config)
 
 
-def test_a_picture(device: DeviceProcess) -> None:
-    assert_written(device.folder, ran(device.run("text_to_3d", *cases.IMAGE_TO_3D)))
-    assert_trained_in_single_precision(device.folder / "outputs" / "image_to_3d")
+@pytest.mark.parametrize("recipe", names("recipe"))
+def test_multi_view_teacher(device: DeviceProcess, recipe: str) -> None:
+    directory = f"outputs/multi_view/{recipe}"
+    arguments = ["teacher=multi_view", f"run.directory={directory}", *cases.RUN, *cases.EXPORT]
+    arguments += cases.MULTI_VIEW[recipe]
+    assert_written(device.folder, ran(device.run("text_to_3d", *arguments)))
+    assert_trained_in_single_precision(device.folder / directory)
 
 
 @pytest.mark.parametrize("name", names("labels"))
