@@ -41,6 +41,10 @@ class CaptionedImages:
         colour, alpha = images[:, :3], images[:, 3:]
         return colour * alpha + levels[:, None, None, None] * (1 - alpha)
 
+    def to(self, device: torch.device) -> "CaptionedImages":
+        """The same images on another device."""
+        return CaptionedImages(self.images.to(device), self.rows)
+
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images at these indices."""
         images = self.images[torch.as_tensor(indices, dtype=torch.long)]
@@ -51,7 +55,7 @@ def grey_levels(count: int, generator: torch.Generator | None = None) -> Tensor:
     """Background levels (count,), uniform in `BACKGROUND`; the same at every call without a generator."""
     generator = generator or torch.Generator().manual_seed(0)
     low, high = BACKGROUND
-    return low + (high - low) * torch.rand(count, generator=generator)
+    return low + (high - low) * torch.rand(count, generator=generator, device=generator.device)
 
 
 def read_rows(folder: Path | str, keys: Sequence[str] = ("file_name", "text")) -> list[dict[str, Any]]:

@@ -38,6 +38,10 @@ class LatentCache(PromptData):
     def __len__(self) -> int:
         return len(self.latents)
 
+    def to(self, device: torch.device) -> "LatentCache":
+        """The same rows on another device."""
+        return LatentCache(self.latents.to(device), self.conditioning.to(device), self.caption.to(device))
+
     @property
     def num_captions(self) -> int:
         """K, without the empty prompt."""

@@ -35,7 +35,12 @@ class ViewLabels:
     @property
     def first_rows(self) -> Tensor:
         """The first row of every group."""
-        return torch.arange(0, len(self.poses), self.group_size)
+        return torch.arange(0, len(self.poses), self.group_size, device=self.poses.device)
+
+    def to(self, device: torch.device) -> "ViewLabels":
+        """The same labels on another device."""
+        poses, embedding, has_caption = self.poses, self.image_embedding, self.has_caption
+        return ViewLabels(poses.to(device), embedding.to(device), has_caption.to(device), self.group_size)
 
 
 def has_views(data: CaptionedImages) -> bool:
@@ -74,5 +79,6 @@ def group_backgrounds(count: int, group_size: int) -> Tensor:
 
 def choose_views(first_rows: Tensor, group_size: int, views: int, generator: torch.Generator) -> Tensor:
     """Row indices (G, views): random rows, without repetition, of the groups that begin at `first_rows`."""
-    order = torch.rand(len(first_rows), group_size, generator=generator).argsort(1)[:, :views]
+    values = torch.rand(len(first_rows), group_size, generator=generator, device=generator.device)
+    order = values.argsort(1)[:, :views]
     return first_rows[:, None] + order

@@ -235,7 +235,9 @@ def train_judge(
     judge = Judge(collect_labels(data.rows, options), options, data.images.shape[-1]).to(run.device)
     if initial is not None:
         load_initial(judge.trunk, initial.trunk, "judge")
-    table, directions = label_table(data.rows, judge.labels, options), direction_table(data.rows, options)
+    table = label_table(data.rows, judge.labels, options).to(run.device)
+    directions = direction_table(data.rows, options).to(run.device)
+    data, generator = data.to(run.device), run.device_generator
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
@@ -243,13 +245,13 @@ def train_judge(
     run.track(model=judge, optimizer=optimizer, schedule=schedule)
 
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed)
-        images = augment(data.composite(index, grey_levels(len(index), run.generator)), run.generator)
+        index = batch_indices(len(data), options.batch, step, run.options.seed).to(run.device)
+        images = augment(data.composite(index, grey_levels(len(index), generator)), generator)
         with run.precision.autocast():
-            outputs = judge.outputs(images.to(run.device))
+            outputs = judge.outputs(images)
         logits, vectors = ({name: value.float() for name, value in output.items()} for output in outputs)
-        loss = judge_loss(logits, table[index].to(run.device), options.label_smoothing)
-        direction = direction_loss(vectors, directions[index].to(run.device))
+        loss = judge_loss(logits, table[index], options.label_smoothing)
+        direction = direction_loss(vectors, directions[index])
         loss = loss + options.direction_weight * direction
         optimizer_step(optimizer, loss, scaler=run.scaler)
         schedule.step()

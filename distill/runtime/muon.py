@@ -51,43 +51,58 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            pairs = [(weight, weight.grad) for weight in group["params"] if weight.grad is not None]
-            for weight, _ in pairs:
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weights: list[Tensor] = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             if group["matrices"]:
-                self._update_matrices(pairs, group)
+                self._update_matrices(weights, group)
             else:
-                self._update_others(pairs, group)
+                self._update_others(weights, group)
         return loss
 
-    def _update_matrices(self, pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+    def _update_matrices(self, weights: list[Tensor], group: dict[str, Any]) -> None:
+        gradients = _gradients(weights)
+        momenta = self._moments(weights, "momentum")
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
         by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for weight, gradient in pairs:
-            state = self.state[weight]
-            if not state:
-                state["momentum"] = torch.zeros_like(weight)
-            state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            direction = gradient.lerp(state["momentum"], group["momentum"]).flatten(1)
-            by_shape[direction.shape[0], direction.shape[1]].append((weight, direction))
+        for weight, direction in zip(weights, directions, strict=True):
+            matrix = direction.flatten(1)
+            by_shape[matrix.shape[0], matrix.shape[1]].append((weight, matrix))
         for shape, same in by_shape.items():  # of one shape at a time: few large products
-            updates = orthogonalize(torch.stack([direction for _, direction in same]))
+            updates = orthogonalize(torch.stack([matrix for _, matrix in same]))
             scale = RMS * max(shape) ** 0.5  # an orthogonal matrix has the root mean square 1 / sqrt(max)
-            for (weight, _), update in zip(same, updates, strict=True):
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
+            shaped = [update.view_as(weight) for (weight, _), update in zip(same, updates, strict=True)]
+            torch._foreach_add_([weight for weight, _ in same], shaped, alpha=-group["lr"] * scale)
 
-    def _update_others(self, pairs: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+    def _update_others(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]
-        for weight, gradient in pairs:
+        gradients = _gradients(weights)
+        counts = []
+        for weight in weights:
             state = self.state[weight]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            state["step"] += 1
-            count = state["step"].item()
-            state["exp_avg"].lerp_(gradient, 1 - first)
-            state["exp_avg_sq"].lerp_(gradient.square(), 1 - second)
-            deviation = (state["exp_avg_sq"] / (1 - second**count)).sqrt_().add_(group["eps"])
-            weight.addcdiv_(state["exp_avg"], deviation, value=-group["lr"] / (1 - first**count))
+            state["step"] = state.get("step", torch.zeros(())) + 1
+            counts.append(state["step"].item())
+        means, squares = (self._moments(weights, name) for name in ("exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(means, gradients, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(gradients, gradients), 1 - second)
+        deviations = torch._foreach_div(squares, [1 - second**count for count in counts])
+        torch._foreach_sqrt_(deviations)
+        torch._foreach_add_(deviations, group["eps"])
+        rates = [-group["lr"] / (1 - first**count) for count in counts]
+        torch._foreach_addcdiv_(weights, means, deviations, rates)
+
+    def _moments(self, weights: list[Tensor], name: str) -> list[Tensor]:
+        """The state of a name of each weight, zeros at first."""
+        for weight in weights:
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros_like(weight)
+        return [self.state[weight][name] for weight in weights]
+
+
+def _gradients(weights: list[Tensor]) -> list[Tensor]:
+    return [weight.grad for weight in weights if weight.grad is not None]
 
 
 def is_matrix(weight: Tensor) -> bool:

@@ -97,6 +97,9 @@ class Run:
         self.compiled = options.compile == "on" or (options.compile == "auto" and cuda)
         self.step = 0
         self.generator = torch.Generator().manual_seed(options.seed)
+        # Draws on the device itself, so that the host neither computes nor copies them.
+        self.device_generator = self.generator if not cuda else torch.Generator(self.device)
+        self.device_generator.manual_seed(options.seed)
         self._parts: dict[str, Stateful] = {}
         self._metrics: dict[str, list[Any]] = {}  # name -> [sum, count] since the last logged step
         self._in_step = False
@@ -267,7 +270,11 @@ class Run:
             "metrics": self._metrics,
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "random": {**random_state(), "run": self.generator.get_state()},
+            "random": {
+                **random_state(),
+                "run": self.generator.get_state(),
+                "run_device": self.device_generator.get_state(),
+            },
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
@@ -286,6 +293,8 @@ class Run:
         self._rollbacks = state["rollbacks"]
         self._metrics = state["metrics"]
         self.generator.set_state(state["random"]["run"])
+        if self.device_generator is not self.generator and "run_device" in state["random"]:
+            self.device_generator.set_state(state["random"]["run_device"].cpu())
         set_random_state(state["random"])
 
     def _peak(self) -> dict[str, float]:

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -22,6 +24,8 @@ from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import load_initial
 from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
 from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
+
+COMPILED_SHAPES = 64  # of inputs, for which a kind of block is compiled anew
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,10 @@ def train_unet(
     scheduler = make_scheduler(options)
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
     image_dim = None if labels is None else labels.image_embedding.shape[-1]
-    batches = make_batches(cache, labels, options, run.options.seed)
+    device, generator = batch_device(run, cache)
+    batches = make_batches(
+        cache.to(device), None if labels is None else labels.to(device), options, run.options.seed
+    )
 
     def build() -> UNetDenoiser:
         unet = build_unet(options, shape[0], shape[-1], width, image_dim).to(run.device)
@@ -124,7 +131,7 @@ def train_unet(
     if run.options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
     if run.compiled:
-        unet.compile()
+        compile_blocks(unet)
     ema = EMA(unet, options.ema)
     optimizer = make_optimizer(unet, options)
     lr_schedule = warmup_constant_decay(optimizer, run.options.steps, decay=options.decay)
@@ -134,7 +141,7 @@ def train_unet(
     preview_noise = torch.randn(len(previewed), *shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
-        parts = batches.draw(step, run.generator, times, options.caption_dropout)
+        parts = batches.draw(step, generator, times, options.caption_dropout)
         with run.precision.autocast():
             losses = [denoising_loss(denoiser, part, run.device) * len(part.t) for part in parts]
             loss = torch.stack(losses).sum() / sum(len(part.t) for part in parts)
@@ -151,6 +158,24 @@ def train_unet(
             run.preview("samples", decode(vae, samples))
     ema.copy_to(averaged.network)
     return averaged.network
+
+
+def batch_device(run: Run, cache: LatentCache) -> tuple[torch.device, torch.Generator]:
+    """Where batches are drawn, and by which generator: on the run's device, if half of it holds the cache."""
+    if run.device.type == "cuda" and cache.latents.nbytes > torch.cuda.mem_get_info(run.device)[0] / 2:
+        return torch.device("cpu"), run.generator
+    return run.device, run.device_generator
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Compile the residual and the transformer blocks, of which all of one kind share their code.
+
+    Faster to compile than the whole network, once for each of the shapes of a batch's parts.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+            module.compile(dynamic=False)
 
 
 def make_optimizer(unet: UNet2DConditionModel, options: UnetOptions) -> Optimizer:

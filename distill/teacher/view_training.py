@@ -51,7 +51,7 @@ class ViewTrainingOptions:
 
 
 class DenoisingBatch(NamedTuple):
-    """Clean latents (B, C, h, w), their noise, times (B,) and conditioning, on the CPU."""
+    """Clean latents (B, C, h, w), their noise, times (B,) and conditioning, on the device of the data."""
 
     latents: Tensor
     noise: Tensor
@@ -59,8 +59,26 @@ class DenoisingBatch(NamedTuple):
     conditioning: Conditioning
 
 
+def bernoulli(count: int, probability: float, generator: torch.Generator) -> Tensor:
+    """Which of so many rows are chosen (count,), each with `probability`, on the generator's device."""
+    return torch.rand(count, generator=generator, device=generator.device) < probability
+
+
+def random_times(times: int, count: int, generator: torch.Generator) -> Tensor:
+    """Times (count,) below `times`, on the generator's device."""
+    return torch.randint(times, (count,), generator=generator, device=generator.device)
+
+
+def random_noise(latents: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise of the latents' shape, on the generator's device."""
+    return torch.randn(latents.shape, generator=generator, device=generator.device)
+
+
 class ImageBatches:
-    """Batches of single images with their captions, each with its own noise level."""
+    """Batches of single images with their captions, each with its own noise level.
+
+    The generator of `draw` must be on the device of the cache.
+    """
 
     def __init__(self, cache: LatentCache, batch: int, seed: int) -> None:
         self.cache, self.batch, self.seed = cache, batch, seed
@@ -69,16 +87,19 @@ class ImageBatches:
         self, step: int, generator: torch.Generator, times: int, text_dropout: float
     ) -> list[DenoisingBatch]:
         """The batch at a step, in one part."""
-        index = batch_indices(len(self.cache), self.batch, step, self.seed)
-        t = torch.randint(times, (len(index),), generator=generator)
+        index = batch_indices(len(self.cache), self.batch, step, self.seed).to(generator.device)
+        t = random_times(times, len(index), generator)
         latents = self.cache.latents_of(index)
-        noise = torch.randn(latents.shape, generator=generator)
-        dropped = torch.rand(len(index), generator=generator) < text_dropout
+        noise = random_noise(latents, generator)
+        dropped = bernoulli(len(index), text_dropout, generator)
         return [DenoisingBatch(latents, noise, t, self.cache.conditioning_of(index, dropped))]
 
 
 class ViewBatches:
-    """The batches of a cache with view labels; each is a function of the step and the run's generator."""
+    """The batches of a cache with view labels; each is a function of the step and the run's generator.
+
+    The generator of `draw` must be on the device of the cache and the labels.
+    """
 
     def __init__(
         self, cache: LatentCache, labels: ViewLabels, options: ViewTrainingOptions, batch: int, seed: int
@@ -93,7 +114,7 @@ class ViewBatches:
         self.has_caption = labels.has_caption.nonzero()[:, 0]
         self.named = labels.groups_with_caption
         self.nameless = labels.first_rows[~labels.has_caption[labels.first_rows]]
-        self.empty = torch.full((labels.poses.shape[1],), torch.nan)
+        self.empty = torch.full_like(labels.poses[0], torch.nan)
 
     def draw(
         self, step: int, generator: torch.Generator, times: int, text_dropout: float
@@ -102,30 +123,33 @@ class ViewBatches:
         single, grouped, pictured = self.options.counts(self.batch)
         parts = []
         if single:
-            index = self.has_caption[batch_indices(len(self.has_caption), single, step, self.seed)]
-            t = torch.randint(times, (single,), generator=generator)
+            index = self.has_caption[self._indices(len(self.has_caption), single, step)]
+            t = random_times(times, single, generator)
             parts.append(self._single(index, t, text_dropout, generator))
         if grouped:
             rows = self._rows(self.named, grouped, step, generator)
-            t = torch.randint(times, (grouped,), generator=generator)
+            t = random_times(times, grouped, generator)
             parts.append(self._grouped(rows, t, text_dropout, generator))
         if pictured:
             count = round(pictured * self.options.nameless) if len(self.nameless) else 0
             pools = [(self.nameless, count), (self.named, pictured - count)]
             rows = torch.cat([self._rows(*pool, step, generator) for pool in pools if pool[1]])
-            t = torch.randint(times, (pictured,), generator=generator)
+            t = random_times(times, pictured, generator)
             parts.append(self._pictured(rows, t, generator))
         return parts
 
     def _rows(self, pool: Tensor, count: int, step: int, generator: torch.Generator) -> Tensor:
-        first = pool[batch_indices(len(pool), count, step, self.seed)]
+        first = pool[self._indices(len(pool), count, step)]
         return choose_views(first, self.labels.group_size, self.options.views, generator)
+
+    def _indices(self, count: int, size: int, step: int) -> Tensor:
+        return batch_indices(count, size, step, self.seed).to(self.empty.device)
 
     def _single(
         self, index: Tensor, t: Tensor, text_dropout: float, generator: torch.Generator
     ) -> DenoisingBatch:
-        no_text = torch.rand(len(index), generator=generator) < text_dropout
-        no_pose = torch.rand(len(index), generator=generator) < self.options.pose_dropout
+        no_text = bernoulli(len(index), text_dropout, generator)
+        no_pose = bernoulli(len(index), self.options.pose_dropout, generator)
         poses = torch.where(no_pose[:, None], self.empty, self.labels.poses[index])
         conditioning = self.cache.conditioning_of(index, no_text).with_extras(**{POSE: poses})
         return self._noised(index, t, conditioning, generator)
@@ -133,7 +157,7 @@ class ViewBatches:
     def _grouped(
         self, rows: Tensor, t: Tensor, text_dropout: float, generator: torch.Generator
     ) -> DenoisingBatch:
-        no_text = torch.rand(len(rows), generator=generator) < text_dropout
+        no_text = bernoulli(len(rows), text_dropout, generator)
         views, index = rows.shape[1], rows.flatten()
         conditioning = self.cache.conditioning_of(index, no_text.repeat_interleave(views))
         conditioning = conditioning.with_extras(**{POSE: self.labels.poses[index]}).grouped(views)
@@ -143,9 +167,9 @@ class ViewBatches:
         """Azimuths are counted from the picture's: nothing says what is the front of what it shows."""
         groups, views = len(rows), rows.shape[1] - 1
         pictures, index = rows[:, 0].repeat_interleave(views), rows[:, 1:].flatten()
-        no_text = torch.rand(groups, generator=generator) >= self.options.picture_text
-        no_picture = torch.rand(groups, generator=generator) < self.options.picture_dropout
-        no_embedding = torch.rand(groups, generator=generator) < self.options.embedding_dropout
+        no_text = ~bernoulli(groups, self.options.picture_text, generator)
+        no_picture = bernoulli(groups, self.options.picture_dropout, generator)
+        no_embedding = bernoulli(groups, self.options.embedding_dropout, generator)
 
         poses, origin = self.labels.poses, self.labels.poses[pictures, 0]
         embedding = self.labels.image_embedding[pictures].float()
@@ -165,5 +189,5 @@ class ViewBatches:
         self, index: Tensor, t: Tensor, conditioning: Conditioning, generator: torch.Generator
     ) -> DenoisingBatch:
         latents = self.cache.latents_of(index)
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = random_noise(latents, generator)
         return DenoisingBatch(latents, noise, t, conditioning)
