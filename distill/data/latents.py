@@ -79,7 +79,7 @@ def cache_latents(
 
     `conditioning` (K + 1 rows) belongs to the K distinct `captions` and the empty prompt.
     """
-    levels = grey_levels(len(data)) if backgrounds is None else backgrounds
+    levels = (grey_levels(len(data)) if backgrounds is None else backgrounds).to(data.images.device)
     parts = torch.arange(len(data)).split(batch)
     latents = torch.cat([encode_images(data.composite(part, levels[part])).cpu() for part in parts])
     index = {text: i for i, text in enumerate(captions)}

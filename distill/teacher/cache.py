@@ -46,7 +46,7 @@ def encode_split(parts: TeacherParts, data: CaptionedImages) -> tuple[LatentCach
 
     if not has_views(data):
         return cache_latents(encode, data, captions, Conditioning(embeddings), grey_levels(len(data))), None
-    levels = group_backgrounds(len(data), group_size_of(data))
+    levels = group_backgrounds(len(data), group_size_of(data)).to(data.images.device)
     cache = cache_latents(encode, data, captions, Conditioning(embeddings), levels)
     pieces = torch.arange(len(data)).split(256)
     pictures = (data.composite(piece, levels[piece]).to(clip.device) for piece in pieces)

@@ -96,14 +96,16 @@ def train_vae(
 
     preview_images = validation.composite(slice(0, 16))
     side = data.images.shape[-1] // options.factor
+    data, generator = data.to(run.device), run.device_generator
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed)
-        images = data.composite(index, grey_levels(len(index), run.generator)).to(run.device) * 2 - 1
+        index = batch_indices(len(data), options.batch, step, run.options.seed).to(run.device)
+        images = data.composite(index, grey_levels(len(index), generator)) * 2 - 1
         images = images.contiguous(memory_format=torch.channels_last)
-        noise = torch.randn(len(index), options.latent_channels, side, side, generator=run.generator)
+        shape = len(index), options.latent_channels, side, side
+        noise = torch.randn(shape, generator=generator, device=run.device)
 
         with run.precision.autocast():
-            loss, mse = vae_loss(vae, images, noise.to(run.device), options)
+            loss, mse = vae_loss(vae, images, noise, options)
         optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss.detach(), psnr=psnr(mse.detach()))
@@ -112,7 +114,7 @@ def train_vae(
             reconstructions = reconstruct(vae, preview_images).cpu()
             run.preview("reconstructions", torch.cat([preview_images, reconstructions]))
 
-    whiten(vae.eval(), data, run.generator)
+    whiten(vae.eval(), data, generator)
     return vae
 
 
@@ -134,11 +136,11 @@ def whiten(vae: AutoencoderKL, data: CaptionedImages, generator: torch.Generator
     Raw channels differ in mean and standard deviation, but a stock pipeline has a single scaling factor. The
     decoded images do not change.
     """
-    chosen = torch.randperm(len(data), generator=generator)[:count]
-    device = next(vae.parameters()).device
-    posteriors = [
-        vae.encode(data.composite(part).to(device) * 2 - 1).latent_dist for part in chosen.split(64)
-    ]
+    device = generator.device  # of the model and the images too
+    chosen = torch.randperm(len(data), generator=generator, device=device)[:count]
+    levels = grey_levels(len(data)).to(device)
+    images = (data.composite(part, levels[part]) for part in chosen.split(64))
+    posteriors = [vae.encode(part * 2 - 1).latent_dist for part in images]
     samples = torch.cat([posterior.sample(generator) for posterior in posteriors])
     latents = samples.transpose(0, 1).flatten(1)
     mean, std = latents.mean(1), latents.std(1)
