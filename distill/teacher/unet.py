@@ -1,11 +1,12 @@
 """The denoiser: `diffusers.UNet2DConditionModel`, trained on cached latents and text embeddings."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,16 +15,17 @@ from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.latents import LatentCache
 from distill.data.views import ViewLabels
-from distill.runtime.cuda_graph import GraphedLoss
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 from distill.runtime.muon import Muon
-from distill.runtime.optim import apply_gradients, backward, warmup_constant_decay
+from distill.runtime.optim import optimizer_step, warmup_constant_decay
 from distill.runtime.run import Run
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import load_initial
 from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
 from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
+
+COMPILED_SHAPES = 64  # of inputs, for which a kind of block is compiled anew
 
 
 @dataclass(frozen=True)
@@ -128,19 +130,22 @@ def train_unet(
     averaged.eval().requires_grad_(False)
     if run.options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
+    if run.compiled:
+        compile_blocks(unet)
     ema = EMA(unet, options.ema)
     optimizer = make_optimizer(unet, options)
     lr_schedule = warmup_constant_decay(optimizer, run.options.steps, decay=options.decay)
     run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
 
-    backward_pass = make_backward_pass(run, denoiser)
     previewed = cache.conditioning.select(torch.arange(32) * cache.num_captions // 32).to(run.device)
     preview_noise = torch.randn(len(previewed), *shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
         parts = batches.draw(step, generator, times, options.caption_dropout)
-        loss = backward_pass(parts)
-        apply_gradients([optimizer], max_norm=1.0, scaler=run.scaler)
+        with run.precision.autocast():
+            losses = [denoising_loss(denoiser, part, run.device) * len(part.t) for part in parts]
+            loss = torch.stack(losses).sum() / sum(len(part.t) for part in parts)
+        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
         run.log(loss=loss.detach())
@@ -162,47 +167,15 @@ def batch_device(run: Run, cache: LatentCache) -> tuple[torch.device, torch.Gene
     return run.device, run.device_generator
 
 
-def make_backward_pass(run: Run, denoiser: UNetDenoiser) -> Callable[[Sequence[DenoisingBatch]], Tensor]:
-    """A function that sets the gradients of the mean loss of a batch's parts, and returns the loss.
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Compile the residual and the transformer blocks, of which all of one kind share their code.
 
-    On CUDA, where `run.compiled` and without loss scaling, it is captured as a CUDA graph at its first call:
-    so small a network is bound by its launches.
+    Faster to compile than the whole network, once for each of the shapes of a batch's parts.
     """
-    parameters = list(denoiser.network.parameters())
-
-    def mean_loss(parts: Sequence[DenoisingBatch]) -> Tensor:
-        with run.precision.autocast():
-            losses = [denoising_loss(denoiser, part, run.device) * len(part.t) for part in parts]
-            return torch.stack(losses).sum() / sum(len(part.t) for part in parts)
-
-    def eager(parts: Sequence[DenoisingBatch]) -> Tensor:
-        for parameter in parameters:
-            parameter.grad = None
-        loss = mean_loss(parts)
-        backward(loss, run.scaler)
-        return loss.detach()
-
-    if run.device.type != "cuda" or not run.compiled or run.scaler is not None:
-        return eager
-    graphed: GraphedLoss | None = None
-
-    def replayed(parts: Sequence[DenoisingBatch]) -> Tensor:
-        nonlocal graphed
-        tensors = [part.tensors() for part in parts]
-        if graphed is None:
-            sizes = [len(each) for each in tensors]
-
-            def loss_of(flat: Sequence[Tensor]) -> Tensor:
-                pieces, rest = [], list(flat)
-                for part, size in zip(parts, sizes, strict=True):
-                    pieces.append(part.with_tensors(rest[:size]))
-                    rest = rest[size:]
-                return mean_loss(pieces)
-
-            graphed = GraphedLoss(loss_of, parameters)
-        return graphed([value for each in tensors for value in each])
-
-    return replayed
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D | BasicTransformerBlock):
+            module.compile(dynamic=False)
 
 
 def make_optimizer(unet: UNet2DConditionModel, options: UnetOptions) -> Optimizer:

@@ -3,7 +3,6 @@
 Jointly, as MVDream does (arXiv:2308.16512, section 3.3), so that the text-to-image model stays whole.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
 from distill.data.views import ViewLabels, choose_views
 from distill.runtime.errors import UserError
-from distill.runtime.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -60,18 +58,6 @@ class DenoisingBatch(NamedTuple):
     t: Tensor
     conditioning: Conditioning
 
-    def tensors(self) -> list[Tensor]:
-        """All of it, in one order."""
-        names = sorted(self.conditioning.extras)
-        extras = [self.conditioning.extras[name] for name in names]
-        return [self.latents, self.noise, self.t, self.conditioning.embedding, *extras]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> "DenoisingBatch":
-        """The batch of other `tensors` in the order of `tensors()`."""
-        latents, noise, t, embedding, *extras = tensors
-        named = dict(zip(sorted(self.conditioning.extras), extras, strict=True))
-        return DenoisingBatch(latents, noise, t, Conditioning(embedding, named, self.conditioning.views))
-
 
 def bernoulli(count: int, probability: float, generator: torch.Generator) -> Tensor:
     """Which of so many rows are chosen (count,), each with `probability`, on the generator's device."""
@@ -101,7 +87,7 @@ class ImageBatches:
         self, step: int, generator: torch.Generator, times: int, text_dropout: float
     ) -> list[DenoisingBatch]:
         """The batch at a step, in one part."""
-        index = upload(batch_indices(len(self.cache), self.batch, step, self.seed), generator.device)
+        index = batch_indices(len(self.cache), self.batch, step, self.seed).to(generator.device)
         t = random_times(times, len(index), generator)
         latents = self.cache.latents_of(index)
         noise = random_noise(latents, generator)
@@ -157,7 +143,7 @@ class ViewBatches:
         return choose_views(first, self.labels.group_size, self.options.views, generator)
 
     def _indices(self, count: int, size: int, step: int) -> Tensor:
-        return upload(batch_indices(count, size, step, self.seed), self.empty.device)
+        return batch_indices(count, size, step, self.seed).to(self.empty.device)
 
     def _single(
         self, index: Tensor, t: Tensor, text_dropout: float, generator: torch.Generator

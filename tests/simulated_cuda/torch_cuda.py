@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from simulated_cuda.device import Device
 
@@ -68,8 +66,6 @@ def install(device: Device, bfloat16: bool) -> None:
         "current_stream": lambda device=None: Stream(),
         "default_stream": lambda device=None: Stream(),
         "stream": lambda stream: stream,
-        "CUDAGraph": CUDAGraph,
-        "graph": _Recorder,
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
@@ -164,37 +160,3 @@ def _compile_as_eager() -> None:
 
     torch.compile = compiled
     torch.nn.Module.compile = _no_op()
-
-
-class CUDAGraph:
-    """`torch.cuda.CUDAGraph`: the captured operations, run again into the memory of their first results."""
-
-    def __init__(self) -> None:
-        self.operations: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = []
-
-    def replay(self) -> None:
-        with torch.no_grad():
-            for function, arguments, keywords, results in self.operations:
-                again = _tensors(function(*arguments, **keywords))
-                for result, value in zip(results, again, strict=True):
-                    if result.data_ptr() != value.data_ptr():
-                        result.copy_(value)
-
-
-class _Recorder(TorchDispatchMode):
-    """Appends every operation to a graph."""
-
-    def __init__(self, graph: CUDAGraph) -> None:
-        super().__init__()
-        self.graph = graph
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.graph.operations.append((func, args, kwargs or {}, _tensors(result)))
-        return result
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
