@@ -15,6 +15,7 @@ from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
 from distill.data.views import ViewLabels, choose_views
 from distill.runtime.errors import UserError
+from distill.runtime.transfer import upload
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class ImageBatches:
         self, step: int, generator: torch.Generator, times: int, text_dropout: float
     ) -> list[DenoisingBatch]:
         """The batch at a step, in one part."""
-        index = batch_indices(len(self.cache), self.batch, step, self.seed).to(generator.device)
+        index = upload(batch_indices(len(self.cache), self.batch, step, self.seed), generator.device)
         t = random_times(times, len(index), generator)
         latents = self.cache.latents_of(index)
         noise = random_noise(latents, generator)
@@ -143,7 +144,7 @@ class ViewBatches:
         return choose_views(first, self.labels.group_size, self.options.views, generator)
 
     def _indices(self, count: int, size: int, step: int) -> Tensor:
-        return batch_indices(count, size, step, self.seed).to(self.empty.device)
+        return upload(batch_indices(count, size, step, self.seed), self.empty.device)
 
     def _single(
         self, index: Tensor, t: Tensor, text_dropout: float, generator: torch.Generator
