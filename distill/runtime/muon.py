@@ -73,8 +73,9 @@ class Muon(Optimizer):
         for shape, same in by_shape.items():  # of one shape at a time: few large products
             updates = orthogonalize(torch.stack([matrix for _, matrix in same]))
             scale = RMS * max(shape) ** 0.5  # an orthogonal matrix has the root mean square 1 / sqrt(max)
-            shaped = [update.view_as(weight) for (weight, _), update in zip(same, updates, strict=True)]
-            torch._foreach_add_([weight for weight, _ in same], shaped, alpha=-group["lr"] * scale)
+            changed = [weight for weight, _ in same]
+            steps = [update.view_as(weight) for weight, update in zip(changed, updates, strict=True)]
+            torch._foreach_add_(changed, steps, alpha=-group["lr"] * scale)
 
     def _update_others(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         first, second = group["betas"]

@@ -124,6 +124,22 @@ def test_sigkill_resumes_bit_identically(tmp_path: Path, uninterrupted: Path) ->
     assert [line["step"] for line in metrics_of(tmp_path)] == list(range(3, STEPS + 1, 3))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="draws on a CUDA device need one")
+def test_draws_on_the_device_resume(tmp_path: Path) -> None:
+    def draw(directory: Path, steps: int) -> list[float]:
+        options = RunOptions(
+            str(directory), steps, trackers=(), checkpoint_every=2, device="cuda", plan=False
+        )
+        run = Run(options, {}, "draws")
+        assert run.device_generator.device.type == "cuda" and run.generator.device.type == "cpu"
+        generator = run.device_generator
+        return [float(torch.rand((), generator=generator, device="cuda")) for _ in run.steps()]
+
+    whole = draw(tmp_path / "whole", 6)
+    assert draw(tmp_path / "parts", 2) + draw(tmp_path / "parts", 6) == whole and len(set(whole)) == 6
+
+
 def test_sigterm_checkpoints_exits_143_and_resumes(tmp_path: Path, uninterrupted: Path) -> None:
     process = start(tmp_path, pause=0.05)
     wait_for(logged(tmp_path, 9), process)

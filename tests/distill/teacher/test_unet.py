@@ -18,7 +18,7 @@ from distill.teacher.cache import encode_split
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import TeacherParts
-from distill.teacher.unet import UnetOptions, build_unet, decode, make_scheduler, train_unet
+from distill.teacher.unet import UnetOptions, build_unet, compile_blocks, decode, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, build_vae
 from distill.teacher.vocabulary import build_tokenizer
 
@@ -185,6 +185,17 @@ def test_a_short_training_lowers_the_loss_and_returns_the_average(
     mean = prediction.x0.mean((1, 2, 3))
     # 2 is exact; pure noise carries no information, so the difference is due to the caption
     assert float(mean[::2].mean() - mean[1::2].mean()) > 0.5
+
+
+def test_compiled_blocks_are_the_residual_and_the_transformer_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    unet = build_unet(UnetOptions(channels=(16, 32), heads=2), 4, 8, 32)
+    compile_blocks(unet)
+    names = [type(module).__name__ for module, _ in compiled]
+    # Of one layer and two levels: down 2, middle 2, up 4 residual blocks; the middle has one transformer.
+    assert (names.count("ResnetBlock2D"), names.count("BasicTransformerBlock")) == (8, 7) and len(names) == 15
+    assert all(options == {"dynamic": False} for _, options in compiled)
 
 
 @pytest.mark.parametrize("steps", [1, 20])

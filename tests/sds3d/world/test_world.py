@@ -44,8 +44,9 @@ for folder, cache in zip(sys.argv[1::2], sys.argv[2::2]):
 class InProcess:
     """In place of the pool of workers, so that most tests start no process."""
 
-    def __init__(self, workers: int, mp_context: object) -> None:
+    def __init__(self, workers: int, mp_context: object, initializer: object, arguments: object) -> None:
         assert workers == 1
+        assert (initializer, arguments) == (torch.set_num_threads, (1,))  # several would wait for each other
 
     def __enter__(self) -> "InProcess":
         return self
