@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
-from sds3d.world import world
 from sds3d.world.assemblies import UNSEEN
 from sds3d.world.world import SPLITS, WorldOptions, make_world, sample_group, sample_row
 
@@ -24,27 +22,6 @@ NEW = ("pose", "group", "assembly")
 # Of the first 200 rows of each split, by the version before these columns (de7d13f).
 EARLIER = "6c1027940b3e44de6684d2047a55e4e775d5f6705d455c09c2a9a28bd3b815d1"
 SHARED = ("object", "colour", "relation", "second_object", "second_colour", "has_front", "held_out", "seed")
-
-
-class InProcess:
-    """In place of the pool of workers, so that tests start no process."""
-
-    def __init__(self, workers: int, mp_context: object) -> None:
-        assert workers == 1
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def map(self, work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        return map(work, jobs)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "ProcessPoolExecutor", InProcess)
 
 
 def _rows(options: WorldOptions, split: str, groups: int) -> list[list[dict[str, Any]]]:

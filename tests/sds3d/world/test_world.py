@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
@@ -22,7 +22,6 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
 from sds3d.scene.cameras import Cameras
 from sds3d.text_to_3d.prompts import VIEWS, margin, view_of
-from sds3d.world import world
 from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, make_shape, noun_phrase
 from sds3d.world.world import SIMPLE, WorldOptions, held_out, make_world, sample_row
 
@@ -39,28 +38,6 @@ for folder, cache in zip(sys.argv[1::2], sys.argv[2::2]):
     print(json.dumps({"counts": {k: len(v) for k, v in data.items()}, "text": row["text"], "columns": columns,
                       "mode": image.mode, "size": image.size, "corner": image.getpixel((0, 0))}))
 """
-
-
-class InProcess:
-    """In place of the pool of workers, so that most tests start no process."""
-
-    def __init__(self, workers: int, mp_context: object, initializer: object, arguments: object) -> None:
-        assert workers == 1
-        assert (initializer, arguments) == (torch.set_num_threads, (1,))  # several would wait for each other
-
-    def __enter__(self) -> "InProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def map(self, work: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
-        return map(work, jobs)
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "ProcessPoolExecutor", InProcess)
 
 
 @pytest.fixture(scope="module")
