@@ -237,7 +237,8 @@ def train_judge(
         load_initial(judge.trunk, initial.trunk, "judge")
     table = label_table(data.rows, judge.labels, options).to(run.device)
     directions = direction_table(data.rows, options).to(run.device)
-    data, generator = data.to(run.device), run.device_generator
+    device, generator = run.data_device(data.images.nbytes)
+    data = data.to(device)
     optimizer = torch.optim.AdamW(
         judge.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay
     )
@@ -245,11 +246,12 @@ def train_judge(
     run.track(model=judge, optimizer=optimizer, schedule=schedule)
 
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed).to(run.device)
+        index = batch_indices(len(data), options.batch, step, run.options.seed).to(device)
         images = augment(data.composite(index, grey_levels(len(index), generator)), generator)
         with run.precision.autocast():
-            outputs = judge.outputs(images)
+            outputs = judge.outputs(images.to(run.device))
         logits, vectors = ({name: value.float() for name, value in output.items()} for output in outputs)
+        index = index.to(run.device)
         loss = judge_loss(logits, table[index], options.label_smoothing)
         direction = direction_loss(vectors, directions[index])
         loss = loss + options.direction_weight * direction

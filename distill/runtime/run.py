@@ -122,6 +122,15 @@ class Run:
         """Wall-clock seconds of all sessions, without the steps that a kill has lost."""
         return self._seconds_before + time.monotonic() - self._started
 
+    def data_device(self, size: int) -> tuple[torch.device, torch.Generator]:
+        """Where `size` bytes of training data lie and its batches are drawn, and by which generator.
+
+        The run's device, where they take at most half of its free memory; else the CPU.
+        """
+        if self.device.type == "cuda" and size > torch.cuda.mem_get_info(self.device)[0] / 2:
+            return torch.device("cpu"), self.generator
+        return self.device, self.device_generator
+
     @property
     def rollbacks(self) -> int:
         """How often the run was rolled back, in all sessions."""

@@ -114,7 +114,7 @@ def train_unet(
     scheduler = make_scheduler(options)
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
     image_dim = None if labels is None else labels.image_embedding.shape[-1]
-    device, generator = batch_device(run, cache)
+    device, generator = run.data_device(cache.latents.nbytes)
     batches = make_batches(
         cache.to(device), None if labels is None else labels.to(device), options, run.options.seed
     )
@@ -158,13 +158,6 @@ def train_unet(
             run.preview("samples", decode(vae, samples))
     ema.copy_to(averaged.network)
     return averaged.network
-
-
-def batch_device(run: Run, cache: LatentCache) -> tuple[torch.device, torch.Generator]:
-    """Where batches are drawn, and by which generator: on the run's device, if half of it holds the cache."""
-    if run.device.type == "cuda" and cache.latents.nbytes > torch.cuda.mem_get_info(run.device)[0] / 2:
-        return torch.device("cpu"), run.generator
-    return run.device, run.device_generator
 
 
 def compile_blocks(unet: UNet2DConditionModel) -> None:

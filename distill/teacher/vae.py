@@ -96,13 +96,14 @@ def train_vae(
 
     preview_images = validation.composite(slice(0, 16))
     side = data.images.shape[-1] // options.factor
-    data, generator = data.to(run.device), run.device_generator
+    device, generator = run.data_device(data.images.nbytes)
+    data = data.to(device)
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed).to(run.device)
-        images = data.composite(index, grey_levels(len(index), generator)) * 2 - 1
+        index = batch_indices(len(data), options.batch, step, run.options.seed).to(device)
+        images = data.composite(index, grey_levels(len(index), generator)).to(run.device) * 2 - 1
         images = images.contiguous(memory_format=torch.channels_last)
         shape = len(index), options.latent_channels, side, side
-        noise = torch.randn(shape, generator=generator, device=run.device)
+        noise = torch.randn(shape, generator=generator, device=device).to(run.device)
 
         with run.precision.autocast():
             loss, mse = vae_loss(vae, images, noise, options)
@@ -136,10 +137,9 @@ def whiten(vae: AutoencoderKL, data: CaptionedImages, generator: torch.Generator
     Raw channels differ in mean and standard deviation, but a stock pipeline has a single scaling factor. The
     decoded images do not change.
     """
-    device = generator.device  # of the model and the images too
-    chosen = torch.randperm(len(data), generator=generator, device=device)[:count]
-    levels = grey_levels(len(data)).to(device)
-    images = (data.composite(part, levels[part]) for part in chosen.split(64))
+    chosen = torch.randperm(len(data), generator=generator, device=generator.device)[:count]
+    levels, device = grey_levels(len(data)).to(generator.device), next(vae.parameters()).device
+    images = (data.composite(part, levels[part]).to(device) for part in chosen.split(64))
     posteriors = [vae.encode(part * 2 - 1).latent_dist for part in images]
     samples = torch.cat([posterior.sample(generator) for posterior in posteriors])
     latents = samples.transpose(0, 1).flatten(1)

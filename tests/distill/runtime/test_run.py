@@ -132,6 +132,8 @@ def test_draws_on_the_device_resume(tmp_path: Path) -> None:
             str(directory), steps, trackers=(), checkpoint_every=2, device="cuda", plan=False
         )
         run = Run(options, {}, "draws")
+        assert run.data_device(2**10) == (run.device, run.device_generator)
+        assert run.data_device(2**60) == (torch.device("cpu"), run.generator)
         assert run.device_generator.device.type == "cuda" and run.generator.device.type == "cpu"
         generator = run.device_generator
         return [float(torch.rand((), generator=generator, device="cuda")) for _ in run.steps()]
