@@ -21,6 +21,7 @@ from distill.runtime.files import atomic_path, read_json, write_json
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
 from distill.runtime.shipped import resolve
+from distill.runtime.transfer import upload
 from distill.teacher.folder import load_initial
 
 FORMAT = "distill-judge-1"
@@ -246,7 +247,7 @@ def train_judge(
     run.track(model=judge, optimizer=optimizer, schedule=schedule)
 
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed).to(device)
+        index = upload(batch_indices(len(data), options.batch, step, run.options.seed), device)
         images = augment(data.composite(index, grey_levels(len(index), generator)), generator)
         with run.precision.autocast():
             outputs = judge.outputs(images.to(run.device))

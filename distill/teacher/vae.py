@@ -11,6 +11,7 @@ from distill.data.folders import CaptionedImages, batch_indices, grey_levels
 from distill.runtime.errors import UserError
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
+from distill.runtime.transfer import upload
 from distill.teacher.folder import load_initial
 
 
@@ -99,7 +100,7 @@ def train_vae(
     device, generator = run.data_device(data.images.nbytes)
     data = data.to(device)
     for step in run.steps():
-        index = batch_indices(len(data), options.batch, step, run.options.seed).to(device)
+        index = upload(batch_indices(len(data), options.batch, step, run.options.seed), device)
         images = data.composite(index, grey_levels(len(index), generator)).to(run.device) * 2 - 1
         images = images.contiguous(memory_format=torch.channels_last)
         shape = len(index), options.latent_channels, side, side

@@ -319,7 +319,7 @@ def make_world(folder: Path | str, options: WorldOptions, workers: int = 2, bloc
     jobs = list(_jobs(options, folder, block))
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     bar = tqdm(total=sum(job[3] - job[2] for job in jobs), desc="world", unit="image")
-    # One thread each: those of several workers would wait for each other (5 times slower on two cores).
+    # One thread each: those of several workers would wait for each other (3.7 times slower on two cores).
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool, bar:
         for job, block_rows in zip(jobs, pool.map(_write_block, jobs), strict=True):
             rows[job[1]] += block_rows
