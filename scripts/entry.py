@@ -7,6 +7,7 @@ import sys
 import typing
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -34,8 +35,13 @@ from distill.runtime.names import slug  # noqa: E402
 Options = TypeVar("Options")
 HYDRA_NOISE = ("full_key", "object_type", "reference_type", "See ", "To append", "Config search path")
 HELP = "--help lists the options"
-# Arguments, by name or whole, that bring the config of a group with them, in scripts that choose from it.
-IMPLIED = {"image": "input=image", "suite=images": "input=image", "objective": "recipe=score_distillation"}
+# Arguments, by (the first parts of) their name or whole, that bring the config of a group with them, in
+# scripts that choose from it.
+DISTILLATION = "recipe=score_distillation"
+IMPLIED = {"image": "input=image", "suite=images": "input=image"}
+IMPLIED |= dict.fromkeys(("objective", "control", "experiment"), DISTILLATION)
+STAGES = ("score_distillation", "orientation", "sdedit_refinement")  # of that recipe
+IMPLIED |= {f"text_to_3d.stages.{stage}": DISTILLATION for stage in STAGES}
 
 
 def groups() -> dict[str, list[str]]:
@@ -71,10 +77,15 @@ def forced(argument: str, chosen: Container[str]) -> str:
 
 def with_implied(arguments: list[str], chosen: Container[str]) -> list[str]:
     """Arguments with the configs that they bring with them, first; of groups that they name, their own."""
-    given = [argument for argument in arguments if not argument.endswith(("=", "=null"))]
+    given = [
+        argument
+        for argument in arguments
+        if "." in argument.partition("=")[0] or not argument.endswith(("=", "=null", "=none"))
+    ]
     names = {argument.partition("=")[0].lstrip("+") for argument in given}
-    roots = {name.partition(".")[0] for name in names}  # objective.time.low=0.05 names the objective too
-    implied = [IMPLIED[key] for key in (*roots, *given) if key in IMPLIED]
+    # objective.time.low=0.05 names the objective too
+    prefixes = {prefix for name in names for prefix in accumulate(name.split("."), "{}.{}".format)}
+    implied = [IMPLIED[key] for key in (*sorted(prefixes), *given) if key in IMPLIED]
     groups = {choice: choice.partition("=")[0] for choice in dict.fromkeys(implied)}
     return [*(c for c, group in groups.items() if group in chosen and group not in names), *arguments]
 

@@ -40,6 +40,7 @@ DISTILLATION = ScoreDistillationOptions(coarse_resolution=8)
 OPTIONS = TextTo3dOptions(
     "a red ball",
     views=2,
+    views_per_group=1,
     background=(0.5, 0.5),
     learning_rate=0.01,
     mlp_learning_rate=0.002,

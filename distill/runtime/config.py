@@ -131,13 +131,16 @@ def _convert(hint: Any, value: Any, name: str, default: object = None) -> Any:
 
 
 def _mapping(hint: Any, values: Any, name: str, default: object) -> dict[str, Any]:
-    """Named values, merged into those of the default; null removes one of them."""
+    """Named values, merged into those of the default; null removes one.
+
+    It may be one that the default lacks, because a preset's null stands where other configs had a value.
+    """
     if not isinstance(values, Mapping):
         raise UserError(f"{name} is {values!r}: expected names with values")
     result = dict(default) if isinstance(default, Mapping) else {}
     for key, value in values.items():
-        if value is None and key in result:
-            del result[key]
+        if value is None:
+            result.pop(key, None)
         else:
             result[str(key)] = _convert(hint, value, join(name, str(key)), result.get(key))
     return result

@@ -60,7 +60,8 @@ def _groups(name: str, hint: Any, value: Any, default: Any) -> Iterator[Group]:
     elif origin in (dict, Mapping):
         entries = default if isinstance(default, Mapping) else {}
         for key in [*entries, *(key for key in values if key not in entries)]:
-            yield from _groups(join(name, key), arguments[1], values.get(key), entries.get(key))
+            if values.get(key, entries.get(key)) is not None:  # null removes it
+                yield from _groups(join(name, key), arguments[1], values.get(key), entries.get(key))
     elif origin is not None:
         for argument in arguments:
             yield from _groups(name + ("[]" if origin is tuple else ""), argument, value, default)

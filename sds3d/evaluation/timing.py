@@ -14,7 +14,7 @@ from sds3d.text_to_3d.trainer import TextTo3d
 def time_step(trainer: TextTo3d, runs: int) -> list[Timing]:
     """The parts of a step at full resolution, then whole steps of each stage, which change the scene."""
     context, teacher, scene = trainer.context, trainer.teacher, trainer.scene
-    views, generator = context.options.views, torch.Generator().manual_seed(0)
+    views, generator = context.whole_groups(context.options.views), torch.Generator().manual_seed(0)
     cameras = sample_cameras(context.options.camera, views, teacher.resolution, generator)
     cameras = cameras.to(context.run.device)
     background = context.backgrounds(views)
@@ -46,7 +46,7 @@ def _score_distillation(stage: ScoreDistillationStage, runs: int) -> list[Timing
     context = stage.context
     generator = torch.Generator().manual_seed(0)
     resolution = context.teacher.resolution
-    cameras = sample_cameras(context.options.camera, context.options.views, resolution, generator)
+    cameras = sample_cameras(context.options.camera, stage.views, resolution, generator)
     latents = torch.randn(len(cameras), *context.teacher.latent_shape, generator=generator)
     latents, conditionings = latents.to(context.run.device), context.prompt_conditionings(cameras)
     return [

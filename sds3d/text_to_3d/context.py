@@ -37,10 +37,10 @@ class SharedOptions:
 
     prompt: str  # with a picture it may be empty
     negative_prompt: str = ""
-    views: int = 4  # cameras a step
+    views: int = 4  # cameras a step; of score distillation, rounded up to whole groups
     view_words: bool = True  # view-dependent prompts: "..., front view"; with a picture never
     camera_condition: bool = True  # a teacher that is conditioned on cameras gets those of the views
-    views_per_group: int = 1  # views that such a teacher denoises together (MVDream: 4); 1: each alone
+    views_per_group: int = 4  # views that such a teacher denoises together (as MVDream); 1: each alone
     group_layout: Literal["ring", "random"] = (
         "ring"  # of a group's cameras: equal steps of azimuth at one elevation, or independent ones
     )
@@ -57,11 +57,8 @@ class SharedOptions:
     def __post_init__(self) -> None:
         if self.views < 1:
             raise UserError(f"views is {self.views}: at least 1 is needed")
-        if self.views_per_group < 1 or self.views % self.views_per_group:
-            raise UserError(
-                f"views is {self.views} and views_per_group {self.views_per_group}: "
-                "a positive number of views a group is expected that divides views"
-            )
+        if self.views_per_group < 1:
+            raise UserError(f"views_per_group is {self.views_per_group}: at least 1 is needed")
         if min(self.learning_rate, self.mlp_learning_rate, self.adam_epsilon) <= 0:
             raise UserError("learning_rate, mlp_learning_rate and adam_epsilon must be positive")
         if not 0 <= self.background[0] <= self.background[1] <= 1:
@@ -120,6 +117,10 @@ class TextTo3dContext:
             betas=(0.9, 0.99),
             eps=options.adam_epsilon,
         )
+
+    def whole_groups(self, views: int) -> int:
+        """The number of views, rounded up to whole groups."""
+        return -(-views // self.views_per_group) * self.views_per_group
 
     def sample_cameras(self, options: CameraOptions, count: int, resolution: int) -> Cameras:
         """Random cameras on the CPU, in groups of those whose views are denoised together."""

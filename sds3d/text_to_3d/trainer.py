@@ -15,20 +15,18 @@ from sds3d.text_to_3d.context import SharedOptions, TextTo3dContext
 from sds3d.text_to_3d.mesh_control import MeshControl
 from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.stages.base import StageOptions
-from sds3d.text_to_3d.stages.orientation import OrientationOptions
-from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationOptions
 from sds3d.text_to_3d.stages.sdedit_refinement import SDEditRefinementOptions
 
 PREVIEW_GREY = 0.85
 
 
 def default_stages() -> dict[str, StageOptions]:
-    """Score distillation for 80 % of the run with orientation checks, then SDEdit refinement."""
-    return {
-        "score_distillation": ScoreDistillationOptions(),
-        "orientation": OrientationOptions(),
-        "sdedit_refinement": SDEditRefinementOptions(),
-    }
+    """Views that a teacher with cameras samples from noise, then resamples from the scene fitted to them.
+
+    In the manner of IM-3D (Melas-Kyriazi et al. 2024, arXiv:2402.08682). For other teachers give
+    `ScoreDistillationOptions`, as configs/recipe/score_distillation.yaml does.
+    """
+    return {"sampled_views": SDEditRefinementOptions(strengths=(1.0, 0.5), start=0.0, views=48)}
 
 
 @final
@@ -54,12 +52,6 @@ class TextTo3dOptions(SharedOptions):
                         f"the run: remove it (text_to_3d.stages.{name}=null), or let {successor} start later"
                     )
                 takeover, successor = stage.updates_from, name
-        for name, stage in self.stages.items():
-            if stage.own_views is not None and stage.own_views % self.views_per_group:
-                raise UserError(
-                    f"{name} has {stage.own_views} views, which groups of {self.views_per_group} "
-                    "(views_per_group) do not divide: give a multiple"
-                )
         fixed = [stage.fixed_pose_from for stage in self.stages.values() if stage.fixed_pose_from is not None]
         rotations = [fraction for stage in self.stages.values() for fraction in stage.rotates_at]
         if fixed and rotations and max(rotations) >= min(fixed):

@@ -142,13 +142,13 @@ def test_group_repeats_no_default(script: str, choice: str) -> None:
 def test_repeated_defaults_are_detected() -> None:
     scene, terms = {"grid": {"decay": 0.9, "every": 8}}, [{"prompt": "conditional"}]
     values = {"scene": scene, "objective": {"terms": terms}, "teacher": "shapes64"}
-    stages = {"stages": {"sdedit_refinement": {"steps": 20}, "orientation": {"views": 4}}}
+    stages = {"stages": {"sampled_views": {"steps": 20, "guidance": 2.0}}}
     names = list(repeated(config_class("text_to_3d"), {**values, "text_to_3d": stages}))
     assert names == [
         "scene.grid.decay",
         "objective.terms[0].prompt",
         "teacher",
-        "text_to_3d.stages.sdedit_refinement.steps",
+        "text_to_3d.stages.sampled_views.steps",
     ]
 
 
@@ -183,8 +183,10 @@ def test_every_group_builds(script: str, choice: str) -> None:
 def test_one_override_changes_one_value() -> None:
     camera = options_of("text_to_3d", "text_to_3d.camera.centre_jitter=0.1").text_to_3d.camera
     assert camera == dataclasses.replace(TextTo3dOptions(PROMPT).camera, centre_jitter=0.1)
-    stages = options_of("text_to_3d", "text_to_3d.stages.sdedit_refinement=null").text_to_3d.stages
-    assert list(stages) == ["score_distillation", "orientation"]
+    stages = options_of("text_to_3d", "text_to_3d.stages.sampled_views.views=8").text_to_3d.stages
+    assert stages == {
+        name: dataclasses.replace(stage, views=8) for name, stage in TextTo3dOptions(PROMPT).stages.items()
+    }
     assert options_of("text_to_3d", "control.mesh=x.obj").control.mesh == "x.obj"
 
 
@@ -215,7 +217,7 @@ def test_help_shows_default_type_and_comment() -> None:
     lines = list(help_lines(config_class("text_to_3d"), {"run": {"steps": 7}}))
     (steps,) = [line for line in lines if line.startswith("  run.steps ")]
     assert steps.split("=", 1)[1].split()[:2] == ["7", "int;"]
-    assert any(line.startswith("  text_to_3d.stages.sdedit_refinement.strengths ") for line in lines)
+    assert any(line.startswith("  text_to_3d.stages.sampled_views.strengths ") for line in lines)
     assert comments(TextTo3dOptions)["view_words"].startswith("view-dependent prompts")
 
 
@@ -244,15 +246,20 @@ def test_a_picture_brings_its_defaults() -> None:
     assert entry.with_implied(["suite=images"], chosen)[0] == "input=image"
 
     chosen = ["input", "recipe"]  # and an option of the objective its recipe
-    for argument in ("objective=csd", "++objective.clip=1"):
+    stage = "text_to_3d.stages.sdedit_refinement"
+    for argument in ("objective=csd", "++objective.clip=1", "experiment=tiny_vsd", f"{stage}=null"):
         implied = ["recipe=score_distillation", argument]
         assert entry.with_implied([argument], chosen) == implied
         assert entry.with_implied([argument], ["input"]) == [argument]
+    unrelated = ["control=none", "text_to_3d.stages.sampled_views.views=8"]
+    assert entry.with_implied(unrelated, chosen) == unrelated
 
     config = entry.load_script("text_to_3d", ["image=some/a photo.png", "text_to_3d.views=6"])
     assert config.run.directory == "outputs/image_to_3d/a-photo-seed0" and config.prompt == ""
     assert config.text_to_3d.views == 6 and config.text_to_3d.views_per_group == 3
-    assert list(config.text_to_3d.stages) == ["score_distillation", "sdedit_refinement"]
+    assert list(config.text_to_3d.stages) == ["score_distillation", "orientation", "sdedit_refinement"]
+    sampled = entry.load_script("text_to_3d", ["image=a.png", "recipe=sampled_views"])
+    assert sampled.text_to_3d.stages == TextTo3dOptions("x").stages
     assert config.objective.teacher.guidance == 5.0 and config.objective.image
     other = entry.load_script("text_to_3d", ["image=a.png", "objective=csd", "prompt=a red duck"])
     assert other.prompt == "a red duck" and not other.objective.image

@@ -94,9 +94,8 @@ GROUPS = {
 MULTI_VIEW = {  # of text_to_3d.py, with a teacher that takes cameras and pictures
     "score_distillation": ["image=picture.png", "recipe=score_distillation",
                            "text_to_3d.stages.sdedit_refinement=null"],
-    "sampled_views": ["prompt=a red teapot", "recipe=sampled_views",
-                      "text_to_3d.stages.sdedit_refinement.views=4",
-                      "text_to_3d.stages.sdedit_refinement.steps=2"],
+    "sampled_views": ["prompt=a red teapot", "text_to_3d.stages.sampled_views.views=4",
+                      "text_to_3d.stages.sampled_views.steps=2"],
 }  # fmt: skip
 ARGUMENTS: dict[str, Sequence[str]] = {  # of single configs
     "objective/dds": ["optimise_image.source=image.png", "optimise_image.source_prompt=a blue torus",

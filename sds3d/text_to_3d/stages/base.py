@@ -55,11 +55,6 @@ class StageOptions(ABC):
         """Whether the shape is that of views sampled from noise, which only their cameras make agree."""
         return False
 
-    @property
-    def own_views(self) -> int | None:
-        """How many views of its own choice the stage gives to the teacher; None: those of a step."""
-        return None
-
     @abstractmethod
     def build(self, context: TextTo3dContext) -> Stage:
         """The stage of a run."""

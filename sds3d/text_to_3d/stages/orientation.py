@@ -46,6 +46,8 @@ class OrientationCheck:
 class OrientationOptions(StageOptions):
     """When the orientation is checked, on a ring of how many views; no checks leave it as it is.
 
+    The views are rounded up to whole groups.
+
     A teacher that is given cameras is asked by pose, others by view words. A rotation by pose must also
     reduce the error by `min_z_score` standard errors, lest an object that is much alike from two sides, such
     as a table, be rotated by chance.
@@ -71,15 +73,6 @@ class OrientationOptions(StageOptions):
         """The fractions of the checks."""
         return tuple(check.fraction for check in self.checks)
 
-    @property
-    def own_views(self) -> int | None:
-        """The views of a check."""
-        return self.views if self.checks else None
-
-    def nfe(self, check: OrientationCheck, candidates: int = len(AZIMUTH_VIEWS)) -> int:
-        """NFE of one check: of the three view words, or of the four quarter turns by pose."""
-        return self.views * len(NOISE_LEVELS) * candidates * check.draws
-
     def build(self, context: TextTo3dContext) -> "OrientationStage":
         """The stage of a run."""
         return OrientationStage(context, self)
@@ -94,6 +87,7 @@ class OrientationStage(Stage):
         fixes the pose.
         """
         self.context, self.options = context, options
+        self.views = context.whole_groups(options.views)
         decidable = context.camera_condition or context.options.view_words
         fixed = context.control is not None or context.reference is not None
         checked = options.checks if decidable and not fixed else ()
@@ -109,16 +103,17 @@ class OrientationStage(Stage):
     def nfe(self, updates: int) -> int:
         """NFE of the checks."""
         candidates = 4 if self.context.camera_condition else len(AZIMUTH_VIEWS)
-        return sum(self.options.nfe(check, candidates) for check in self.checks.values())
+        draws = sum(check.draws for check in self.checks.values())
+        return self.views * len(NOISE_LEVELS) * candidates * draws
 
     def align_orientation(self, check: OrientationCheck, step: int) -> float:
         """Rotate the scene to where its views fit poses or view words best; returns the angle in degrees."""
         context, options, teacher = self.context, self.options, self.context.teacher
         generator = torch.Generator().manual_seed(context.run.options.seed + step)
 
-        cameras = ring(options.views, options.elevation, teacher.resolution)
+        cameras = ring(self.views, options.elevation, teacher.resolution)
         cameras = spread_groups(cameras, context.views_per_group)
-        background = context.backgrounds(options.views, generator)
+        background = context.backgrounds(self.views, generator)
         views = context.scene.render(cameras.to(context.run.device), background)
         latents = teacher.encode_images(views.rgb)
 

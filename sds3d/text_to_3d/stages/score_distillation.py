@@ -70,6 +70,7 @@ class ScoreDistillationStage(Stage):
 
     def __init__(self, context: TextTo3dContext, options: ScoreDistillationOptions) -> None:
         self.context, self.options = context, options
+        self.views = context.whole_groups(context.options.views)
         teacher = context.teacher
         linear_pixels = options.pixel_decoder == "linear" and context.objective.image > 0
         self.linear_decoder = fit_linear_decoder(teacher) if linear_pixels else None
@@ -87,7 +88,7 @@ class ScoreDistillationStage(Stage):
 
     def nfe(self, updates: int) -> int:
         """NFE of the objective over all views and updates."""
-        return self.context.options.views * self.context.objective.total_cost(updates)
+        return self.views * self.context.objective.total_cost(updates)
 
     def update(self, step: int, progress: float) -> RenderedViews:
         """One update, its diagnostics and its gradient's size."""
@@ -124,7 +125,7 @@ class ScoreDistillationStage(Stage):
 
         The backgrounds are None where they are the scene's own.
         """
-        context, options, count = self.context, self.options, self.context.options.views
+        context, options, count = self.context, self.options, self.views
         fine = context.teacher.resolution if options.resolution is None else options.resolution
         resolution = options.coarse_resolution if coarse else fine
         cameras = context.sample_cameras(context.options.camera, count, resolution)

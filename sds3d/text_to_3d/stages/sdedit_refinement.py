@@ -32,7 +32,7 @@ MAX_DEVIATION = 0.03  # median absolute deviation of a plain background's colour
 class SDEditRefinementOptions(StageOptions):
     """From a fraction `start` of a run on: one round a strength, of equal length; [] for none.
 
-    A round resamples `views` with DDIM at `guidance`; the scene is then fitted to them by the mean squared
+    A round resamples `views`, rounded up to whole groups, with DDIM at `guidance`; the scene is then fitted to them by the mean squared
     error, whose `weight` is on the scale of the objective.
     """
 
@@ -80,11 +80,6 @@ class SDEditRefinementOptions(StageOptions):
         """Where the first round is at strength 1, and nothing updates the scene before it."""
         return self.start == 0 and self.strengths[:1] == (1.0,)
 
-    @property
-    def own_views(self) -> int | None:
-        """The views of a round."""
-        return self.views if self.strengths else None
-
     def rounds(self, steps: int) -> dict[int, float]:
         """The strength of each round by its first step, in a run of `steps`."""
         first, count = round(self.start * steps), len(self.strengths)
@@ -93,11 +88,6 @@ class SDEditRefinementOptions(StageOptions):
             for index, strength in enumerate(self.strengths)
         }
         return {step: strength for step, strength in strengths.items() if step < steps}
-
-    def nfe(self, steps: int) -> int:
-        """NFE of the rounds in a run of `steps`."""
-        samples = self.views * (1 if self.guidance == 1 else 2)
-        return samples * sum(int(self.steps * strength) for strength in self.rounds(steps).values())
 
     def build(self, context: TextTo3dContext) -> "SDEditRefinementStage":
         """The stage of a run."""
@@ -113,7 +103,8 @@ class SDEditRefinementStage(Stage):
         resolution = context.teacher.resolution
         self.rounds = options.rounds(context.run.options.steps)
         self.cameras = replace(context.options.camera, elevation=options.elevation)
-        self.refined = RefinedViews(options.views, resolution).to(context.run.device)
+        self.views = context.whole_groups(options.views)
+        self.refined = RefinedViews(self.views, resolution).to(context.run.device)
 
     def state(self) -> Mapping[str, Stateful]:
         """The resampled views, in runs too short for a round as well: they may be continued."""
@@ -121,7 +112,8 @@ class SDEditRefinementStage(Stage):
 
     def nfe(self, updates: int) -> int:
         """NFE of the rounds; fitting needs none."""
-        return self.options.nfe(self.context.run.options.steps)
+        samples = self.views * (1 if self.options.guidance == 1 else 2)
+        return samples * sum(int(self.options.steps * strength) for strength in self.rounds.values())
 
     def before_step(self, step: int) -> None:
         """Resample the views where a round begins."""
@@ -136,8 +128,8 @@ class SDEditRefinementStage(Stage):
         """Resample views of the scene from new cameras by SDEdit, each with its prompt, pose and picture."""
         context, options, teacher = self.context, self.options, self.context.teacher
         generator = context.run.generator
-        cameras = context.sample_cameras(self.cameras, options.views, teacher.resolution)
-        background = context.backgrounds(options.views)
+        cameras = context.sample_cameras(self.cameras, self.views, teacher.resolution)
+        background = context.backgrounds(self.views)
         renders = context.scene.render(cameras.to(context.run.device), background).rgb
 
         clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])

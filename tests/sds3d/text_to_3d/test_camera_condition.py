@@ -250,14 +250,23 @@ def test_refinement_gives_poses_and_whole_groups(tmp_path: Path, monkeypatch: py
     assert len(stage.refined.elevation.unique()) == 3
 
 
-def test_sizes_that_groups_do_not_divide_raise() -> None:
-    with pytest.raises(UserError, match="views is 4 and views_per_group 3"):
-        replace(OPTIONS, views=4, views_per_group=3)
-    with pytest.raises(UserError, match="views_per_group 0"):
+def test_views_are_rounded_up_to_whole_groups(tmp_path: Path) -> None:
+    refinement = SDEditRefinementOptions((0.5,), views=5, start=0.5, steps=4)
+    check = OrientationOptions((OrientationCheck(0.25),), views=9)
+    options = with_stages(replace(GROUPED, views=3), orientation=check, sdedit_refinement=refinement)
+    teacher = camera_teacher()
+    task = trainer(tmp_path, teacher, options)
+    task.stages["score_distillation"].sds_step(0, 0.9)
+    assert len(teacher.calls[0][0]) == 4
+    task.train()
+    assert len(task.stages["sdedit_refinement"].refined.images) == 6
+    nfe = {name: stage.nfe(2) for name, stage in task.stages.items()}
+    assert nfe == {"score_distillation": 2 * 4, "orientation": 5 * 4 * 2 * 10, "sdedit_refinement": 2 * 2 * 6}
+    assert teacher.nfe == 4 + task.nfe == 4 + sum(nfe.values())
+
+
+def test_sizes_without_meaning_raise() -> None:
+    with pytest.raises(UserError, match="views_per_group is 0"):
         replace(OPTIONS, views_per_group=0)
-    with pytest.raises(UserError, match="sdedit_refinement has 5 views, which groups of 2"):
-        with_stages(GROUPED, sdedit_refinement=SDEditRefinementOptions((0.5,), views=5))
-    with pytest.raises(UserError, match="orientation has 9 views, which groups of 2"):
-        with_stages(GROUPED, orientation=OrientationOptions((OrientationCheck(0.5),), views=9))
     with pytest.raises(UserError, match="min_z_score is -1"):
         OrientationOptions(min_z_score=-1)

@@ -100,7 +100,7 @@ def test_errors_are_distances_to_a_point_mass(gaussian: Callable[[float], Any]) 
     )
     assert torch.equal(each, errors)
     model.queries = model.queries[: len(errors)]
-    nfe = OrientationOptions(views=5).nfe(OrientationCheck(0.5, draws=2))
+    nfe = 5 * len(NOISE_LEVELS) * len(AZIMUTH_VIEWS) * 2
     assert sum(len(conditioning) for conditioning in model.queries) == nfe
 
 

@@ -31,7 +31,7 @@ from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.context import TextTo3dContext
 from sds3d.text_to_3d.stages.base import Stage, StageOptions
 from sds3d.text_to_3d.stages.orientation import OrientationCheck, OrientationOptions
-from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationStage
+from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationOptions, ScoreDistillationStage
 from sds3d.text_to_3d.stages.sdedit_refinement import SDEditRefinementOptions
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
@@ -71,18 +71,23 @@ def test_interrupted_run_resumes_to_same_scene(tmp_path: Path, monkeypatch: pyte
 def test_config_and_python_have_the_same_defaults() -> None:
     group = yaml.safe_load((ROOT / "configs" / "text_to_3d.yaml").read_text())["text_to_3d"]
     assert build(TextTo3dOptions, {**group, "prompt": "a red teapot"}) == TextTo3dOptions("a red teapot")
-    assert list(TextTo3dOptions("x").stages) == ["score_distillation", "orientation", "sdedit_refinement"]
+    recipe = yaml.safe_load((ROOT / "configs" / "recipe" / "score_distillation.yaml").read_text())
+    stages = build(TextTo3dOptions, {**recipe["text_to_3d"], "prompt": "x"}).stages
+    defaults = (ScoreDistillationOptions(), OrientationOptions(), SDEditRefinementOptions())
+    names = ("score_distillation", "orientation", "sdedit_refinement")
+    assert stages == dict(zip(names, defaults, strict=True))  # in this order
 
 
 def test_one_option_of_a_stage_is_overridden_and_a_stage_removed() -> None:
     values = {
         "prompt": "x",
-        "stages": {"sdedit_refinement": {"strengths": []}, "orientation": None},
+        "stages": {"sampled_views": {"strengths": [1.0]}},
         "camera": {"fovy": [40, 40]},
     }
     options = build(TextTo3dOptions, values)
-    assert options.stages["sdedit_refinement"] == SDEditRefinementOptions(strengths=())
-    assert list(options.stages) == ["score_distillation", "sdedit_refinement"]
+    assert options.stages == {"sampled_views": SDEditRefinementOptions((1.0,), start=0.0, views=48)}
+    with pytest.raises(UserError, match="none updates the scene from the first step"):
+        build(TextTo3dOptions, {"prompt": "x", "stages": {"sampled_views": None}})
     assert options.camera.elevation == (-10.0, 70.0) and options.camera.fovy == (40.0, 40.0)
     with pytest.raises(UserError, match="camera.resolution is not an option"):
         build(TextTo3dOptions, {"prompt": "x", "camera": {"resolution": 64}})
