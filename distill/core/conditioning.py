@@ -11,6 +11,10 @@ from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
 
 
+# Names of extras: a text encoder's pooled embedding (B, D), and the sizes and crops of Stable Diffusion XL (B, 6).
+POOLED, TIME_IDS = "pooled", "time_ids"
+
+
 @final
 @dataclass(frozen=True)
 class Conditioning:

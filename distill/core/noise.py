@@ -4,7 +4,7 @@
 x_t = alpha x0 + sigma eps.
 """
 
-from typing import Literal
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]  # what a network outputs; diffusers' names
+# What a network outputs, by diffusers' names.
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 
 
 class NoiseSchedule:
@@ -69,7 +70,13 @@ class NoiseSchedule:
             return noise
         if prediction_type == "sample":
             return clean
+        if prediction_type == "flow_prediction":
+            return noise - clean
         raise _unknown(prediction_type)
+
+    def time_of(self, timestep: Tensor) -> Tensor:
+        """The times that a diffusers scheduler's timesteps stand for: the nearest integers."""
+        return timestep.round().long()
 
     def betas(self, count: int) -> list[float]:
         """The first `count` betas, 1 - the ratio of consecutive cumulative products (diffusers'
@@ -83,6 +90,39 @@ class NoiseSchedule:
         alpha, sigma = self._on(noise_to_signal.device)
         levels = (sigma.double() / alpha.double().clamp_min(1e-12)).log()
         return (levels[None] - noise_to_signal.double().log()[:, None]).abs().argmin(1)
+
+
+@final
+class FlowSchedule(NoiseSchedule):
+    """The linear path (1 - s) x0 + s eps of flow matching, scaled to unit variance: x_t = alpha x0 + sigma eps.
+
+    Time t stands for s = (t + 1) / T, so that the last one is pure noise, as in diffusers'
+    `FlowMatchEulerDiscreteScheduler` without shift. Times may be fractions, which samplers of flow models use.
+    """
+
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        time = torch.arange(1, num_train_timesteps + 1).double() / num_train_timesteps
+        super().__init__((1 - time).square() / ((1 - time).square() + time.square()))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """As of every schedule, at fractional times too."""
+        return (1 - self._path(t)) * self._norm(t) if t.is_floating_point() else super().alpha(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """As of every schedule, at fractional times too."""
+        return self._path(t) * self._norm(t) if t.is_floating_point() else super().sigma(t)
+
+    def _path(self, t: Tensor) -> Tensor:
+        """s (B, 1, 1, 1) at times (B,)."""
+        return ((t + 1) / self.num_train_timesteps)[:, None, None, None]
+
+    def _norm(self, t: Tensor) -> Tensor:
+        time = self._path(t)
+        return ((1 - time).square() + time.square()).rsqrt()
+
+    def time_of(self, timestep: Tensor) -> Tensor:
+        """Fractional times of a flow scheduler's timesteps, T s."""
+        return timestep.float() - 1
 
 
 def to_variance_exploding(x_t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +153,7 @@ def clean_and_noise(
     """x0 and eps of a network's output in any parameterisation, in float32 at least; shapes broadcast with
     x_t.
 
-    From v both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by
+    From v and flow both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by
     sigma. Raises `UserError` for an unknown parameterisation.
     """
     output = output.to(torch.promote_types(output.dtype, torch.float32))
@@ -125,10 +165,14 @@ def clean_and_noise(
         return (x_t - sigma * output) / alpha, output
     if prediction_type == "sample":
         return output, (x_t - alpha * output) / sigma
+    if prediction_type == "flow_prediction":
+        total = alpha + sigma
+        return (x_t - sigma * output) / total, (x_t + alpha * output) / total
     raise _unknown(prediction_type)
 
 
 def _unknown(prediction_type: str) -> UserError:
     return UserError(
-        f"prediction type {prediction_type!r} is unknown: expected epsilon, v_prediction or sample"
+        f"prediction type {prediction_type!r} is unknown: expected epsilon, v_prediction, sample or "
+        "flow_prediction"
     )

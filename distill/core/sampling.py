@@ -13,13 +13,15 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from distill.core.conditioning import Conditioning
+from distill.core.flow_scheduler import FlowScheduler
 from distill.core.noise import from_flow, from_variance_exploding
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
 
 Callback = Callable[[int, Tensor, Prediction], None]  # the step, its x_t and its prediction
-Scheduler: TypeAlias = DDIMScheduler | DDPMScheduler | DPMSolverMultistepScheduler
+OdeScheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler | FlowScheduler
+Scheduler: TypeAlias = OdeScheduler | DDPMScheduler
 Formulation = Literal["vp", "ve", "flow"]
 
 
@@ -37,17 +39,20 @@ class Img2ImgInit:
     mask: Tensor | None = None
 
 
-def _scheduler_input(prediction: Prediction, prediction_type: str) -> Tensor:
-    """What a scheduler of that prediction type expects from the network."""
+def _scheduler_input(prediction: Prediction, scheduler: Scheduler) -> Tensor:
+    """What a scheduler expects from the network, by its prediction type."""
+    prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
     if prediction_type == "v_prediction":
         return prediction.v
+    if prediction_type == "flow_prediction":
+        return prediction.flow
     return {"epsilon": prediction.eps, "sample": prediction.x0}[prediction_type]
 
 
 @torch.no_grad()
 def sample_ode(
     model: ScoreModel,
-    scheduler: DDIMScheduler | DPMSolverMultistepScheduler,
+    scheduler: OdeScheduler,
     conditioning: Conditioning,
     noise: Tensor,
     steps: int,
@@ -56,8 +61,9 @@ def sample_ode(
 ) -> Tensor:
     """Latents (B, C, h, w) from standard normal noise along the probability-flow ODE, by the scheduler given.
 
-    DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12) or DPM-Solver++ (Lu et al. 2022,
-    arXiv:2211.01095). Guidance: wrap the model in `Guided`. Raises `UserError` for more steps than the
+    DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502, eq. 12), DPM-Solver++ (Lu et al. 2022,
+    arXiv:2211.01095), or Euler's method on a flow (Lipman et al. 2023, arXiv:2210.02747), which is DDIM in
+    other variables. Guidance: wrap the model in `Guided`. Raises `UserError` for more steps than the
     schedule has.
     """
     return _sample(model, scheduler, conditioning, noise, steps, None, callback, init)
@@ -103,12 +109,13 @@ def _sample(
         x_t = _init_img2img(scheduler, noise, first, timesteps, init)
 
     for step, t in enumerate(host_timesteps):
-        scaled = scheduler.scale_model_input(x_t, t)  # variance-exploding solvers carry x_t / alpha
-        times = timesteps[step].round().long().expand(len(x_t))
+        # solvers of flows carry x_t / (alpha + sigma), variance-exploding ones x_t / alpha
+        scaled = scheduler.scale_model_input(x_t, t)
+        times = model.schedule.time_of(timesteps[step]).expand(len(x_t))
         prediction = model.predict(scaled, times, conditioning)
         if callback is not None:
             callback(step, scaled, prediction)
-        output = _scheduler_input(prediction, scheduler.config.prediction_type)
+        output = _scheduler_input(prediction, scheduler)
         options = {} if generator is None else {"generator": generator}
         x_t = scheduler.step(output, t, x_t, **options).prev_sample
 

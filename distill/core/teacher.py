@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.conditioning import Conditioning
 from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
+from distill.core.sampling import OdeScheduler
 from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
 from distill.runtime.precision import Precision
@@ -120,7 +120,7 @@ class Teacher(ScoreModel):
     """
 
     denoiser: Denoiser
-    scheduler: DDIMScheduler
+    scheduler: OdeScheduler
     name_or_path: str
     # What its adapters, students and pairs record; None: not identified, and then nothing is compared.
     identity: TeacherIdentity | None = None

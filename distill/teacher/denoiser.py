@@ -1,8 +1,7 @@
-"""The U-Net denoiser: any network called as `diffusers.UNet2DConditionModel` is, behind the `Denoiser`
-protocol.
-"""
+"""Networks of diffusers behind the `Denoiser` protocol; among them the U-Net of Stable Diffusion."""
 
 import copy
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
@@ -11,8 +10,8 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from distill.core.conditioning import Conditioning
-from distill.core.noise import NoiseSchedule, PredictionType
+from distill.core.conditioning import POOLED, TIME_IDS, Conditioning
+from distill.core.noise import NoiseSchedule, PredictionType, to_flow
 from distill.core.teacher import GUIDANCE, Denoiser
 from distill.core.views import REFERENCE
 from distill.runtime.errors import UserError
@@ -31,65 +30,67 @@ class _Reached(Exception):
     """The bottleneck has been computed; the decoder half is not needed."""
 
 
-@final
-class UNetDenoiser(Denoiser):
-    """A U-Net in its own dtype; inputs are cast to it and outputs come back as float32.
+class DiffusersDenoiser(Denoiser):
+    """A network of diffusers in its own dtype; inputs are cast to it and outputs come back as float32.
 
-    A copy or a LoRA to train has float32 weights, whatever the dtype of the frozen ones.
+    A copy or a LoRA to train has float32 weights, whatever the dtype of the frozen ones. Families say how
+    their network is called, and which of its modules is the bottleneck.
     """
 
     def __init__(
         self, network: Any, schedule: NoiseSchedule, prediction_type: PredictionType, lora: bool = False
     ) -> None:
-        """network(x_t, t, encoder_hidden_states=...) must return an object with `sample`, and have
-        `dtype`.
-        """
+        """network: a module with `dtype`, `config` and, for a LoRA, diffusers' methods of adapters."""
         super().__init__(network, schedule, prediction_type)
         self.lora = lora
 
     def output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As of every denoiser; the embedding (B, L, D) is what the cross-attention reads.
+        """As of every denoiser."""
+        output = self.call_network(*self.network_input(x_t, t), conditioning)
+        return output.to(torch.promote_types(output.dtype, torch.float32))
 
-        A multi-view network also reads cameras and a picture (`distill.core.views`).
-        """
-        if self.conditioned_on_views and REFERENCE in conditioning.extras:
-            joined = self._evaluate(*with_reference_rows(x_t, t, conditioning))
-            return without_reference_rows(joined, conditioning.views)
-        return self._evaluate(x_t, t, conditioning)
+    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """What a network takes for x_t (B, C, h, w) at times (B,): the same, or (1 - s) x0 + s eps and T s."""
+        if self.prediction_type != "flow_prediction":
+            return x_t, t
+        x, time = to_flow(x_t, self.schedule.alpha(t), self.schedule.sigma(t))
+        return x, self.schedule.num_train_timesteps * time.flatten()
 
-    def _evaluate(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        dtype = self.network.dtype
-        inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.embedding.to(dtype)}
-        if self.conditioned_on_views:
-            inputs = self.network.view_conditions(conditioning, dtype)
-        dim = self.network.config.time_cond_proj_dim if GUIDANCE in conditioning.extras else None
-        if dim is not None:
-            inputs["timestep_cond"] = guidance_features(conditioning.extras[GUIDANCE], dim).to(dtype)
-        sample = self.network(x_t.to(dtype), t, **inputs).sample
-        return sample.to(torch.promote_types(sample.dtype, torch.float32))
+    @abstractmethod
+    def call_network(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's output (B, C, h, w), in its dtype, for its own input and timesteps (B,)."""
+
+    @property
+    @abstractmethod
+    def bottleneck(self) -> nn.Module:
+        """The module whose activations a discriminator reads."""
+
+    def bottleneck_features(self, output: Any) -> Tensor:
+        """Activations (B, D, h, w) of what the bottleneck returned."""
+        return output
 
     @property
     def conditioned_on_views(self) -> bool:
         """Whether the network reads cameras, groups of views and pictures."""
-        return isinstance(self.network, MultiViewUNet)
+        return False
 
     @property
-    def embedding_dim(self) -> int:
-        """As of every denoiser."""
-        return self.network.config.cross_attention_dim
+    def lora_targets(self) -> list[str]:
+        """The names of the layers that a LoRA changes."""
+        return LORA_TARGETS
 
-    def trainable_copy(self) -> "UNetDenoiser":
+    def with_network(self, network: nn.Module, lora: bool = False) -> "DiffusersDenoiser":
+        """Another network, such as this one with adapters, at the same schedule and parameterisation."""
+        return type(self)(network, self.schedule, self.prediction_type, lora)
+
+    def trainable_copy(self) -> "DiffusersDenoiser":
         """As of every denoiser."""
         network = copy.deepcopy(self.network).float().requires_grad_(True)
         if LORA in getattr(network, "peft_config", {}):
             network.delete_adapters(LORA)
-        return UNetDenoiser(network, self.schedule, self.prediction_type)
+        return self.with_network(network)
 
-    def with_network(self, network: nn.Module) -> "UNetDenoiser":
-        """Another network, such as this one with adapters, at the same schedule and parameterisation."""
-        return UNetDenoiser(network, self.schedule, self.prediction_type)
-
-    def with_lora(self, rank: int) -> "UNetDenoiser":
+    def with_lora(self, rank: int) -> "DiffusersDenoiser":
         """As of every denoiser; a network carries one LoRA at a time, and a new one replaces it.
 
         Raises `UserError` where peft is not installed.
@@ -102,10 +103,12 @@ class UNetDenoiser(Denoiser):
             ) from None
         if LORA in getattr(self.network, "peft_config", {}):
             self.network.delete_adapters(LORA)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS, init_lora_weights=True)
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, target_modules=self.lora_targets, init_lora_weights=True
+        )
         self.network.add_adapter(config, adapter_name=LORA)
         self.network.disable_adapters()
-        denoiser = UNetDenoiser(self.network, self.schedule, self.prediction_type, lora=True)
+        denoiser = self.with_network(self.network, lora=True)
         for parameter in denoiser.trainable_parameters():
             parameter.data = parameter.data.float()  # peft has cast it to the dtype of the frozen weights
         return denoiser
@@ -131,6 +134,79 @@ class UNetDenoiser(Denoiser):
         finally:
             self.network.disable_adapters()
 
+    def mid_block_features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """As of every denoiser; what follows the bottleneck is not evaluated."""
+        features: list[Tensor] = []
+
+        def stop(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            features.append(self.bottleneck_features(output))
+            raise _Reached
+
+        handle = self.bottleneck.register_forward_hook(stop)
+        try:
+            self.output(x_t, t, conditioning)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return features[0].float()
+
+    @contextmanager
+    def capture_mid_block(self) -> Iterator[list[Tensor]]:
+        """Collect the bottleneck activations of every call inside the block."""
+        features: list[Tensor] = []
+        handle = self.bottleneck.register_forward_hook(
+            lambda module, inputs, output: features.append(self.bottleneck_features(output).float())
+        )
+        try:
+            yield features
+        finally:
+            handle.remove()
+
+
+@final
+class UNetDenoiser(DiffusersDenoiser):
+    """`diffusers.UNet2DConditionModel`, or what is called as it is: a multi-view or a controlled U-Net."""
+
+    def call_network(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """As of every denoiser; the embedding (B, L, D) is what the cross-attention reads.
+
+        A multi-view network also reads cameras and a picture (`distill.core.views`), Stable Diffusion XL's
+        the pooled embedding and the time ids. A predicted variance (DeepFloyd IF) is left out.
+        """
+        if self.conditioned_on_views and REFERENCE in conditioning.extras:
+            joined = self._evaluate(*with_reference_rows(x, timestep, conditioning))
+            return without_reference_rows(joined, conditioning.views)
+        return self._evaluate(x, timestep, conditioning)[:, : x.shape[1]]
+
+    def _evaluate(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        dtype, extras = self.network.dtype, conditioning.extras
+        inputs: dict[str, Any] = {"encoder_hidden_states": conditioning.embedding.to(dtype)}
+        if self.conditioned_on_views:
+            inputs = self.network.view_conditions(conditioning, dtype)
+        if POOLED in extras:
+            added = {"text_embeds": extras[POOLED].to(dtype), "time_ids": extras[TIME_IDS].to(dtype)}
+            inputs["added_cond_kwargs"] = added
+        dim = self.network.config.time_cond_proj_dim if GUIDANCE in extras else None
+        if dim is not None:
+            inputs["timestep_cond"] = guidance_features(extras[GUIDANCE], dim).to(dtype)
+        return self.network(x.to(dtype), timestep, **inputs).sample
+
+    @property
+    def conditioned_on_views(self) -> bool:
+        """As of every denoiser of diffusers."""
+        return isinstance(self.network, MultiViewUNet)
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        """The U-Net's middle block."""
+        return self.network.mid_block
+
+    @property
+    def embedding_dim(self) -> int:
+        """As of every denoiser."""
+        return self.network.config.cross_attention_dim
+
     def with_guidance_embedding(self, dim: int) -> "UNetDenoiser":
         """As of every denoiser; the new layer is zero at first, as LCM initialises it (section 4.2)."""
         embedding = self.network.time_embedding
@@ -151,38 +227,10 @@ class UNetDenoiser(Denoiser):
             return self
         if self.prediction_type != "v_prediction":
             raise UserError(
-                "parameterisation=sample needs a teacher that predicts v or x0: this one predicts eps"
+                "parameterisation=sample needs a teacher that predicts v or x0: this one predicts "
+                f"{self.prediction_type}"
             )
         sigma = float(self.schedule.sigma(torch.tensor([t])))
         for value in self.network.conv_out.parameters():
             value.mul_(-sigma)
         return UNetDenoiser(self.network, self.schedule, "sample")
-
-    def mid_block_features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As of every denoiser; the decoder half is not evaluated."""
-        features: list[Tensor] = []
-
-        def stop(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            features.append(output)
-            raise _Reached
-
-        handle = self.network.mid_block.register_forward_hook(stop)
-        try:
-            self.output(x_t, t, conditioning)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return features[0].float()
-
-    @contextmanager
-    def capture_mid_block(self) -> Iterator[list[Tensor]]:
-        """Collect the bottleneck activations of every call inside the block."""
-        features: list[Tensor] = []
-        handle = self.network.mid_block.register_forward_hook(
-            lambda module, inputs, output: features.append(output.float())
-        )
-        try:
-            yield features
-        finally:
-            handle.remove()

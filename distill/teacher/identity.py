@@ -17,18 +17,20 @@ VALUES = 1024  # of each tensor, its first: all of Stable Diffusion's would take
 
 
 def identify(name_or_path: str, folder: Path) -> TeacherIdentity | None:
-    """The identity of the teacher in a diffusers folder; None where its U-Net is no single safetensors file.
+    """The identity of the teacher in a diffusers folder; None where its network is no single safetensors
+    file.
 
-    The digest is of the U-Net's weights and of its view conditions: the first `VALUES` of each tensor, in the
+    The digest is of the weights of its U-Net or transformer and of its view conditions: the first `VALUES` of each tensor, in the
     order of their names, rounded to half precision. They are read from the files, as weights in memory depend
     on the precision that they are loaded in (bfloat16 has lost bits that half precision keeps); files in
     float32 and in half precision have the same digest. VAE and text encoder are left out: a U-Net fits no
     others than those that it was trained on.
     """
-    files = [folder / "unet" / SAFETENSORS_WEIGHTS_NAME, folder / FOLDER / WEIGHTS]
-    if not files[0].is_file():
+    network = [folder / name / SAFETENSORS_WEIGHTS_NAME for name in ("unet", "transformer")]
+    files = [path for path in (*network, folder / FOLDER / WEIGHTS) if path.is_file()]
+    if not any(path in files for path in network):
         return None
-    digest = hash_tensors(value for path in files if path.is_file() for value in _first_values(path))
+    digest = hash_tensors(value for path in files for value in _first_values(path))
     return TeacherIdentity(display_name(name_or_path), digest)
 
 

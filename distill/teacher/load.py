@@ -8,7 +8,8 @@ import yaml
 from distill.core.teacher import Teacher, TeacherSource
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
-from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
+from distill.teacher.families import load_diffusers
+from distill.teacher.latent import LatentDiffusionTeacher
 
 
 def load_teacher(
@@ -17,11 +18,11 @@ def load_teacher(
     """The teacher that `teacher=` names on the command line.
 
     A `.yaml` file holds the options of a `TeacherSource`, whose class is its `_target_`; anything else is a
-    latent diffusion model (`load_latent_diffusion`). Raises `UserError` where there is no such teacher.
+    pipeline of diffusers (`load_diffusers`). Raises `UserError` where there is no such teacher.
     """
     path = Path(name_or_path)
     if path.suffix != ".yaml":
-        return load_latent_diffusion(name_or_path, device, dtype)
+        return load_diffusers(name_or_path, device, dtype)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

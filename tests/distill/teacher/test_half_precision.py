@@ -166,10 +166,10 @@ def test_text_embeddings_are_cached_up_to_a_size(
     colours = ("red", "blue", "green", "yellow", "purple")
     prompts = [f"a {colour} cube" for colour in colours]
     alone = [tiny_teacher.encode_text([prompt]).embedding for prompt in prompts]
-    monkeypatch.setattr(latent, "TEXT_CACHE_BYTES", 2 * alone[0].nbytes)
+    monkeypatch.setattr(pipeline, "TEXT_CACHE_BYTES", 2 * alone[0].nbytes)
     together = tiny_teacher.encode_text(prompts).embedding
     torch.testing.assert_close(together, torch.cat(alone))
-    assert list(tiny_teacher._text_embeddings) == prompts[-2:]
+    assert list(tiny_teacher._conditionings) == prompts[-2:]
     assert torch.equal(tiny_teacher.encode_text(prompts[:1]).embedding, alone[0])
 
 

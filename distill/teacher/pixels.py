@@ -1,0 +1,130 @@
+"""Teachers without a VAE: DeepFloyd IF's first stage, and U-Nets that know classes or nothing at all.
+
+Their latents are images scaled to [-1, 1].
+"""
+
+from typing import Any, final
+
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor, nn
+
+from distill.core.conditioning import Conditioning
+from distill.core.identity import TeacherIdentity
+from distill.core.noise import NoiseSchedule
+from distill.runtime.errors import UserError
+from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
+from distill.teacher.pipeline import PipelineTeacher
+
+
+class PixelTeacher(PipelineTeacher):
+    """A pipeline teacher whose latents are images."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        side = self.network.config.sample_size
+        return self.network.config.in_channels, side, side
+
+    @property
+    def resolution(self) -> int:
+        """Image side in pixels."""
+        return self.network.config.sample_size
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], scaled to [-1, 1]; their mean where the network is grey."""
+        values = images * 2 - 1
+        return values if self.network.config.in_channels == 3 else values.mean(1, keepdim=True)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], clamped."""
+        return (latents / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+
+
+def pixel_scheduler(config: Any) -> tuple[DDIMScheduler, NoiseSchedule]:
+    """DDIM with a pipeline's own options, which may clip predicted images, and its noise schedule."""
+    scheduler = DDIMScheduler.from_config(config)
+    return scheduler, NoiseSchedule(scheduler.alphas_cumprod)
+
+
+@final
+class IFTeacher(PixelTeacher):
+    """An `IFPipeline` of DeepFloyd: a T5 encoder and a U-Net on 64 x 64 pixels.
+
+    Its predicted variance is not used, as by deterministic samplers of diffusers.
+    """
+
+    def __init__(self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None) -> None:
+        """pipeline: an `IFPipeline`, whose parts are frozen."""
+        self.pipeline = pipeline
+        scheduler, schedule = pixel_scheduler(pipeline.scheduler.config)
+        denoiser = UNetDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
+        modules = (pipeline.text_encoder, pipeline.unet)
+        super().__init__(denoiser, scheduler, modules, name_or_path, identity)
+
+    def encode_new(self, prompts: list[str]) -> Conditioning:
+        """T5's hidden states (B, 77, D)."""
+        embedding, _ = self.pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+        return Conditioning(embedding)
+
+
+@final
+class ClassDenoiser(DiffusersDenoiser):
+    """`diffusers.UNet2DModel`; the embedding (B, 1, 1) holds the number of the class, where it has classes."""
+
+    def call_network(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """As of every denoiser of diffusers."""
+        classes = self.network.config.num_class_embeds
+        labels = None if classes is None else conditioning.embedding[:, 0, 0].round().long()
+        output = self.network(x.to(self.network.dtype), timestep, class_labels=labels).sample
+        return output[:, : x.shape[1]]
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        """The U-Net's middle block."""
+        return self.network.mid_block
+
+
+@final
+class ClassTeacher(PixelTeacher):
+    """A `DDPMPipeline` or `DDIMPipeline`: a U-Net on pixels that knows classes, or no condition at all.
+
+    Prompts are numbers of classes; the only one of an unconditional network is 0.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        name_or_path: str = "",
+        identity: TeacherIdentity | None = None,
+        null_class: int | None = None,
+    ) -> None:
+        """null_class: the one that stands for no label, which guidance needs."""
+        scheduler, schedule = pixel_scheduler(pipeline.scheduler.config)
+        denoiser = ClassDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
+        super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        self.classes = pipeline.unet.config.num_class_embeds or 1
+        self.null_class = 0 if self.classes == 1 else null_class
+
+    def check_prompt(self, prompt: str) -> None:
+        """Raise `UserError` for what is no class."""
+        if not prompt.strip().isdecimal() or int(prompt) >= self.classes:
+            raise UserError(
+                f"the prompt is {prompt!r}, but the teacher {self.name_or_path} takes numbers of classes: "
+                f"give one from 0 to {self.classes - 1}"
+            )
+
+    def encode_new(self, prompts: list[str]) -> Conditioning:
+        """Numbers of classes (B, 1, 1). Raises `UserError` for the empty prompt where no class is null."""
+        numbers = [self._number(prompt) for prompt in prompts]
+        return Conditioning(torch.tensor(numbers, dtype=torch.float32, device=self.device)[:, None, None])
+
+    def _number(self, prompt: str) -> int:
+        if prompt:
+            return int(prompt)
+        if self.null_class is None:
+            raise UserError(
+                f"the teacher {self.name_or_path} has {self.classes} classes, and which one stands for no "
+                "label is not known: give null_class in a YAML file of distill.teacher.families.PipelineSource"
+            )
+        return self.null_class

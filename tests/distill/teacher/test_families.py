@@ -1,0 +1,192 @@
+"""Teachers of other families than Stable Diffusion 1.x and 2.x: the images of stock diffusers, and all losses."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, DiffusionPipeline
+from scene_fixtures import OPTIONS, SDS, SMALL, run_options
+from tiny_pipelines import MAKERS, digits, flux, make
+from torch import Tensor
+
+from distill.core.noise import FlowSchedule, NoiseSchedule, to_flow
+from distill.core.sampling import Img2ImgInit, sample_ode
+from distill.core.score import Guided
+from distill.core.teacher import Teacher
+from distill.runtime.errors import UserError
+from distill.runtime.run import Run
+from distill.teacher.load import load_teacher
+from sds3d.text_to_3d.trainer import TextTo3d
+
+PROMPT = {name: "a red cube" for name in MAKERS} | {"digits": "3"}
+NULL = {"digits": 10}  # the class without a label
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("families")
+    return {name: make(name, root / name) for name in MAKERS}
+
+
+def source(folder: Path, **options: Any) -> str:
+    """A YAML file that names a folder with options."""
+    path = folder.parent / f"{folder.name}-{len(list(folder.parent.glob('*.yaml')))}.yaml"
+    values = {"_target_": "distill.teacher.families.PipelineSource", "name_or_path": str(folder), **options}
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+def load(folders: dict[str, Path], name: str) -> Teacher:
+    """A tiny teacher of a family, at a size that is quick."""
+    options = {"flux": {"resolution": 32}, "digits": {"null_class": 10}}.get(name)
+    return load_teacher(str(folders[name]) if options is None else source(folders[name], **options))
+
+
+def noise(teacher: Teacher, count: int = 2) -> Tensor:
+    return torch.randn(count, *teacher.latent_shape, generator=torch.Generator().manual_seed(1))
+
+
+# The images of stock diffusers
+
+
+def stock_images(name: str, folder: Path, latents: Tensor, steps: int, guidance: float) -> Tensor:
+    """What the family's own pipeline draws (B, 3, H, W) from given noise."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "np"}
+    if name in ("sdxl", "deepfloyd"):
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    if name == "sdxl":
+        pipeline.scheduler.register_to_config(clip_sample=False)
+    if name == "deepfloyd":  # else the pipeline leaves the predicted variance to the scheduler
+        pipeline.scheduler.register_to_config(variance_type="fixed_small")
+    prompts = [PROMPT[name]] * len(latents)
+    if name == "flux":
+        tokens = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
+        options |= {"height": 32, "width": 32, "true_cfg_scale": guidance, "negative_prompt": [""] * len(latents)}
+        images = pipeline(prompts, latents=tokens.flatten(3).flatten(1, 2), **options).images
+    elif name == "deepfloyd":
+        pipeline.prepare_intermediate_images = lambda *arguments: latents
+        images = pipeline(prompts, guidance_scale=guidance, **options).images
+    else:
+        images = pipeline(prompts, latents=latents, guidance_scale=guidance, **options).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "deepfloyd"])
+def test_images_of_the_stock_pipeline(name: str, guidance: float, folders: dict[str, Path]) -> None:
+    teacher = load(folders, name)
+    x_t = noise(teacher)
+    expected = stock_images(name, folders[name], x_t, 4, guidance)
+    model = Guided(teacher, teacher.encode_text([""]), guidance)
+    conditioning = teacher.encode_text([PROMPT[name]]).expand(2)
+    images = teacher.decode(sample_ode(model, teacher.scheduler, conditioning, x_t, 4))
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-4)
+    assert (images[0] - images[1]).abs().max() > 0.01
+
+
+def test_images_of_a_u_net_with_classes(folders: dict[str, Path]) -> None:
+    """`DDIMPipeline` takes no class: its U-Net and scheduler in their own loop."""
+    teacher, pipeline = load(folders, "digits"), DiffusionPipeline.from_pretrained(folders["digits"])
+    x = x_t = noise(teacher)
+    pipeline.scheduler.set_timesteps(5)
+    for t in pipeline.scheduler.timesteps:
+        output = pipeline.unet(x, t, class_labels=torch.tensor([3, 7])).sample
+        x = pipeline.scheduler.step(output, t, x).prev_sample
+    images = teacher.decode(sample_ode(teacher, teacher.scheduler, teacher.encode_text(["3", "7"]), x_t, 5))
+    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1), rtol=0, atol=1e-5)
+
+
+def test_a_flow_pipeline_draws_from_noised_latents_as_stock(folders: dict[str, Path]) -> None:
+    """SDEdit: the noise of the first remaining step, and the steps from there on."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    teacher = load(folders, "sd3")
+    pipeline = StableDiffusion3Img2ImgPipeline.from_pretrained(folders["sd3"])
+    pipeline.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+    clean = teacher.encode_images(image)
+    pipeline.prepare_latents = lambda image, timestep, *rest: pipeline.scheduler.scale_noise(
+        clean, timestep, noise(teacher, 1)
+    )
+    options = {"strength": 0.5, "num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "np"}
+    expected = torch.from_numpy(pipeline(PROMPT["sd3"], image=image, **options).images).permute(0, 3, 1, 2)
+    conditioning = teacher.encode_text([PROMPT["sd3"]])
+    latents = sample_ode(
+        teacher, teacher.scheduler, conditioning, noise(teacher, 1), 6, init=Img2ImgInit(clean, 0.5)
+    )
+    torch.testing.assert_close(teacher.decode(latents), expected, rtol=0, atol=2e-4)
+
+
+# Schedules
+
+
+def test_flow_schedule_is_the_linear_path_at_unit_variance() -> None:
+    schedule = FlowSchedule(1000)
+    t = torch.tensor([0, 249, 999])
+    alpha, sigma = schedule.alpha(t).flatten().double(), schedule.sigma(t).flatten().double()
+    torch.testing.assert_close(alpha.square() + sigma.square(), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(sigma / (alpha + sigma), torch.tensor([0.001, 0.25, 1.0]).double())
+    for name in ("alpha", "sigma"):
+        exact, fractional = (vars(FlowSchedule)[name](schedule, times) for times in (t, t.float()))
+        torch.testing.assert_close(exact, fractional)
+    between = schedule.sigma(torch.tensor([249.5])) / schedule.alpha(torch.tensor([249.5]))
+    assert float(between) == pytest.approx(0.2505 / 0.7495)
+    assert schedule.time_of(torch.tensor(250.5)).item() == 249.5
+    assert NoiseSchedule(torch.tensor([0.9, 0.5])).time_of(torch.tensor(0.6)).item() == 1
+
+
+def test_velocity_of_a_flow_network_is_its_own_target(folders: dict[str, Path]) -> None:
+    """eps - x0 at (1 - s) x0 + s eps and timestep T s: the loss is 0 where the network returns it."""
+    teacher = load(folders, "sd3")
+    clean, eps = noise(teacher), torch.randn(2, *teacher.latent_shape)
+    t = torch.tensor([99, 799])
+    x_t = teacher.schedule.add_noise(clean, eps, t)
+    x, timestep = teacher.denoiser.network_input(x_t, t)
+    s = torch.tensor([0.1, 0.8])[:, None, None, None]
+    torch.testing.assert_close(x, (1 - s) * clean + s * eps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(timestep, torch.tensor([100.0, 800.0]))
+    prediction = teacher.predict(x_t, t, teacher.encode_text([PROMPT["sd3"]]).expand(2))
+    output = teacher.network(
+        x,
+        encoder_hidden_states=teacher.encode_text([PROMPT["sd3"]]).embedding.expand(2, -1, -1),
+        pooled_projections=teacher.encode_text([PROMPT["sd3"]]).extras["pooled"].expand(2, -1),
+        timestep=timestep,
+    ).sample
+    torch.testing.assert_close(prediction.flow, output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prediction.x_t, x_t)
+
+
+# Objectives, students, critics
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_score_distillation_to_a_finite_scene(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    teacher = load(folders, name)
+    options = replace(OPTIONS, prompt=PROMPT[name], view_words=False)
+    task = TextTo3d(Run(run_options(tmp_path, 2), {}, "t"), teacher, SMALL, SDS, options)
+    before = {key: value.clone() for key, value in task.scene.state_dict().items()}
+    scene = task.train()
+    changed = [key for key, value in scene.state_dict().items() if not torch.equal(value, before[key])]
+    assert changed and all(value.isfinite().all() for value in scene.state_dict().values())
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_bottleneck_and_gradients(name: str, folders: dict[str, Path]) -> None:
+    """What discriminators and students need: features of the middle, the same alone and captured; a copy."""
+    teacher = load(folders, name)
+    x_t, t = noise(teacher), torch.tensor([300, 700])
+    conditioning = teacher.encode_text([PROMPT[name]]).expand(2)
+    alone = teacher.denoiser.mid_block_features(x_t, t, conditioning)
+    with teacher.denoiser.capture_mid_block() as captured:
+        teacher.predict(x_t, t, conditioning)
+    assert alone.ndim == 4 and len(alone) == 2 and torch.equal(alone, captured[0])
+    copy = teacher.trainable_copy()
+    assert torch.equal(copy.predict(x_t, t, conditioning).x0, teacher.predict(x_t, t, conditioning).x0)
+    copy.denoising_loss(noise(teacher), torch.randn_like(x_t), t, conditioning).backward()
+    gradients = [parameter.grad for parameter in copy.trainable_parameters() if parameter.grad is not None]
+    assert gradients and not any(value.requires_grad for value in teacher.network.parameters())
