@@ -20,8 +20,8 @@ from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.load import load_teacher, require_latent
+from distill.teacher.pipeline import LatentTeacher
 from sds3d.world.conditions import split_condition_images
 
 
@@ -65,7 +65,7 @@ def main(config: Config) -> None:
     print(f"written: {run.directory}/{', '.join(files)}")
 
 
-def load_held_out(config: Config, teacher: LatentDiffusionTeacher) -> HeldOut | None:
+def load_held_out(config: Config, teacher: LatentTeacher) -> HeldOut | None:
     """The first images of the validation split; None where the data have none."""
     if not (Path(config.data) / "validation").is_dir():
         return None

@@ -14,7 +14,7 @@ from distill.planning.plan import Job, Subject, Trial, groups
 from distill.planning.recorder import MetaRecorder
 from distill.planning.teachers import teacher_modules
 from distill.runtime.run import Run
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 from sds3d.scene import encoding, ray_sampling
 from sds3d.scene.cameras import sample_cameras
 from sds3d.scene.compositing import Samples
@@ -91,7 +91,7 @@ def expected_samples(recipe: TextTo3dRecipe, recorder: MetaRecorder) -> Iterator
         yield
 
 
-def blank_reference(recipe: TextTo3dRecipe, teacher: LatentDiffusionTeacher) -> ReferenceView:
+def blank_reference(recipe: TextTo3dRecipe, teacher: LatentTeacher) -> ReferenceView:
     """A picture of nothing: the work is that of any, without CLIP's and the estimate of the elevation."""
     side = teacher.resolution
     picture = Picture(torch.zeros(3, side, side), torch.zeros(1, side, side))
@@ -104,7 +104,7 @@ def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:
     Rays are taken to have as many samples as in the initial scene, in which they are counted.
     """
 
-    def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
+    def prepare(run: Run, teacher: LatentTeacher) -> Trial:
         control = None if recipe.control is None else MeshControl(teacher, recipe.control)
         reference = None if recipe.image is None else blank_reference(recipe, teacher)
         args = recipe.scene, recipe.objective, recipe.text_to_3d, control, reference

@@ -6,6 +6,7 @@ Zhang, Rao, Agrawala 2023, arXiv:2302.05543: y = F(x; frozen) + Z(F(x + Z(c); co
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_record
 from distill.core.noise import NoiseSchedule
@@ -23,8 +25,8 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.precision import Precision
 from distill.runtime.shipped import names, resolve
-from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
+from distill.teacher.pipeline import LatentTeacher
 
 AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 CONDITION_FILE = "condition.json"  # marks an adapter's folder and names its condition
@@ -34,8 +36,16 @@ SHAPE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attenti
 STOCK_CHANNELS, STOCK_RESOLUTION = (16, 32, 96, 256), 512  # of the published adapters of Stable Diffusion
 
 
-def make_adapter(teacher: LatentDiffusionTeacher) -> ControlNetModel:
-    """An untrained adapter: a float32 copy of the encoder half of the teacher's U-Net, zero convolutions."""
+def make_adapter(teacher: LatentTeacher) -> ControlNetModel:
+    """An untrained adapter: a float32 copy of the encoder half of the teacher's U-Net, zero convolutions.
+
+    Raises `UserError` for a teacher without a U-Net.
+    """
+    if not isinstance(teacher.denoiser, UNetDenoiser):
+        raise UserError(
+            f"adapters are made of a U-Net, and the teacher {teacher.name_or_path} has a "
+            f"{type(teacher.network).__name__}: give a teacher of Stable Diffusion 1.x, 2.x or XL"
+        )
     levels = (teacher.resolution // teacher.latent_shape[1]).bit_length()
     if levels > len(CONDITION_CHANNELS):
         raise UserError(
@@ -44,7 +54,7 @@ def make_adapter(teacher: LatentDiffusionTeacher) -> ControlNetModel:
         )
     stock = teacher.resolution >= STOCK_RESOLUTION
     channels = (STOCK_CHANNELS if stock else CONDITION_CHANNELS)[:levels]
-    adapter = ControlNetModel.from_unet(teacher.unet, conditioning_embedding_out_channels=channels)
+    adapter = ControlNetModel.from_unet(teacher.network, conditioning_embedding_out_channels=channels)
     return adapter.float().to(teacher.device, memory_format=torch.channels_last)
 
 
@@ -107,11 +117,11 @@ class ControlOptions:
 
 
 def residuals(
-    controls: Sequence[Control], x_t: Tensor, t: Tensor, embedding: Tensor, num_train_timesteps: int
+    controls: Sequence[Control], x_t: Tensor, t: Tensor, num_train_timesteps: int, inputs: Mapping[str, Any]
 ) -> list[Tensor]:
     """Sums over the controls to be added to a U-Net's skips and, last, to its middle block.
 
-    Empty where no control is active at t.
+    inputs: what the U-Net is conditioned on, in its own words. Empty where no control is active at t.
     """
     total: list[Tensor] = []
     for control in controls:
@@ -120,7 +130,8 @@ def residuals(
             continue
         adapter, dtype = control.adapter, control.adapter.dtype
         images = control.batch_images(len(x_t)).to(x_t.device, dtype)
-        output = adapter(x_t.to(dtype), t, encoder_hidden_states=embedding.to(dtype), controlnet_cond=images)
+        own = tree_map(partial(Tensor.to, dtype=dtype), dict(inputs))
+        output = adapter(x_t.to(dtype), t, controlnet_cond=images, **own)
         outputs = [*output.down_block_res_samples, output.mid_block_res_sample]
         weighted = [value * weights.to(value.dtype) for value in outputs]
         total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
@@ -179,11 +190,22 @@ class ControlledUnet(nn.Module):
         self.unet.enable_gradient_checkpointing()
 
     def forward(
-        self, x_t: Tensor, t: Tensor, encoder_hidden_states: Tensor, timestep_cond: Tensor | None = None
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> UNet2DConditionOutput:
-        """x_t (B, C, h, w), t (B,), text embeddings (B, L, D), features (B, F) of a guidance scale."""
-        added = residuals(self.controls, x_t, t, encoder_hidden_states, self.schedule.num_train_timesteps)
-        inputs = {"encoder_hidden_states": encoder_hidden_states, "timestep_cond": timestep_cond}
+        """x_t (B, C, h, w), t (B,), text embeddings (B, L, D), features (B, F) of a guidance scale.
+
+        added_cond_kwargs: pooled embeddings and time ids of Stable Diffusion XL.
+        """
+        inputs: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
+        if added_cond_kwargs is not None:
+            inputs["added_cond_kwargs"] = added_cond_kwargs
+        added = residuals(self.controls, x_t, t, self.schedule.num_train_timesteps, inputs)
+        inputs["timestep_cond"] = timestep_cond
         if not added:
             return self.unet(x_t, t, **inputs)
         *down, middle = (value.to(self.dtype) for value in added)
@@ -211,7 +233,7 @@ def controlled_student(student: Student, controls: Sequence[Control]) -> Student
     return student.with_denoiser(_controlled_denoiser(student.denoiser, controls))
 
 
-def _controlled_denoiser(denoiser: Denoiser, controls: Sequence[Control]) -> UNetDenoiser:
+def _controlled_denoiser(denoiser: Denoiser, controls: Sequence[Control]) -> DiffusersDenoiser:
     if not isinstance(denoiser, UNetDenoiser):
         raise UserError(f"adapters need a U-Net, not a {type(denoiser).__name__}: leave the controls out")
     for control in controls:

@@ -20,7 +20,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.optim import apply_gradients, backward, cosine_annealing
 from distill.runtime.run import Run
 from distill.runtime.transfer import upload, upload_all
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class AdapterTrainer:
     def __init__(
         self,
         run: Run,
-        teacher: LatentDiffusionTeacher,
+        teacher: LatentTeacher,
         cache: LatentCache,
         conditions: Tensor,
         condition: str,
@@ -98,7 +98,7 @@ class AdapterTrainer:
             teacher.enable_gradient_checkpointing()  # gradients flow through its decoder half
         if run.compiled:
             self.adapter.compile()
-            teacher.unet.compile()
+            teacher.network.compile()
 
     def train(self, held_out: HeldOut | None = None) -> ControlNetModel:
         """Run to the end; the adapter in evaluation mode."""

@@ -10,8 +10,7 @@ from torch import Tensor
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
 
-
-# Names of extras: a text encoder's pooled embedding (B, D), and the sizes and crops of Stable Diffusion XL (B, 6).
+# Names of extras: a text encoder's pooled embedding (B, D); sizes and crops of Stable Diffusion XL (B, 6).
 POOLED, TIME_IDS = "pooled", "time_ids"
 
 

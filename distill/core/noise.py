@@ -94,10 +94,10 @@ class NoiseSchedule:
 
 @final
 class FlowSchedule(NoiseSchedule):
-    """The linear path (1 - s) x0 + s eps of flow matching, scaled to unit variance: x_t = alpha x0 + sigma eps.
+    """The linear path (1 - s) x0 + s eps of flow matching, scaled to unit variance.
 
     Time t stands for s = (t + 1) / T, so that the last one is pure noise, as in diffusers'
-    `FlowMatchEulerDiscreteScheduler` without shift. Times may be fractions, which samplers of flow models use.
+    `FlowMatchEulerDiscreteScheduler` without shift. Times may be fractions, as samplers of flows use.
     """
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
@@ -153,8 +153,8 @@ def clean_and_noise(
     """x0 and eps of a network's output in any parameterisation, in float32 at least; shapes broadcast with
     x_t.
 
-    From v and flow both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps divides by
-    sigma. Raises `UserError` for an unknown parameterisation.
+    From v and flow both are well conditioned at every level; from eps, x0 divides by alpha; from x0, eps
+    divides by sigma. Raises `UserError` for an unknown parameterisation.
     """
     output = output.to(torch.promote_types(output.dtype, torch.float32))
     x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))

@@ -22,7 +22,7 @@ from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 from distill.runtime.run import Run
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 
 FIGURES = ("silhouette_iou", "depth_correlation", "line_f1")
 Curve = tuple[list[int], list[float]]  # steps and values
@@ -45,7 +45,7 @@ class ControlEvaluationOptions:
 
 
 def adapter_sampler(
-    teacher: LatentDiffusionTeacher,
+    teacher: LatentTeacher,
     adapter: ControlNetModel,
     condition_images: Tensor,
     options: ControlEvaluationOptions,
@@ -94,7 +94,7 @@ class ControlTest:
 class ControlledModels:
     """An adapter, the teacher it was trained on, and a student of that teacher where there is one."""
 
-    teacher: LatentDiffusionTeacher
+    teacher: LatentTeacher
     adapter: ControlNetModel
     student: Student | None = None
 

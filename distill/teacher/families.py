@@ -62,7 +62,8 @@ def load_diffusers(
         return load_latent_diffusion(name_or_path, device, dtype)
     if name not in FAMILIES:
         raise UserError(
-            f"teacher {name_or_path!r} is a {name}: expected {STABLE_DIFFUSION} or one of {', '.join(FAMILIES)}"
+            f"teacher {name_or_path!r} is a {name}: "
+            f"expected one of {', '.join((STABLE_DIFFUSION, *FAMILIES))}"
         )
     pipeline = _load_pipeline(name, name_or_path, folder, dtype).to(device)
     identity = identify(name_or_path, _network_folder(pipeline))
@@ -142,5 +143,5 @@ def check_widths(teacher: Teacher) -> None:
     if text != network.embedding_dim:
         raise UserError(
             f"the text embeddings of teacher {teacher.name_or_path} have {text} numbers, and its "
-            f"{type(network.network).__name__} reads {network.embedding_dim}: its parts are of different models"
+            f"{type(network.network).__name__} reads {network.embedding_dim}: its parts are of two models"
         )

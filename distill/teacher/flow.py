@@ -104,7 +104,9 @@ class FlowTeacher(LatentTeacher):
 
     denoiser: TransformerDenoiser
 
-    def __init__(self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None
+    ) -> None:
         """pipeline: its parts are frozen."""
         self.pipeline = pipeline
         scheduler = self.make_scheduler(pipeline.scheduler.config, (pipeline.default_sample_size // 2) ** 2)
@@ -164,7 +166,7 @@ class StableDiffusion3Teacher(FlowTeacher):
 
 @final
 class FluxTeacher(FlowTeacher):
-    """A `FluxPipeline`. FLUX.1-dev has its guidance distilled into the network; text guidance is on top of it."""
+    """A `FluxPipeline`. Of FLUX.1-dev guidance is an input of the network; that of objectives is on top."""
 
     def make_denoiser(self, transformer: Any, schedule: FlowSchedule) -> FluxDenoiser:
         """As of every flow teacher."""

@@ -13,12 +13,15 @@ from distill.core.identity import TeacherIdentity
 from distill.core.noise import FlowSchedule, NoiseSchedule
 from distill.runtime import shipped
 from distill.runtime.errors import UserError
+from distill.runtime.files import read_json
 from distill.runtime.precision import resolve_precision
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.identity import identify
 from distill.teacher.multi_view import load_view_conditions
 from distill.teacher.pipeline import LatentTeacher
 from distill.teacher.vocabulary import check_length, check_prompt, load_vocabulary
+
+UNUSED = {"safety_checker", "feature_extractor", "image_encoder", "watermarker"}  # of a pipeline's parts
 
 
 @final
@@ -129,7 +132,7 @@ def loading_error(name_or_path: str, folder: Path | None, error: Exception) -> U
 
 
 def find_folder(name_or_path: str) -> Path | None:
-    """The local folder of a teacher; None for a hub id. Raises `UserError` for one that is no diffusers folder."""
+    """The local folder of a teacher; None for a hub id. Raises `UserError` for one that is incomplete."""
     folder = shipped.resolve("teacher", name_or_path)
     if not folder.is_dir():
         if name_or_path in shipped.SHIPPED["teacher"]:
@@ -142,4 +145,9 @@ def find_folder(name_or_path: str) -> Path | None:
         raise UserError(
             f"{folder} holds no model_index.json: expected a diffusers folder of a text-to-image model"
         )
+    index = read_json(folder / "model_index.json")
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    missing = sorted(name for name in parts - UNUSED if not (folder / name).is_dir())
+    if missing:
+        raise UserError(f"the teacher {folder} lacks {', '.join(missing)}: copy the whole folder")
     return folder

@@ -9,7 +9,7 @@ from distill.core.teacher import Teacher, TeacherSource
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.teacher.families import load_diffusers
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 
 
 def load_teacher(
@@ -31,9 +31,9 @@ def load_teacher(
     return build(TeacherSource, values, "teacher").build(torch.device(device), dtype)
 
 
-def require_latent(teacher: Teacher) -> LatentDiffusionTeacher:
+def require_latent(teacher: Teacher) -> LatentTeacher:
     """The teacher, for what needs a VAE and a U-Net. Raises `UserError` for one of another family."""
-    if not isinstance(teacher, LatentDiffusionTeacher):
+    if not isinstance(teacher, LatentTeacher):
         name = type(teacher).__name__
         raise UserError(
             f"teacher {teacher.name_or_path} is a {name}: a latent diffusion model is needed here"

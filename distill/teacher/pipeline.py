@@ -31,7 +31,7 @@ class PipelineTeacher(Teacher):
         self,
         denoiser: DiffusersDenoiser,
         scheduler: OdeScheduler,
-        modules: Sequence[nn.Module],
+        modules: Sequence[Any],
         name_or_path: str = "",
         identity: TeacherIdentity | None = None,
     ) -> None:

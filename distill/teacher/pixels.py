@@ -54,7 +54,9 @@ class IFTeacher(PixelTeacher):
     Its predicted variance is not used, as by deterministic samplers of diffusers.
     """
 
-    def __init__(self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None
+    ) -> None:
         """pipeline: an `IFPipeline`, whose parts are frozen."""
         self.pipeline = pipeline
         scheduler, schedule = pixel_scheduler(pipeline.scheduler.config)
@@ -70,7 +72,7 @@ class IFTeacher(PixelTeacher):
 
 @final
 class ClassDenoiser(DiffusersDenoiser):
-    """`diffusers.UNet2DModel`; the embedding (B, 1, 1) holds the number of the class, where it has classes."""
+    """`diffusers.UNet2DModel`; the embedding (B, 1, 1) is the number of the class, where it has classes."""
 
     def call_network(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """As of every denoiser of diffusers."""
@@ -105,6 +107,8 @@ class ClassTeacher(PixelTeacher):
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
         self.classes = pipeline.unet.config.num_class_embeds or 1
         self.null_class = 0 if self.classes == 1 else null_class
+        if null_class is not None and not 0 <= null_class < self.classes:
+            raise UserError(f"null_class is {null_class}: expected a class from 0 to {self.classes - 1}")
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no class."""
@@ -125,6 +129,7 @@ class ClassTeacher(PixelTeacher):
         if self.null_class is None:
             raise UserError(
                 f"the teacher {self.name_or_path} has {self.classes} classes, and which one stands for no "
-                "label is not known: give null_class in a YAML file of distill.teacher.families.PipelineSource"
+                "label is not known: give null_class, in a YAML file of a "
+                "distill.teacher.families.PipelineSource"
             )
         return self.null_class

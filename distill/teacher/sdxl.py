@@ -14,14 +14,16 @@ from distill.teacher.pipeline import LatentTeacher
 
 @final
 class StableDiffusionXLTeacher(LatentTeacher):
-    """A `StableDiffusionXLPipeline`. The embeddings of both text encoders are joined, the second one's pooled.
+    """A `StableDiffusionXLPipeline`.
 
     It is asked for uncropped images of its own resolution.
     """
 
     denoiser: UNetDenoiser
 
-    def __init__(self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None) -> None:
+    def __init__(
+        self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None
+    ) -> None:
         """pipeline: a `StableDiffusionXLPipeline`, whose parts are frozen."""
         self.pipeline = pipeline
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -29,7 +31,9 @@ class StableDiffusionXLTeacher(LatentTeacher):
         denoiser = UNetDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
             pipeline.vae.float()  # its activations exceed half precision, as diffusers knows too
-        encoders = [encoder for encoder in (pipeline.text_encoder, pipeline.text_encoder_2) if encoder is not None]
+        encoders = [
+            encoder for encoder in (pipeline.text_encoder, pipeline.text_encoder_2) if encoder is not None
+        ]
         super().__init__(denoiser, scheduler, pipeline.vae, encoders, name_or_path, identity)
 
     @property
@@ -44,7 +48,7 @@ class StableDiffusionXLTeacher(LatentTeacher):
         return self.denoiser.network
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
-        """Hidden states (B, L, D) before the last layers, the pooled embedding (B, P) and the time ids (B, 6).
+        """Hidden states (B, L, D) of both text encoders, one pooled embedding (B, P), time ids (B, 6).
 
         Those of the empty prompt are zeros where the model was trained so.
         """

@@ -12,7 +12,7 @@ from distill.control.adapter import Control, ControlledUnet, controlled, load_ad
 from distill.control.conditions import adapter_input
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.pipeline import LatentTeacher
 from sds3d.export.files import TO_FILE, read_scene
 from sds3d.scene.cameras import Cameras
 from sds3d.world.conditions import CONDITIONS, mesh_condition_images
@@ -67,7 +67,7 @@ def coarse_mesh(path: Path | str) -> trimesh.Trimesh:
 class MeshControl:
     """A mesh, and the teacher conditioned on it; `set_cameras` renders the mesh for the next batches."""
 
-    def __init__(self, teacher: LatentDiffusionTeacher, options: MeshControlOptions) -> None:
+    def __init__(self, teacher: LatentTeacher, options: MeshControlOptions) -> None:
         """Raises `UserError` for a mesh or an adapter that cannot be used."""
         self.caster = RayCaster(coarse_mesh(options.mesh))
         adapter, trained_on = load_adapter(options.adapter, teacher)

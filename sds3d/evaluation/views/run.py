@@ -61,7 +61,7 @@ def run_view_evaluation(recipe: ViewEvaluation) -> dict[str, Any]:
     view_teacher = ViewTeacher(teacher, clip, recipe.sampling)
 
     values = as_mapping(recipe)
-    query = {"network": fingerprint(teacher.unet), "encoders": teacher.fingerprint()}
+    query = {"network": fingerprint(teacher.network), "encoders": teacher.fingerprint()}
     query |= {name: values[name] for name in ("sampling", "judge")}
     output = Path(recipe.output)
     figures = {}

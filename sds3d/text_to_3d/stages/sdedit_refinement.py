@@ -32,8 +32,8 @@ MAX_DEVIATION = 0.03  # median absolute deviation of a plain background's colour
 class SDEditRefinementOptions(StageOptions):
     """From a fraction `start` of a run on: one round a strength, of equal length; [] for none.
 
-    A round resamples `views`, rounded up to whole groups, with DDIM at `guidance`; the scene is then fitted to them by the mean squared
-    error, whose `weight` is on the scale of the objective.
+    A round resamples `views` (rounded up to whole groups) with DDIM at `guidance`; the scene is then fitted
+    to them by the mean squared error, whose `weight` is on the scale of the objective.
     """
 
     strengths: tuple[float, ...] = (

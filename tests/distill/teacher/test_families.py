@@ -1,21 +1,33 @@
-"""Teachers of other families than Stable Diffusion 1.x and 2.x: the images of stock diffusers, and all losses."""
+"""Teachers of other families than Stable Diffusion 1.x and 2.x: stock diffusers' images, losses, students."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler, DiffusionPipeline
+from command_line import ROOT
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionXLControlNetPipeline
+from PIL import Image
+from safetensors.torch import load_file
 from scene_fixtures import OPTIONS, SDS, SMALL, run_options
-from tiny_pipelines import MAKERS, digits, flux, make
+from tiny_pipelines import MAKERS, clip_tokenizer, digits, make, text_config
 from torch import Tensor
+from transformers import CLIPTextModel
 
-from distill.core.noise import FlowSchedule, NoiseSchedule, to_flow
+from distill.control.adapter import Control, controlled, load_adapter, make_adapter, save_adapter
+from distill.core.noise import FlowSchedule, NoiseSchedule
 from distill.core.sampling import Img2ImgInit, sample_ode
 from distill.core.score import Guided
 from distill.core.teacher import Teacher
+from distill.one_step.methods.base import MethodOptions
+from distill.one_step.recipe import OneStepRecipe, run_one_step
+from distill.one_step.trainer import OneStepOptions
+from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from distill.teacher.load import load_teacher
@@ -39,10 +51,28 @@ def source(folder: Path, **options: Any) -> str:
     return str(path)
 
 
-def load(folders: dict[str, Path], name: str) -> Teacher:
-    """A tiny teacher of a family, at a size that is quick."""
+def data_of(name: str, folder: Path) -> Path:
+    """A captioned folder of eight images, in the words of a family."""
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for index in range(8):
+            image = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(image).save(folder / split / f"{index}.png")
+            rows.append(json.dumps({"file_name": f"{index}.png", "text": PROMPT[name]}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def teacher_name(folders: dict[str, Path], name: str) -> str:
+    """What `teacher=` would be, at a size that is quick."""
     options = {"flux": {"resolution": 32}, "digits": {"null_class": 10}}.get(name)
-    return load_teacher(str(folders[name]) if options is None else source(folders[name], **options))
+    return str(folders[name]) if options is None else source(folders[name], **options)
+
+
+def load(folders: dict[str, Path], name: str) -> Teacher:
+    """A tiny teacher of a family."""
+    return load_teacher(teacher_name(folders, name))
 
 
 def noise(teacher: Teacher, count: int = 2) -> Tensor:
@@ -66,7 +96,12 @@ def stock_images(name: str, folder: Path, latents: Tensor, steps: int, guidance:
     prompts = [PROMPT[name]] * len(latents)
     if name == "flux":
         tokens = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
-        options |= {"height": 32, "width": 32, "true_cfg_scale": guidance, "negative_prompt": [""] * len(latents)}
+        options |= {
+            "height": 32,
+            "width": 32,
+            "true_cfg_scale": guidance,
+            "negative_prompt": [""] * len(latents),
+        }
         images = pipeline(prompts, latents=tokens.flatten(3).flatten(1, 2), **options).images
     elif name == "deepfloyd":
         pipeline.prepare_intermediate_images = lambda *arguments: latents
@@ -190,3 +225,135 @@ def test_bottleneck_and_gradients(name: str, folders: dict[str, Path]) -> None:
     copy.denoising_loss(noise(teacher), torch.randn_like(x_t), t, conditioning).backward()
     gradients = [parameter.grad for parameter in copy.trainable_parameters() if parameter.grad is not None]
     assert gradients and not any(value.requires_grad for value in teacher.network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "critic"),
+    [*((name, "copy") for name in MAKERS), ("sdxl", "lora"), ("sd3", "lora"), ("flux", "lora")],
+)
+def test_two_cycles_of_dmd2(name: str, critic: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """With its GAN on the critic's bottleneck; the student's weights are written."""
+    values = yaml.safe_load((ROOT / "configs" / "method" / "dmd2.yaml").read_text())
+    values["objective"]["critic"]["kind"] = critic
+    options = {"batch": 2, "monitor": {"every": 0}}
+    teacher = load(folders, name)
+    recipe = OneStepRecipe(
+        teacher=teacher_name(folders, name),
+        data=str(data_of(name, tmp_path / "data")),
+        judge=None,
+        run=run_options(tmp_path / "run", 2),
+        method=build(MethodOptions, values, "dmd2"),
+        distill=build(OneStepOptions, options),
+    )
+    run_one_step(recipe)
+    student = load_file(tmp_path / "run" / "student" / "student.safetensors")
+    before = teacher.network.state_dict()
+    assert any(not torch.equal(value, before[key]) for key, value in student.items())
+    assert all(value.isfinite().all() for value in student.values())
+
+
+# Adapters
+
+
+def test_an_adapter_of_sdxl_draws_as_the_stock_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
+    teacher, image = (
+        load(folders, "sdxl"),
+        torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)),
+    )
+    adapter = make_adapter(teacher)
+    with torch.no_grad():  # zero convolutions would hide it
+        for parameter in adapter.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    save_adapter(tmp_path / "adapter", adapter, "edges", {}, teacher.identity)
+    loaded, condition = load_adapter(tmp_path / "adapter", teacher)
+    assert condition == "edges"
+
+    parts = DiffusionPipeline.from_pretrained(folders["sdxl"]).components
+    pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=loaded, add_watermarker=False)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.scheduler.register_to_config(clip_sample=False)
+    pipeline.set_progress_bar_config(disable=True)
+    x_t = noise(teacher, 1)
+    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    expected = pipeline(
+        PROMPT["sdxl"], image=image, latents=x_t, controlnet_conditioning_scale=0.7, **options
+    )
+
+    both = controlled(teacher, [Control(loaded, image, 0.7)])
+    model = Guided(both, teacher.encode_text([""]), 3.0)
+    conditioning = teacher.encode_text([PROMPT["sdxl"]])
+    images = teacher.decode(sample_ode(model, teacher.scheduler, conditioning, x_t, 4))
+    expected_images = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(images, expected_images, rtol=0, atol=2e-4)
+    without = teacher.decode(
+        sample_ode(Guided(teacher, model.uncond, 3.0), teacher.scheduler, conditioning, x_t, 4)
+    )
+    assert (images - without).abs().max() > 0.005
+
+
+def test_a_transformer_has_no_adapters(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="has a SD3Transformer2DModel: give a teacher of Stable Diffusion"):
+        make_adapter(load(folders, "sd3"))
+
+
+# Bad input
+
+
+def edited(folder: Path, target: Path, file: str, **values: Any) -> Path:
+    """A copy of a pipeline's folder with other values in one of its JSON files."""
+    shutil.copytree(folder, target)
+    path = target / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return target
+
+
+def test_an_unknown_class_lists_the_known_ones(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = edited(folders["sd3"], tmp_path / "audio", "model_index.json", _class_name="AudioLDMPipeline")
+    with pytest.raises(
+        UserError, match="is a AudioLDMPipeline: expected StableDiffusionPipeline or one of Stab"
+    ):
+        load_teacher(str(folder))
+
+
+def test_missing_parts_and_parts_of_other_models_raise(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "partial")
+    shutil.rmtree(folder / "text_encoder_2")
+    with pytest.raises(UserError, match="partial lacks text_encoder_2: copy"):
+        load_teacher(str(folder))
+    other = shutil.copytree(folders["sdxl"], tmp_path / "other")
+    text_encoder = CLIPTextModel(text_config(clip_tokenizer(), 32, 32))
+    text_encoder.save_pretrained(other / "text_encoder")
+    with pytest.raises(
+        UserError, match="have 64 numbers, and its UNet2DConditionModel reads 56: its parts are"
+    ):
+        load_teacher(str(other))
+    damaged = shutil.copytree(folders["sd3"], tmp_path / "damaged")
+    (damaged / "transformer" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="damaged' cannot be loaded"):
+        load_teacher(str(damaged))
+
+
+def test_options_that_a_family_has_not_raise(folders: dict[str, Path], tmp_path: Path) -> None:
+    for name, options, message in (
+        ("sd3", {"null_class": 3}, "null_class is 3, but a StableDiffusion3Pipeline has no classes"),
+        ("digits", {"resolution": 64}, "resolution is 64, but a DDIMPipeline has its own"),
+        ("flux", {"resolution": 30}, "resolution is 30: expected a multiple of 4"),
+        ("digits", {"null_class": 11}, "null_class is 11: expected a class from 0 to 10"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_teacher(source(folders[name], **options))
+
+
+def test_prompts_of_a_network_with_classes(folders: dict[str, Path], tmp_path: Path) -> None:
+    teacher = load_teacher(str(folders["digits"]))
+    assert teacher.encode_text(["3", "10"]).embedding.flatten().tolist() == [3.0, 10.0]
+    for prompt in ("11", "a red cube", "-1"):
+        with pytest.raises(UserError, match="takes numbers of classes: give one from 0 to 10"):
+            teacher.encode_text([prompt])
+    with pytest.raises(UserError, match="has 11 classes, and which one stands for no label is not known"):
+        teacher.encode_text([""])
+    digits(tmp_path / "none", classes=None)
+    unconditional = load_teacher(str(tmp_path / "none"))
+    assert unconditional.encode_text(["", "0"]).embedding.flatten().tolist() == [0.0, 0.0]
+    x_t, t = noise(unconditional, 1), torch.tensor([5])
+    assert unconditional.predict(x_t, t, unconditional.encode_text(["0"])).x0.isfinite().all()

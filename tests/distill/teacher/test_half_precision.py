@@ -16,7 +16,7 @@ from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions
 from distill.one_step.folder import load_student, save_student
 from distill.one_step.student import Student, StudentOptions
-from distill.teacher import latent
+from distill.teacher import pipeline
 from distill.teacher.folder import original_parts
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 

@@ -79,11 +79,7 @@ def test_config_and_python_have_the_same_defaults() -> None:
 
 
 def test_one_option_of_a_stage_is_overridden_and_a_stage_removed() -> None:
-    values = {
-        "prompt": "x",
-        "stages": {"sampled_views": {"strengths": [1.0]}},
-        "camera": {"fovy": [40, 40]},
-    }
+    values = {"prompt": "x", "stages": {"sampled_views": {"strengths": [1.0]}}, "camera": {"fovy": [40, 40]}}
     options = build(TextTo3dOptions, values)
     assert options.stages == {"sampled_views": SDEditRefinementOptions((1.0,), start=0.0, views=48)}
     with pytest.raises(UserError, match="none updates the scene from the first step"):
