@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.core.conditioning import Conditioning
+from distill.core.flow_scheduler import FlowScheduler
 from distill.core.sampling import Callback, Img2ImgInit, sample_ddpm, sample_ode
 from distill.core.score import Guided, Prediction, ScoreModel
 from distill.core.teacher import Teacher
@@ -179,6 +180,11 @@ def sample_latents(
 ) -> Tensor:
     """Latents (B, C, h, w) by the options' sampler, on the teacher's schedule."""
     config, steps = teacher.scheduler.config, options.steps
+    if isinstance(teacher.scheduler, FlowScheduler) and options.sampler != "ddim":
+        raise UserError(
+            f"sampler is {options.sampler}, but the teacher {teacher.name_or_path} is a flow: give "
+            "sampler=ddim, which is Euler's method there"
+        )
     if options.sampler == "ddpm":
         scheduler = DDPMScheduler.from_config(config)
         generator = torch.Generator().manual_seed(options.seed)

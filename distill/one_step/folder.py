@@ -53,11 +53,12 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
     """Write the folder in fp16 safetensors, whole or not at all; an older student there is replaced.
 
     The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. A student
-    is conditioned on text: of a multi-view U-Net the view conditions are left out. Of a teacher that is no
-    latent diffusion model only the network's weights are written, in float32. Raises `UserError` when the
+    is conditioned on text: of a multi-view U-Net the view conditions are left out. Of a flow, and of a
+    teacher of another family, only the network's weights are written, in float32. Raises `UserError` when the
     folder holds something other than a student.
     """
-    if not isinstance(teacher, LatentDiffusionTeacher):
+    is_flow = student.denoiser.prediction_type == "flow_prediction"  # LCMScheduler has none
+    if not isinstance(teacher, LatentDiffusionTeacher) or is_flow:
         with atomic_folder(folder, WEIGHTS, "a student") as temporary:
             temporary.mkdir(parents=True)
             save_model(student.denoiser.network, str(temporary / WEIGHTS))

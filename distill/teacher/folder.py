@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -41,9 +41,7 @@ def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
     return encoder.eval()
 
 
-def save_teacher(
-    folder: Path | str, parts: TeacherParts, unet: UNet2DConditionModel, scheduler: DDIMScheduler
-) -> None:
+def save_teacher(folder: Path | str, parts: TeacherParts, unet: UNet2DConditionModel, scheduler: Any) -> None:
     """Write the folder in fp16 safetensors, atomically; an older teacher there is replaced.
 
     The U-Net is a stock one; what a multi-view one has besides is in `view_conditions/`.

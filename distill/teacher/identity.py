@@ -23,8 +23,8 @@ def identify(name_or_path: str, folder: Path) -> TeacherIdentity | None:
     The digest is of the weights of its U-Net or transformer and of its view conditions: the first `VALUES` of
     each tensor, in the order of their names, rounded to half precision. They are read from the files, as
     weights in memory depend on the precision that they are loaded in (bfloat16 has lost bits that half
-    precision keeps); files in float32 and in half precision have the same digest. VAE and text encoder are left out: a U-Net fits no
-    others than those that it was trained on.
+    precision keeps); files in float32 and in half precision have the same digest. VAE and text encoder are
+    left out: a U-Net fits no others than those that it was trained on.
     """
     network = [folder / name / SAFETENSORS_WEIGHTS_NAME for name in ("unet", "transformer")]
     files = [path for path in (*network, folder / FOLDER / WEIGHTS) if path.is_file()]

@@ -4,13 +4,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from distill.core.conditioning import Conditioning
-from distill.core.flow_scheduler import FlowScheduler
+from distill.core.flow_scheduler import ode_scheduler, parameterisation
 from distill.core.identity import TeacherIdentity
-from distill.core.noise import FlowSchedule, NoiseSchedule
 from distill.runtime import shipped
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
@@ -44,17 +42,8 @@ class LatentDiffusionTeacher(LatentTeacher):
         self.tokenizer: CLIPTokenizer = parts["tokenizer"]
         self.text_encoder: CLIPTextModel = parts["text_encoder"]
         self.vocabulary = vocabulary
-        config = parts["scheduler"].config
-        scheduler: DDIMScheduler | FlowScheduler
-        if isinstance(parts["scheduler"], FlowMatchEulerDiscreteScheduler):
-            scheduler = FlowScheduler.from_config(config)
-            schedule: NoiseSchedule = FlowSchedule(config.num_train_timesteps)
-        else:
-            # diffusers' default clips predicted latents to [-1, 1]
-            scheduler = DDIMScheduler.from_config(config, clip_sample=False)
-            schedule = NoiseSchedule(scheduler.alphas_cumprod)
-        prediction_type = scheduler.config.get("prediction_type", "flow_prediction")
-        denoiser = UNetDenoiser(parts["unet"], schedule, prediction_type)
+        scheduler = ode_scheduler(parts["scheduler"])
+        denoiser = UNetDenoiser(parts["unet"], *parameterisation(scheduler))
         super().__init__(denoiser, scheduler, parts["vae"], [self.text_encoder], name_or_path, identity)
 
     @property

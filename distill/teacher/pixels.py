@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from distill.core.conditioning import Conditioning
+from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
-from distill.core.noise import NoiseSchedule
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
@@ -41,12 +41,6 @@ class PixelTeacher(PipelineTeacher):
         return (latents / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
-def pixel_scheduler(config: Any) -> tuple[DDIMScheduler, NoiseSchedule]:
-    """DDIM with a pipeline's own options, which may clip predicted images, and its noise schedule."""
-    scheduler = DDIMScheduler.from_config(config)
-    return scheduler, NoiseSchedule(scheduler.alphas_cumprod)
-
-
 @final
 class IFTeacher(PixelTeacher):
     """An `IFPipeline` of DeepFloyd: a T5 encoder and a U-Net on 64 x 64 pixels.
@@ -59,8 +53,8 @@ class IFTeacher(PixelTeacher):
     ) -> None:
         """pipeline: an `IFPipeline`, whose parts are frozen."""
         self.pipeline = pipeline
-        scheduler, schedule = pixel_scheduler(pipeline.scheduler.config)
-        denoiser = UNetDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
+        denoiser = UNetDenoiser(pipeline.unet, *parameterisation(scheduler))
         modules = (pipeline.text_encoder, pipeline.unet)
         super().__init__(denoiser, scheduler, modules, name_or_path, identity)
 
@@ -102,8 +96,8 @@ class ClassTeacher(PixelTeacher):
         null_class: int | None = None,
     ) -> None:
         """null_class: the one that stands for no label, which guidance needs."""
-        scheduler, schedule = pixel_scheduler(pipeline.scheduler.config)
-        denoiser = ClassDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
+        denoiser = ClassDenoiser(pipeline.unet, *parameterisation(scheduler))
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
         self.classes = pipeline.unet.config.num_class_embeds or 1
         self.null_class = 0 if self.classes == 1 else null_class

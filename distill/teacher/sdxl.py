@@ -3,11 +3,10 @@
 from typing import Any, final
 
 import torch
-from diffusers import DDIMScheduler
 
 from distill.core.conditioning import POOLED, TIME_IDS, Conditioning
+from distill.core.flow_scheduler import ode_scheduler, parameterisation
 from distill.core.identity import TeacherIdentity
-from distill.core.noise import NoiseSchedule
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.pipeline import LatentTeacher
 
@@ -26,9 +25,8 @@ class StableDiffusionXLTeacher(LatentTeacher):
     ) -> None:
         """pipeline: a `StableDiffusionXLPipeline`, whose parts are frozen."""
         self.pipeline = pipeline
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-        schedule = NoiseSchedule(scheduler.alphas_cumprod)
-        denoiser = UNetDenoiser(pipeline.unet, schedule, scheduler.config.prediction_type)
+        scheduler = ode_scheduler(pipeline.scheduler)
+        denoiser = UNetDenoiser(pipeline.unet, *parameterisation(scheduler))
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
             pipeline.vae.float()  # its activations exceed half precision, as diffusers knows too
         encoders = [

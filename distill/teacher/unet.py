@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distill.core.noise import NoiseSchedule
+from distill.core.flow_scheduler import ode_scheduler, parameterisation
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.latents import LatentCache
@@ -42,7 +42,8 @@ class UnetOptions:
     ema: float = 0.999
     decay: float = 0.25  # the last part of the training, in which the learning rate falls to 0
     views: ViewTrainingOptions | None = None  # null: text alone; else the data must have poses and groups
-    prediction: Literal["epsilon", "v_prediction"] = "v_prediction"
+    # flow_prediction: eps - x0 along the straight path (rectified flow, arXiv:2209.03003), without `schedule`
+    prediction: Literal["epsilon", "v_prediction", "flow_prediction"] = "v_prediction"
     schedule: Literal["scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
     preview_guidance: float = 3.0
@@ -58,8 +59,10 @@ class UnetOptions:
             )
 
 
-def make_scheduler(options: UnetOptions) -> DDIMScheduler:
+def make_scheduler(options: UnetOptions) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The schedule in diffusers' form; trailing spacing, so that sampling starts from the last level."""
+    if options.prediction == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -111,7 +114,7 @@ def train_unet(
 
     `initial` is a trained U-Net of the same size to start from; `labels` are needed by `options.views`.
     """
-    scheduler = make_scheduler(options)
+    scheduler = ode_scheduler(make_scheduler(options))
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
     image_dim = None if labels is None else labels.image_embedding.shape[-1]
     device, generator = run.data_device(cache.latents.nbytes)
@@ -121,7 +124,7 @@ def train_unet(
 
     def build() -> UNetDenoiser:
         unet = build_unet(options, shape[0], shape[-1], width, image_dim).to(run.device)
-        return UNetDenoiser(unet, NoiseSchedule(scheduler.alphas_cumprod), options.prediction)
+        return UNetDenoiser(unet, *parameterisation(scheduler))
 
     denoiser, averaged = build(), build()
     unet = denoiser.network
