@@ -10,11 +10,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from distill.core.teacher import Teacher
 from distill.planning.plan import Job, Subject, Trial, groups
 from distill.planning.recorder import MetaRecorder
 from distill.planning.teachers import teacher_modules
 from distill.runtime.run import Run
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.load import require_latent
 from sds3d.scene import encoding, ray_sampling
 from sds3d.scene.cameras import sample_cameras
 from sds3d.scene.compositing import Samples
@@ -91,7 +92,7 @@ def expected_samples(recipe: TextTo3dRecipe, recorder: MetaRecorder) -> Iterator
         yield
 
 
-def blank_reference(recipe: TextTo3dRecipe, teacher: LatentTeacher) -> ReferenceView:
+def blank_reference(recipe: TextTo3dRecipe, teacher: Teacher) -> ReferenceView:
     """A picture of nothing: the work is that of any, without CLIP's and the estimate of the elevation."""
     side = teacher.resolution
     picture = Picture(torch.zeros(3, side, side), torch.zeros(1, side, side))
@@ -104,8 +105,8 @@ def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:
     Rays are taken to have as many samples as in the initial scene, in which they are counted.
     """
 
-    def prepare(run: Run, teacher: LatentTeacher) -> Trial:
-        control = None if recipe.control is None else MeshControl(teacher, recipe.control)
+    def prepare(run: Run, teacher: Teacher) -> Trial:
+        control = None if recipe.control is None else MeshControl(require_latent(teacher), recipe.control)
         reference = None if recipe.image is None else blank_reference(recipe, teacher)
         args = recipe.scene, recipe.objective, recipe.text_to_3d, control, reference
         trainer = TextTo3d(run, teacher, *args)

@@ -95,6 +95,28 @@ def test_step_of_score_distillation(teacher: LatentDiffusionTeacher, tmp_path: P
     assert peak_memory()["peak_memory_mib"] < 12 * 1024  # 8.6 with fused attention
 
 
+def test_step_of_score_distillation_with_sdxl(tmp_path: Path) -> None:
+    """SDXL's exact size in bfloat16: one step through its preset, to a finite scene that has changed."""
+    torch.manual_seed(0)
+    teacher = meta_teacher("stabilityai/stable-diffusion-xl-base-1.0", torch.bfloat16)
+    modules = (teacher.network, teacher.vae, *teacher.text_encoders)
+    with torch.no_grad():
+        for module in modules:
+            initialise(module)
+    millions = [sum(p.numel() for p in module.parameters()) // 10**6 for module in modules]
+    assert millions == [2567, 83, 123, 694]
+    recipe = load_experiment("sdxl_dreamfusion", ["prompt=a red teapot", "run.gradient_checkpointing=false"])
+    run = preset_run(recipe.run, tmp_path / "run")
+    trainer = TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d)
+    before = [parameter.detach().clone() for parameter in trainer.scene.parameters()]
+    views = trainer.update(0)
+    after = list(trainer.scene.parameters())
+    assert views.rgb.shape == (1, 3, 64, 64)
+    assert all(bool(parameter.isfinite().all()) for parameter in after)
+    assert not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert peak_memory()["peak_memory_mib"] < 22 * 1024
+
+
 def test_step_of_an_adapter(teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
     """ControlNet's preset, one image: its zero convolutions learn, the teacher stays as it is."""
     recipe = load_experiment("sd15_controlnet", [])

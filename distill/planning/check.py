@@ -10,7 +10,8 @@ import torch
 from distill.planning.calibration import now
 from distill.planning.hardware import GIB, Machine
 from distill.planning.plan import Job, Plan, Subject, temporary_run
-from distill.teacher.load import load_teacher, require_latent
+from distill.planning.teachers import teacher_modules
+from distill.teacher.load import load_teacher
 
 REPETITIONS = 3
 
@@ -41,8 +42,8 @@ def check(subject: Subject, plan: Plan, machine: Machine, device: torch.device) 
     """Do each job of a plan on a device. Raises `UserError` where the teacher's weights are not here."""
     seconds: dict[str, tuple[float, float]] = {}
     with temporary_run(subject.run) as run:
-        teacher = require_latent(load_teacher(subject.teacher, device, run.precision.dtype))
-        parts = (teacher.network, teacher.vae, *teacher.text_encoders)
+        teacher = load_teacher(subject.teacher, device, run.precision.dtype)
+        parts = teacher_modules(teacher).values()
         loaded = sum(value.nbytes for part in parts for value in part.parameters())
         before = _reset_peak(device) - loaded  # modules that loading imports are no tensors
         trial = subject.prepare(run, teacher)

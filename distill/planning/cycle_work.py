@@ -5,11 +5,11 @@ from functools import partial
 
 import torch
 
+from distill.core.teacher import Teacher
 from distill.one_step.recipe import OneStepRecipe
 from distill.planning.one_step import one_step_modules, placeholder_trainer
 from distill.planning.plan import Job, Subject, Trial, make_plan
 from distill.runtime.run import Run
-from distill.teacher.pipeline import LatentTeacher
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def cycle_work(recipe: OneStepRecipe) -> list[CycleWork]:
     """Of the first cycle and, where its method states another cost for it, the last."""
     stated: dict[str, float] = {}
 
-    def prepare(run: Run, teacher: LatentTeacher) -> Trial:
+    def prepare(run: Run, teacher: Teacher) -> Trial:
         steps, trainer = recipe.run.steps, placeholder_trainer(run, teacher, recipe)
         batch = trainer.micro_batch(0, 0)[0]
         t = torch.zeros(len(batch.noise), dtype=torch.long, device=run.device)

@@ -13,7 +13,6 @@ from distill.one_step.trainer import OneStep
 from distill.planning.plan import Job, Subject, Trial, groups
 from distill.planning.teachers import teacher_modules
 from distill.runtime.run import Run
-from distill.teacher.pipeline import LatentTeacher
 
 CAPTIONS = 8  # that the data is taken to have; its size changes nothing of a step
 
@@ -46,7 +45,7 @@ def placeholder_trainer(run: Run, teacher: Teacher, recipe: OneStepRecipe) -> On
 def one_step_subject(recipe: OneStepRecipe) -> Subject:
     """The cycles of a distillation, by the cost that its method states of them, and the monitor's samples."""
 
-    def prepare(run: Run, teacher: LatentTeacher) -> Trial:
+    def prepare(run: Run, teacher: Teacher) -> Trial:
         steps, every = recipe.run.steps, recipe.distill.monitor.every
         trainer, decode = placeholder_trainer(run, teacher, recipe), decoder(teacher)
         jobs = [

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from distill.core.teacher import Teacher
 from distill.planning.operations import Record
 from distill.planning.recorder import MetaRecorder
 from distill.planning.teachers import meta_teacher
 from distill.runtime.checkpoint import random_state, set_random_state
 from distill.runtime.precision import Precision
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.pipeline import LatentTeacher
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Subject:
 
     teacher: str
     run: RunOptions
-    prepare: Callable[[Run, LatentTeacher], Trial]
+    prepare: Callable[[Run, Teacher], Trial]
     wrapper: Callable[[MetaRecorder], AbstractContextManager[None]] = lambda _: nullcontext()
 
 

