@@ -25,7 +25,7 @@ class Config:
 
     prompt: str  # repeated as optimise_image.prompt
     teacher: str = (
-        "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+        "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
     )
     run: RunOptions
     objective: ObjectiveOptions

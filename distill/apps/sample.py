@@ -37,7 +37,7 @@ NOISE_ONLY = ("compare_samplers", "sweep", "image", "animation")  # not combined
 class SampleOptions(TextToImageOptions):
     """Images of prompts from a teacher, or from a student."""
 
-    # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+    # a shipped name, a diffusers folder, a hub id, or a YAML file
     teacher: str = "shapes64"
     student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: all its steps
     student_guidance: float | None = None  # of a student whose input it is (LCM); null: the student's own

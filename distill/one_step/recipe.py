@@ -32,7 +32,7 @@ class OneStepRecipe:
     """Everything a distillation depends on."""
 
     teacher: str = (
-        "shapes64_text"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+        "shapes64_text"  # a shipped name, a diffusers folder, a hub id, or a YAML file
     )
     # A captioned image folder (make_shapes.py), or a text file, a caption a line, where no image is needed.
     data: str = "outputs/shapes64"

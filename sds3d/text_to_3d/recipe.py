@@ -33,7 +33,7 @@ class TextTo3dRecipe:
     prompt: str  # repeated as text_to_3d.prompt; with an image it may be empty
     image: str | None = None  # a picture of one object, cut out or on a plain background: image to 3D
     teacher: str = (
-        "shapes64"  # a shipped name, a diffusers folder, or a hub id of Stable Diffusion 1.x or 2.x
+        "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
     )
     run: RunOptions
     text_to_3d: TextTo3dOptions
