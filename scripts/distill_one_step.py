@@ -12,7 +12,6 @@ from entry import entry
 from distill.one_step.recipe import OneStepRecipe, run_one_step
 from distill.planning.one_step import one_step_subject
 from distill.planning.start import plan_start, record_work
-from distill.runtime import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +22,10 @@ class Config(OneStepRecipe):
 def main(config: Config) -> None:
     plan = plan_start(one_step_subject(config), config)
     metrics = run_one_step(config)
-    if processes.rank() == 0:
-        record_work(Path(config.run.directory) / "result.json", plan)
-        distance = f"; Frechet distance {metrics['frechet']:.3g}" if metrics else ""
-        print(f"written: {config.run.directory}/student{distance}")
+    record_work(Path(config.run.directory) / "result.json", plan)
+    distance = f"; Frechet distance {metrics['frechet']:.3g}" if metrics else ""
+    print(f"written: {config.run.directory}/student{distance}")
 
 
 if __name__ == "__main__":
-    processes.init()  # before options that depend on the number of processes are built
-    entry("distill_one_step", Config, main)
+    entry("distill_one_step", Config, main, parallel=True)

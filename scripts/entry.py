@@ -286,12 +286,28 @@ def _exit(error: UserError) -> NoReturn:
     raise SystemExit(2) from None
 
 
+def join_processes(name: str, parallel: bool) -> None:
+    """Join torchrun's process group, before options that depend on it are built. Raises `UserError`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not parallel:
+        raise UserError(f"{name} runs in one process: start it by python scripts/{name}.py, without torchrun")
+    from distill.runtime import processes
+
+    processes.init()
+
+
 def entry(
-    name: str, cls: type[Options], main: Callable[[Options], None], positional: str | None = None
+    name: str,
+    cls: type[Options],
+    main: Callable[[Options], None],
+    positional: str | None = None,
+    parallel: bool = False,
 ) -> None:
     """Run `main` with the options `cls` built from configs/`name`.yaml, if there is one, and the arguments.
 
     Arguments follow hydra's grammar (--multirun too); those without a name are the list `positional`.
+    parallel: whether several processes of torchrun can do it together.
     """
     import hydra
     from omegaconf import DictConfig
@@ -313,6 +329,7 @@ def entry(
             _exit(mistake)
 
     try:
+        join_processes(name, parallel)
         arguments = with_implied(named(sys.argv[1:], positional), chosen)
         arguments = with_experiments(arguments, cls, scripts, chosen)
         sys.argv[1:] = [forced(quoted(argument), chosen) for argument in arguments]

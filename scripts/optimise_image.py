@@ -24,9 +24,7 @@ class Config:
     """A prompt, a loss, and what it drives."""
 
     prompt: str  # repeated as optimise_image.prompt
-    teacher: str = (
-        "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
-    )
+    teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
     run: RunOptions
     objective: ObjectiveOptions
     optimise_image: OptimiseImageOptions

@@ -1,6 +1,7 @@
 """Train an adapter (ControlNet) on the frozen teacher.
 
 python scripts/train_controlnet.py condition=silhouette
+On several processes: torchrun --nproc-per-node 2 scripts/train_controlnet.py condition=silhouette
 """
 
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ def main(config: Config) -> None:
     adapter = trainer.train(held_out)
     metrics = finish(run)
     record_work(run.directory / "result.json", plan)
-    save_adapter(run.directory / "adapter", adapter, condition, metrics, teacher.identity)
+    if run.main:
+        save_adapter(run.directory / "adapter", adapter, condition, metrics, teacher.identity)
     files = ["adapter", *(["fidelity.png"] if metrics else [])]
     if metrics:
         print(*(f"{name} {value:.3f}" for name, value in metrics.items()))
@@ -77,4 +79,4 @@ def load_held_out(config: Config, teacher: LatentTeacher) -> HeldOut | None:
 
 
 if __name__ == "__main__":
-    entry("train_controlnet", Config, main)
+    entry("train_controlnet", Config, main, parallel=True)

@@ -1,6 +1,7 @@
 """Train a teacher from a captioned image folder.
 
 python scripts/train_teacher.py teacher.data=outputs/shapes64
+On several processes: torchrun --nproc-per-node 2 scripts/train_teacher.py teacher.reuse=shapes64_text
 """
 
 from dataclasses import dataclass, field
@@ -24,4 +25,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    entry("train_teacher", Config, main)
+    entry("train_teacher", Config, main, parallel=True)

@@ -16,8 +16,9 @@ from distill.evaluation.control import ControlEvaluationOptions, adapter_sampler
 from distill.evaluation.fidelity import fidelity, has_figures, means
 from distill.evaluation.generate import Sampler, SamplingBatch, generate
 from distill.evaluation.probe import Probe
+from distill.runtime import processes
 from distill.runtime.errors import UserError
-from distill.runtime.optim import apply_gradients, backward, cosine_annealing
+from distill.runtime.optim import accumulated_step, cosine_annealing
 from distill.runtime.run import Run
 from distill.runtime.transfer import upload, upload_all
 from distill.teacher.pipeline import LatentTeacher
@@ -67,6 +68,7 @@ class AdapterBatch:
     t: Tensor
     images: Tensor
     conditioning: Conditioning
+    weight: float = 1.0  # of its mean loss in that of the update
 
 
 class AdapterTrainer:
@@ -118,15 +120,14 @@ class AdapterTrainer:
 
     def step(self, step: int) -> Tensor:
         """One update by the teacher's own denoising loss; returns the loss."""
-        run, losses = self.run, []
-        self.optimizer.zero_grad(set_to_none=True)
+        return accumulated_step(self.optimizer, self.losses(step), max_norm=1.0, scaler=self.run.scaler)
+
+    def losses(self, step: int) -> Iterator[Tensor]:
+        """The weighted losses of this process's parts of an update's batch."""
         for batch in self.batches(step):
-            with run.precision.autocast():
-                loss = self.loss(batch) / self.options.accumulate
-            backward(loss, run.scaler)
-            losses.append(loss.detach())
-        apply_gradients([self.optimizer], max_norm=1.0, scaler=run.scaler)
-        return torch.stack(losses).sum()
+            with self.run.precision.autocast():
+                loss = self.loss(batch)
+            yield batch.weight * loss
 
     def loss(self, batch: AdapterBatch) -> Tensor:
         """The teacher's denoising loss through the adapter."""
@@ -134,20 +135,24 @@ class AdapterTrainer:
         return teacher.denoising_loss(batch.latents, batch.noise, batch.t, batch.conditioning)
 
     def batches(self, step: int) -> Iterator[AdapterBatch]:
-        """The batches of an update on the run's device; together they do not depend on `accumulate`."""
+        """This process's batches of an update, on the run's device.
+
+        Those of all processes together depend neither on their number nor on `accumulate`.
+        """
         run, options, cache = self.run, self.options, self.cache
         count = options.batch * options.accumulate
         rows = batch_indices(len(cache), count, step, run.options.seed)
         times = torch.randint(self.teacher.schedule.num_train_timesteps, (count,), generator=run.generator)
         noise = torch.randn((count, *self.teacher.latent_shape), generator=run.generator)
         dropped = torch.rand(count, generator=run.generator) < options.caption_dropout
-        for part in torch.arange(count).split(options.batch):
+        for share in processes.shares(count, options.accumulate):
+            part = share.rows
             indices = rows[part]
             host = [cache.latents_of(indices), noise[part], times[part], self.conditions[indices]]
             latents, eps, t, images = upload_all(host, run.device)
             conditioning = cache.conditioning_of(indices, dropped[part])
             conditioning = conditioning.apply(lambda value: upload(value, run.device))
-            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning)
+            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning, share.weight)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut | None) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from distill.runtime import processes
 from distill.runtime.optim import apply_gradients
 
 
@@ -13,9 +12,6 @@ def update_weights(
     optimizers: Sequence[Optimizer], max_norm: float | None = None, scaler: GradScaler | None = None
 ) -> None:
     """Update by the gradients' mean over all processes, each optimizer's clipped to `max_norm`; free them."""
-    for optimizer in optimizers:
-        # Before the scaler looks for overflow: all processes must skip an update, or none.
-        processes.average_gradients(optimizer)
     apply_gradients(optimizers, max_norm, scaler)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)

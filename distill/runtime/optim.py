@@ -4,10 +4,13 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
+
+from distill.runtime import processes
 
 MAX_WARMUP = 1000  # steps, of long runs
 
@@ -58,9 +61,26 @@ def optimizer_step(
     optimizer: Optimizer, loss: Tensor, max_norm: float | None = None, scaler: GradScaler | None = None
 ) -> None:
     """One update by the gradient of `loss`, as `backward` and `apply_gradients` in turn."""
+    accumulated_step(optimizer, [loss], max_norm, scaler)
+
+
+def accumulated_step(
+    optimizer: Optimizer,
+    losses: Iterable[Tensor],
+    max_norm: float | None = None,
+    scaler: GradScaler | None = None,
+) -> Tensor:
+    """One update by the gradient of the sum of `losses`, each computed after the backward pass of the last.
+
+    Returns the sum.
+    """
     optimizer.zero_grad(set_to_none=True)
-    backward(loss, scaler)
+    values = []
+    for loss in losses:
+        backward(loss, scaler)
+        values.append(loss.detach())
     apply_gradients([optimizer], max_norm, scaler)
+    return torch.stack(values).sum()
 
 
 def backward(loss: Tensor, scaler: GradScaler | None = None) -> None:
@@ -73,9 +93,11 @@ def apply_gradients(
 ) -> None:
     """One update by the parameters' gradients, those of each optimizer clipped to the norm `max_norm`.
 
-    With a `scaler`, gradients that overflowed skip the update and lower the scale.
+    With a `scaler`, gradients that overflowed skip the update and lower the scale. Of several processes the
+    gradients are averaged first, so that all clip alike, and all skip an update or none.
     """
     for optimizer in optimizers:
+        processes.average_gradients(optimizer)
         if scaler is not None:
             scaler.unscale_(optimizer)
         if max_norm is not None:

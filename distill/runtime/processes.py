@@ -4,22 +4,32 @@ torchrun --nproc-per-node 2 scripts/distill_one_step.py distill.accumulate=2
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from distill.runtime.errors import UserError
+
 BUCKET = 2**25  # elements that are averaged in one collective operation
 
 
 def init() -> None:
-    """Join the process group that torchrun announces; no effect in a single process or on a second call."""
+    """Join the process group that torchrun announces; no effect in a single process or on a second call.
+
+    What other processes than the first print to stdout is dropped.
+    """
     if world_size() == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())
+        if rank() > 0:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
 def world_size() -> int:
@@ -48,6 +58,39 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Rows of a batch that one process computes at a time, and the weight of their mean loss.
+
+    Summed over a process's shares and averaged over the processes, the weighted means are the mean over the
+    whole batch.
+    """
+
+    rows: slice
+    weight: float
+
+
+def check_accumulate(accumulate: int, batch: int) -> None:
+    """Raise `UserError` where a batch has too few rows for its parts in all processes."""
+    if not 1 <= accumulate * world_size() <= batch:
+        raise UserError(
+            f"accumulate is {accumulate} with {world_size()} processes: expected 1 or more parts each, and "
+            f"no more in all than the {batch} rows of a batch"
+        )
+
+
+def shares(count: int, accumulate: int = 1, group: int = 1) -> list[Share]:
+    """This process's shares of `count` rows, in `accumulate` parts of about equal size.
+
+    Every `group` consecutive rows stay together. Parts are empty, and left out, where there are too few rows.
+    """
+    groups, parts = count // group, accumulate * world_size()
+    first = rank() * accumulate
+    bounds = [groups * part // parts * group for part in range(first, first + accumulate + 1)]
+    slices = [slice(low, high) for low, high in pairwise(bounds) if high > low]
+    return [Share(rows, (rows.stop - rows.start) * world_size() / count) for rows in slices]
+
+
 def all_reduce_max(value: int) -> int:
     """The maximum of a value over all processes."""
     if world_size() == 1:
@@ -58,10 +101,21 @@ def all_reduce_max(value: int) -> int:
 
 
 def average_gradients(optimizer: Optimizer) -> None:
-    """Replace the gradients of its parameters by their mean over all processes."""
+    """Replace the gradients of its parameters by their mean over all processes.
+
+    A parameter that only some processes have a gradient of counts as 0 in the others.
+    """
     if world_size() == 1:
         return
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    given = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    distributed.all_reduce(given, distributed.ReduceOp.MAX)
+    gradients = []
+    for parameter, needed in zip(parameters, given.tolist(), strict=True):
+        if needed and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if needed:
+            gradients.append(parameter.grad)
     for bucket in _buckets(gradients):
         flat = torch.cat([gradient.flatten() for gradient in bucket])
         distributed.all_reduce(flat)

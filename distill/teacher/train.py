@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 
 from distill.data.folders import CaptionedImages, load_split, read_rows
+from distill.runtime import processes
 from distill.runtime.errors import UserError
 from distill.runtime.machine import pick_device
 from distill.runtime.run import Run, RunOptions
@@ -59,8 +60,9 @@ class TeacherOptions:
 def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     """Train the missing parts and save the folder `<run.directory>/teacher`, whose path is returned.
 
-    Each part resumes from its own checkpoints; `run.steps` is not used. Raises `UserError` for data that does
-    not exist or does not fit.
+    Each part resumes from its own checkpoints; `run.steps` is not used. Several processes share the batches
+    of VAE and U-Net; CLIP, whose batch is its negatives, is trained by all of them alike. Raises `UserError`
+    for data that does not exist or does not fit.
     """
     initial_unet = None
     if options.reuse is None:
@@ -71,11 +73,14 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
         initial_unet = load_unet(options.reuse) if options.reuse_unet else None
 
     unet_run = _part_run(run, "unet", options.steps.unet, options.unet)
-    cache, labels = load_training_cache(parts, options.data, options.resolution)
+    with processes.main_first():
+        cache, labels = load_training_cache(parts, options.data, options.resolution)
     unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels)
     unet_run.finish({})
     folder = Path(run.directory) / "teacher"
-    save_teacher(folder, parts, unet, make_scheduler(options.unet))
+    if unet_run.main:
+        save_teacher(folder, parts, unet, make_scheduler(options.unet))
+    processes.barrier()
     return folder
 
 
@@ -115,8 +120,15 @@ def _train_parts(
 
     vae = _train_vae(run, options, data, validation)
     parts = TeacherParts(tokenizer, vocabulary, clip, vae)
-    save_parts(_parts_folder(run), parts)
+    _save_parts(run, parts)
     return parts
+
+
+def _save_parts(run: RunOptions, parts: TeacherParts) -> None:
+    """Save them by one of several processes, before any goes on."""
+    if processes.rank() == 0:
+        save_parts(_parts_folder(run), parts)
+    processes.barrier()
 
 
 def _parts_folder(run: RunOptions) -> Path:
@@ -143,7 +155,7 @@ def _continued(run: RunOptions, options: TeacherOptions, parts: TeacherParts) ->
     folder = _parts_folder(run)
     if not (folder / "vae" / "config.json").is_file():
         vae = _train_vae(run, options, *_load_splits(options), parts.vae)
-        save_parts(folder, parts._replace(vae=vae))
+        _save_parts(run, parts._replace(vae=vae))
     return load_parts(folder, pick_device(run.device))
 
 

@@ -1,5 +1,6 @@
 """The denoiser: `diffusers.UNet2DConditionModel`, trained on cached latents and text embeddings."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +16,11 @@ from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.latents import LatentCache
 from distill.data.views import ViewLabels
+from distill.runtime import processes
 from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 from distill.runtime.muon import Muon
-from distill.runtime.optim import optimizer_step, warmup_constant_decay
+from distill.runtime.optim import accumulated_step, warmup_constant_decay
 from distill.runtime.run import Run
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import load_initial
@@ -36,6 +38,7 @@ class UnetOptions:
     layers: int = 1
     heads: int = 4
     batch: int = 64
+    accumulate: int = 1  # parts of the batch whose gradients are added up, for less memory
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1.5e-3  # constant until the last part of the training
     caption_dropout: float = 0.1  # from the first step on, for classifier-free guidance
@@ -53,6 +56,7 @@ class UnetOptions:
             raise UserError(f"caption_dropout is {self.caption_dropout}: expected a fraction in [0, 1)")
         if not 0 < self.decay <= 1:
             raise UserError(f"decay is {self.decay}: expected a fraction in (0, 1] of the training")
+        processes.check_accumulate(self.accumulate, self.batch)
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError(
                 "prediction=epsilon is undefined at zero terminal SNR: use v_prediction, or zero_snr=false"
@@ -145,13 +149,11 @@ def train_unet(
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
         parts = batches.draw(step, generator, times, options.caption_dropout)
-        with run.precision.autocast():
-            losses = [denoising_loss(denoiser, part, run.device) * len(part.t) for part in parts]
-            loss = torch.stack(losses).sum() / sum(len(part.t) for part in parts)
-        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
+        losses = shared_losses(run, denoiser, parts, options.accumulate)
+        loss = accumulated_step(optimizer, losses, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
-        run.log(loss=loss.detach())
+        run.log(loss=loss)
 
         if run.due(run.options.preview_every):
             ema.copy_to(averaged.network)
@@ -190,6 +192,23 @@ def make_batches(
     if labels is None:
         raise UserError("the data has no columns pose and group: set teacher.unet.views=null")
     return ViewBatches(cache, labels, options.views, options.batch, seed)
+
+
+def shared_losses(
+    run: Run, denoiser: UNetDenoiser, parts: Sequence[DenoisingBatch], accumulate: int
+) -> Iterator[Tensor]:
+    """The weighted losses of this process's shares of a batch, all parts of it in each of `accumulate`."""
+    total = sum(len(part.t) for part in parts)
+    shared = [processes.shares(len(part.t), accumulate, part.conditioning.views) for part in parts]
+    for index in range(accumulate):
+        losses = []
+        for part, shares in zip(parts, shared, strict=True):
+            for share in shares[index : index + 1]:
+                with run.precision.autocast():
+                    loss = denoising_loss(denoiser, part.select(share.rows), run.device)
+                losses.append(share.weight * len(part.t) / total * loss)
+        if losses:
+            yield torch.stack(losses).sum()
 
 
 def denoising_loss(denoiser: UNetDenoiser, batch: DenoisingBatch, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Autoencoder (Rombach et al. 2022, arXiv:2112.10752): `diffusers.AutoencoderKL`, and its whitening."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +9,9 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from distill.data.folders import CaptionedImages, batch_indices, grey_levels
+from distill.runtime import processes
 from distill.runtime.errors import UserError
-from distill.runtime.optim import one_cycle, optimizer_step
+from distill.runtime.optim import accumulated_step, one_cycle
 from distill.runtime.run import Run
 from distill.runtime.transfer import upload
 from distill.teacher.folder import load_initial
@@ -24,6 +26,7 @@ class VaeOptions:
     latent_channels: int = 16  # 8x8x16: at a quarter of the U-Net's cost of 16x16x4; 8 loses wheels, eyes
     layers: int = 1
     batch: int = 16
+    accumulate: int = 1  # parts of the batch whose gradients are added up, for less memory
     learning_rate: float = 2e-3
     gradient_weight: float = 1.0  # L1 between image gradients: edges
     kl_weight: float = 1e-4  # on the mean over latent elements
@@ -34,6 +37,7 @@ class VaeOptions:
             raise UserError(
                 f"VAE factor {self.factor} with {levels} levels: expected 4 with 3 levels or 8 with 4"
             )
+        processes.check_accumulate(self.accumulate, self.batch)
 
 
 def build_vae(options: VaeOptions, resolution: int) -> AutoencoderKL:
@@ -70,6 +74,28 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, options: VaeOpti
     return loss + options.kl_weight * kl, mse / 4
 
 
+def shared_losses(
+    run: Run,
+    vae: AutoencoderKL,
+    data: CaptionedImages,
+    batch: tuple[Tensor, Tensor, Tensor],
+    options: VaeOptions,
+    errors: list[Tensor],
+) -> Iterator[Tensor]:
+    """The weighted losses of this process's shares of a batch: rows and grey levels (B,), noise (B, C, h, w).
+
+    Their squared errors are added to `errors`.
+    """
+    for share in processes.shares(len(batch[0]), options.accumulate):
+        index, levels, noise = (value[share.rows] for value in batch)
+        images = data.composite(index, levels).to(run.device) * 2 - 1
+        images = images.contiguous(memory_format=torch.channels_last)
+        with run.precision.autocast():
+            loss, mse = vae_loss(vae, images, noise.to(run.device), options)
+        errors.append(share.weight * mse.detach())
+        yield share.weight * loss
+
+
 def psnr(mse: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB from the mean squared error of images in [0, 1]."""
     return -10 * mse.log10()
@@ -101,16 +127,15 @@ def train_vae(
     data = data.to(device)
     for step in run.steps():
         index = upload(batch_indices(len(data), options.batch, step, run.options.seed), device)
-        images = data.composite(index, grey_levels(len(index), generator)).to(run.device) * 2 - 1
-        images = images.contiguous(memory_format=torch.channels_last)
+        levels = grey_levels(len(index), generator)
         shape = len(index), options.latent_channels, side, side
-        noise = torch.randn(shape, generator=generator, device=device).to(run.device)
+        noise = torch.randn(shape, generator=generator, device=device)
+        errors: list[Tensor] = []
 
-        with run.precision.autocast():
-            loss, mse = vae_loss(vae, images, noise, options)
-        optimizer_step(optimizer, loss, max_norm=1.0, scaler=run.scaler)
+        losses = shared_losses(run, vae, data, (index, levels, noise), options, errors)
+        loss = accumulated_step(optimizer, losses, max_norm=1.0, scaler=run.scaler)
         schedule.step()
-        run.log(loss=loss.detach(), psnr=psnr(mse.detach()))
+        run.log(loss=loss, psnr=psnr(torch.stack(errors).sum()))
 
         if run.due(run.options.preview_every):
             reconstructions = reconstruct(vae, preview_images).cpu()

@@ -59,6 +59,11 @@ class DenoisingBatch(NamedTuple):
     t: Tensor
     conditioning: Conditioning
 
+    def select(self, rows: slice) -> "DenoisingBatch":
+        """Some of the rows, whole groups of views."""
+        latents, noise, t = (value[rows] for value in self[:3])
+        return DenoisingBatch(latents, noise, t, self.conditioning.select(rows))
+
 
 def bernoulli(count: int, probability: float, generator: torch.Generator) -> Tensor:
     """Which of so many rows are chosen (count,), each with `probability`, on the generator's device."""

@@ -1,0 +1,152 @@
+"""Trainings in several processes: two of gloo give the result of one, end together, and resume as any number."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import ROOT, script
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill.runtime.checkpoint import load_state
+
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+RUN = ("run.trackers=[]", "run.checkpoint_every=2", "run.preview_every=100", "run.plan=false")
+
+
+def torchrun(name: str, *arguments: str, code: int = 0) -> str:
+    """A script in two processes; what it prints."""
+    command = [*LAUNCHER, str(ROOT / "scripts" / f"{name}.py"), *arguments]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == (code == 0), result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def vector(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([value.flatten().double() for _, value in sorted(tensors.items())])
+
+
+def model(run: Path, step: int, part: str = "model") -> Tensor:
+    """The weights of a run's checkpoint."""
+    return vector(load_state(run / "checkpoints" / f"step_{step:08d}.safetensors")["parts"][part])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few groups of views with captions, and their geometry."""
+    folder = tmp_path_factory.mktemp("world") / "data"
+    small = ["world.train=48", "world.validation=8", "world.test=0", "world.views=4", "world.supersample=1"]
+    script("make_shapes", f"output={folder}", *small, "world.assemblies=0.5", "world.pairs=0", "workers=1")
+    return folder
+
+
+def teacher_arguments(world: Path, teacher: Path, directory: Path, steps: int) -> list[str]:
+    sizes = ["teacher.unet.channels=[16,32]", "teacher.unet.heads=2", "teacher.unet.batch=24"]
+    return [
+        f"teacher.data={world}",
+        f"teacher.reuse={teacher}",
+        "teacher.continue_vae=true",
+        f"run.directory={directory}",
+        f"teacher.steps.vae={steps}",
+        f"teacher.steps.unet={steps}",
+        "teacher.vae.channels=[8,8,16,16]",
+        "teacher.vae.latent_channels=8",
+        "teacher.vae.batch=6",
+        "teacher.unet.views={width: 16}",
+        *sizes,
+        *RUN,
+    ]
+
+
+def test_vae_and_u_net_of_two_processes(multi_view_teacher_folder: Path, world: Path, tmp_path: Path) -> None:
+    """In parts that are added up too: the same weights, to rounding; one process writes."""
+    options = ["teacher.vae.accumulate=2", "teacher.unet.accumulate=2"]
+    arguments = [
+        teacher_arguments(world, multi_view_teacher_folder, tmp_path / name, 3) for name in ("one", "two")
+    ]
+    script("train_teacher", *arguments[0])
+    assert torchrun("train_teacher", *arguments[1], *options).count("written: ") == 1
+    for part in ("vae", "unet"):
+        one, two = (model(tmp_path / name / part, 3) for name in ("one", "two"))
+        start = model(tmp_path / "one" / part, 2)
+        assert float((one - two).norm()) < 0.02 * float((one - start).norm()), part
+    final = [
+        load_file(tmp_path / name / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in ("one", "two")
+    ]
+    torch.testing.assert_close(vector(final[0]), vector(final[1]), rtol=0, atol=2e-2)
+
+
+def test_a_killed_process_ends_all_and_any_number_resumes(
+    multi_view_teacher_folder: Path, world: Path, tmp_path: Path
+) -> None:
+    arguments = teacher_arguments(world, multi_view_teacher_folder, tmp_path / "run", 400)
+    arguments = [*arguments, "teacher.continue_vae=false"]
+    job = subprocess.Popen(
+        [*LAUNCHER, str(ROOT / "scripts" / "train_teacher.py"), *arguments],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    checkpoints = tmp_path / "run" / "unet" / "checkpoints"
+    deadline = time.monotonic() + 200
+    while not list(checkpoints.glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    worker = max(children(job.pid))
+    os.kill(worker, signal.SIGKILL)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode != 0 and "SIGKILL" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children(job.pid))
+
+    step = max(int(path.stem[5:]) for path in checkpoints.glob("step_*.safetensors"))
+    resumed = script(
+        "train_teacher",
+        *[a if "steps.unet" not in a else f"teacher.steps.unet={step + 2}" for a in arguments],
+    )
+    assert "written: " in resumed
+    assert (checkpoints / f"step_{step + 2:08d}.safetensors").is_file()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_an_adapter_of_two_processes(tiny_teacher_folder: Path, world: Path, tmp_path: Path) -> None:
+    arguments: Sequence[str] = [
+        f"teacher={tiny_teacher_folder}", f"data={world}", "condition=edges", "probe=null", "run.steps=2", *RUN,
+        "adapter.batch=2", "adapter.accumulate=2", "adapter.validation.samples=2", "adapter.validation.steps=2",
+    ]  # fmt: skip
+    script("train_controlnet", *arguments, f"run.directory={tmp_path / 'one'}")
+    output = torchrun("train_controlnet", *arguments, f"run.directory={tmp_path / 'two'}")
+    assert output.count("written: ") == 1
+    one, two = (model(tmp_path / name, 2, "adapter") for name in ("one", "two"))
+    start = vector(
+        {
+            name: value
+            for name, value in load_state(tmp_path / "one" / "checkpoints" / "step_00000002.safetensors")[
+                "parts"
+            ]["adapter"].items()
+        }
+    )
+    assert float((one - two).norm()) < 1e-3 * float(start.norm())
+
+
+def test_other_scripts_run_in_one_process() -> None:
+    output = torchrun("sample", "a red teapot", code=2)
+    assert (
+        "error: sample runs in one process: start it by python scripts/sample.py, without torchrun" in output
+    )
