@@ -1,11 +1,10 @@
-"""Trainings in several processes: two of gloo give the result of one, end together, and resume as any number."""
+"""Trainings in several processes: two of gloo give the result of one, end together, resume as any number."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -68,20 +67,17 @@ def teacher_arguments(world: Path, teacher: Path, directory: Path, steps: int) -
 def test_vae_and_u_net_of_two_processes(multi_view_teacher_folder: Path, world: Path, tmp_path: Path) -> None:
     """In parts that are added up too: the same weights, to rounding; one process writes."""
     options = ["teacher.vae.accumulate=2", "teacher.unet.accumulate=2"]
-    arguments = [
-        teacher_arguments(world, multi_view_teacher_folder, tmp_path / name, 3) for name in ("one", "two")
-    ]
-    script("train_teacher", *arguments[0])
-    assert torchrun("train_teacher", *arguments[1], *options).count("written: ") == 1
+    teacher, folders = multi_view_teacher_folder, (tmp_path / "one", tmp_path / "two")
+    script("train_teacher", *teacher_arguments(world, teacher, folders[0], 3))
+    output = torchrun("train_teacher", *teacher_arguments(world, teacher, folders[1], 3), *options)
+    assert output.count("written: ") == 1
     for part in ("vae", "unet"):
-        one, two = (model(tmp_path / name / part, 3) for name in ("one", "two"))
-        start = model(tmp_path / "one" / part, 2)
+        one, two = (model(folder / part, 3) for folder in folders)
+        start = model(folders[0] / part, 2)
         assert float((one - two).norm()) < 0.02 * float((one - start).norm()), part
-    final = [
-        load_file(tmp_path / name / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
-        for name in ("one", "two")
-    ]
-    torch.testing.assert_close(vector(final[0]), vector(final[1]), rtol=0, atol=2e-2)
+    weights = "teacher/unet/diffusion_pytorch_model.safetensors"
+    final = [vector(load_file(folder / weights)) for folder in folders]
+    torch.testing.assert_close(final[0], final[1], rtol=0, atol=2e-2)
 
 
 def test_a_killed_process_ends_all_and_any_number_resumes(
@@ -104,11 +100,7 @@ def test_a_killed_process_ends_all_and_any_number_resumes(
     assert not any(Path(f"/proc/{pid}").exists() for pid in children(job.pid))
 
     step = max(int(path.stem[5:]) for path in checkpoints.glob("step_*.safetensors"))
-    resumed = script(
-        "train_teacher",
-        *[a if "steps.unet" not in a else f"teacher.steps.unet={step + 2}" for a in arguments],
-    )
-    assert "written: " in resumed
+    assert "written: " in script("train_teacher", *arguments, f"teacher.steps.unet={step + 2}")
     assert (checkpoints / f"step_{step + 2:08d}.safetensors").is_file()
 
 
@@ -126,23 +118,14 @@ def children(pid: int) -> list[int]:
 
 
 def test_an_adapter_of_two_processes(tiny_teacher_folder: Path, world: Path, tmp_path: Path) -> None:
-    arguments: Sequence[str] = [
-        f"teacher={tiny_teacher_folder}", f"data={world}", "condition=edges", "probe=null", "run.steps=2", *RUN,
-        "adapter.batch=2", "adapter.accumulate=2", "adapter.validation.samples=2", "adapter.validation.steps=2",
-    ]  # fmt: skip
+    arguments = [f"teacher={tiny_teacher_folder}", f"data={world}", "condition=edges", "probe=null"]
+    arguments += ["run.steps=2", *RUN, "adapter.batch=2", "adapter.accumulate=2"]
+    arguments += ["adapter.validation.samples=2", "adapter.validation.steps=2"]
     script("train_controlnet", *arguments, f"run.directory={tmp_path / 'one'}")
     output = torchrun("train_controlnet", *arguments, f"run.directory={tmp_path / 'two'}")
     assert output.count("written: ") == 1
     one, two = (model(tmp_path / name, 2, "adapter") for name in ("one", "two"))
-    start = vector(
-        {
-            name: value
-            for name, value in load_state(tmp_path / "one" / "checkpoints" / "step_00000002.safetensors")[
-                "parts"
-            ]["adapter"].items()
-        }
-    )
-    assert float((one - two).norm()) < 1e-3 * float(start.norm())
+    assert float((one - two).norm()) < 1e-4 * float(one.norm())
 
 
 def test_other_scripts_run_in_one_process() -> None:
