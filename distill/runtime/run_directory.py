@@ -1,6 +1,5 @@
 """A run's directory: its lock, its config snapshot, and the removal of an earlier run's files."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 from distill.runtime.checkpoint import checkpoints
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
+from distill.runtime.locks import lock
 
 # options that may differ on resume, at the top level or in the `run` group: none changes a finished step
 SESSION = ("directory", "steps", "resume", "overwrite", "trackers", "device", "plan")
@@ -103,17 +103,9 @@ def _remove(directory: Path) -> None:
 def _lock(directory: Path) -> Callable[[], None]:
     """Lock a directory until released or the process dies. Raises `UserError` when it is locked."""
     directory.mkdir(parents=True, exist_ok=True)
-    descriptors = [os.open(directory, os.O_RDONLY)]
-
-    def release() -> None:
-        while descriptors:
-            os.close(descriptors.pop())
-
-    try:
-        fcntl.flock(descriptors[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        release()
-        raise UserError(f"a run is at work in {directory}; wait for it or choose another directory") from None
+    release = lock(directory)
+    if release is None:
+        raise UserError(f"a run is at work in {directory}; wait for it or choose another directory")
     return release
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 import trimesh
 from torch import Tensor
-from tqdm import tqdm
 
 from distill.evaluation.ablation.plan import Figures, interval
 from distill.evaluation.clip import ClipScorer
 from distill.evaluation.graders import Graders, target_labels
 from distill.evaluation.judge import Judge, predict
 from distill.evaluation.metrics import saturation
-from distill.evaluation.rows import cached_row
+from distill.evaluation.rows import RowJob, shared_rows
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.names import slug
@@ -228,16 +227,16 @@ def run_suite(
     """A row per subject and seed, all subjects by the first seed first: `compute` runs and grades one in a
     directory of its own.
 
-    A row is computed where there is none yet for the same `query`, the options that all rows depend on.
+    A row is computed where there is none yet for the same `query`, the options that all rows depend on; by
+    one of any number of processes with the same suite and folder (`shared_rows`).
     """
-    rows = []
-    runs = [(Subject(name), seed) for seed in suite.seeds for name in suite.names]
-    for subject, seed in tqdm(runs, desc="benchmark", unit="run"):
+    jobs = []
+    for subject, seed in [(Subject(name), seed) for seed in suite.seeds for name in suite.names]:
         directory = row_folder(folder, subject.name, seed)
         row_query = {"prompt": subject.name, "seed": seed, **query}
         row_query |= {"group": subject.group} if subject.group else {}
-        rows.append(cached_row(directory / "row.json", row_query, partial(compute, subject, seed, directory)))
-    return rows
+        jobs.append(RowJob(directory / "row.json", row_query, partial(compute, subject, seed, directory)))
+    return shared_rows(jobs, "benchmark")
 
 
 def truth_strip(subject: Subject, count: int = 8, resolution: int = 128) -> Tensor:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from distill.evaluation.rows import cached_row
+from distill.evaluation.rows import RowJob, shared_rows
 from distill.objectives.options import LossComponent, ObjectiveOptions, Term
 from distill.runtime.errors import UserError
 from distill.runtime.names import slug
@@ -104,13 +103,15 @@ def plan(options: AblationOptions, losses: Mapping[str, ObjectiveOptions], folde
 
 
 def run_cells(cells: Sequence[Cell], bench: Bench) -> list[dict[str, object]]:
-    """The rows of all cells; a cell without its row in its directory is run first."""
-    rows = []
-    for cell in tqdm(cells, desc="ablation", unit="run"):
+    """The rows of all cells; one without its row in its directory is run, by one of any number of processes
+    (`shared_rows`).
+    """
+    jobs = []
+    for cell in cells:
         query = {"loss": cell.loss, "guidance": cell.guidance, "prompt": cell.prompt, "seed": cell.seed}
         query |= {"steps": cell.steps, "nfe": cell.objective.total_cost(cell.steps)}
-        rows.append(cached_row(cell.directory / "row.json", query, partial(bench, cell)))
-    return rows
+        jobs.append(RowJob(cell.directory / "row.json", query, partial(bench, cell)))
+    return shared_rows(jobs, "ablation")
 
 
 @dataclass(frozen=True)

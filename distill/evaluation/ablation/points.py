@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler
 
 from distill.core.noise import NoiseSchedule
 from distill.evaluation.ablation.report import save_report
-from distill.evaluation.rows import cached_row
+from distill.evaluation.rows import RowJob, shared_rows
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import MixtureStudy, PointOptions, run_points
 from distill.runtime.machine import machine_info
@@ -25,13 +25,14 @@ def distill_points(
     )
     mixture = ring(options.modes, std=options.std, classes=options.classes)
     study = MixtureStudy(MixtureTeacher(mixture, NoiseSchedule(scheduler.alphas_cumprod)), options.init_steps)
-    folder, rows = Path(folder), []
+    folder, jobs = Path(folder), []
     for name, method in methods.items():
         for seed in seeds:
             directory = folder / name / f"seed{seed}"
             query = {"loss": name, "guidance": None, "prompt": "ring", "seed": seed}
             compute = partial(run_points, study, method, options, directory, seed)
-            rows.append(cached_row(directory / "row.json", query, compute))
+            jobs.append(RowJob(directory / "row.json", query, compute))
+    rows = shared_rows(jobs, "methods")
     title = f"Distillation of a mixture at {options.budget} NFE a sample"
     save_report(folder, title, rows, {}, machine_info())
     return (folder / "table.md").read_text()
