@@ -50,13 +50,17 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
-def quoted(argument: str) -> str:
-    """`prompt=a red teapot, please` as hydra's grammar reads it; quoted values, lists and sweeps stay."""
+def quoted(argument: str, sweep: bool = False) -> str:
+    """`prompt=a red teapot, please` as hydra's grammar reads it; quoted values and lists stay.
+
+    In a sweep each value between commas is quoted, so that `prompt=a red cube,a blue cube` are two.
+    """
     key, equals, value = argument.partition("=")
     if not equals or argument.startswith("-") or not re.search(r"\s", value) or value[:1] in "\"'[{":
         return argument
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    values = [part.strip() for part in value.split(",")] if sweep else [value]
+    escaped = (part.replace("\\", "\\\\").replace('"', '\\"') for part in values)
+    return f"{key}=" + ",".join(f'"{part}"' for part in escaped)
 
 
 def named(arguments: list[str], positional: str | None) -> list[str]:
@@ -71,7 +75,7 @@ def named(arguments: list[str], positional: str | None) -> list[str]:
 def forced(argument: str, chosen: Container[str]) -> str:
     """`key=value` as `++key=value`, as a key that no YAML holds needs; hydra's and `chosen` groups stay."""
     key, equals, _ = argument.partition("=")
-    own = argument[:1] in ("-", "+", "~") or key.split(".")[0] == "hydra" or key in chosen
+    own = argument[:1] in ("-", "+", "~") or re.split("[./]", key)[0] == "hydra" or key in chosen
     return argument if own or not equals else f"++{argument}"
 
 
@@ -174,7 +178,7 @@ def _message(error: Exception) -> str:
     return f"{'; '.join(sentences)} ({HELP})"
 
 
-def _values(config: Any) -> Mapping[str, Any]:
+def values_of(config: Any) -> Mapping[str, Any]:
     """The composed config as plain values. Raises `UserError` for a missing value."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -225,7 +229,7 @@ def load_script(script: str, arguments: Sequence[str] = ()) -> Any:
     register_resolvers(cls)
     chosen = chosen_groups(script)
     words = with_experiments(with_implied([*map(quoted, arguments)], chosen), cls, [script], chosen)
-    return build(cls, _values(compose_config(script, [forced(word, chosen) for word in words])))
+    return build(cls, values_of(compose_config(script, [forced(word, chosen) for word in words])))
 
 
 def register_resolvers(cls: type) -> None:
@@ -274,11 +278,16 @@ def _print_help(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _announce(options: object) -> None:
+def announce(options: object) -> None:
     """Print the chosen preset's description, in the first of several processes."""
     info = vars(options).get("experiment")
     if isinstance(info, ExperimentInfo) and os.environ.get("RANK", "0") == "0":
         print(f"experiment {info}", flush=True)
+
+
+def mistake_of(error: Exception, options: object) -> UserError | None:
+    """The user's mistake that an exception tells of, too little memory included; None for a defect."""
+    return error if isinstance(error, UserError) else allocation_error(error, options)
 
 
 def _exit(error: UserError) -> NoReturn:
@@ -319,25 +328,32 @@ def entry(
     def run(config: DictConfig) -> None:
         options = None
         try:
-            options = build(cls, _values(config))
-            _announce(options)
+            options = build(cls, values_of(config))
+            announce(options)
             main(options)
         except Exception as error:  # within hydra, which would print a traceback
-            mistake = error if isinstance(error, UserError) else allocation_error(error, options)
+            mistake = mistake_of(error, options)
             if mistake is None:
                 raise
             _exit(mistake)
+
+    def start(task: Callable[[DictConfig], None]) -> None:
+        hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(task)()
 
     try:
         join_processes(name, parallel)
         arguments = with_implied(named(sys.argv[1:], positional), chosen)
         arguments = with_experiments(arguments, cls, scripts, chosen)
-        sys.argv[1:] = [forced(quoted(argument), chosen) for argument in arguments]
+        sweep = bool({"--multirun", "-m"} & set(sys.argv))
+        sys.argv[1:] = [forced(quoted(argument, sweep), chosen) for argument in arguments]
         overrides = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
         if {"--help", "-h"} & set(sys.argv):
             return _print_help(cls, config_name, overrides, chosen, scripts)
-        if not {"--multirun", "-m"} & set(sys.argv):
-            compose_config(config_name, overrides)
-        hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(run)()
+        if sweep:
+            # By the script's name: what other processes are sent must not be of `__main__`.
+            register_resolvers(importlib.import_module(name).Config)
+            return importlib.import_module("sweep").run_sweep(name, start)
+        compose_config(config_name, overrides)
+        start(run)
     except UserError as error:
         _exit(error)

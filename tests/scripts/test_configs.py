@@ -33,7 +33,7 @@ from sds3d.viewer import ViewerOptions
 from sds3d.world.world import WorldOptions
 
 SCRIPTS = sorted(
-    path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("entry", "doctor")
+    path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("entry", "sweep", "doctor")
 )
 REQUIRED = {  # what a user must give
     "text_to_3d": ["prompt=a red teapot"],
@@ -97,7 +97,7 @@ def composed(script: str, *arguments: str) -> Any:
 def options_of(script: str, *arguments: str) -> Any:
     """The options that `entry` hands to the script's main."""
     config = composed(script, *REQUIRED.get(script, []), *arguments)
-    return build(config_class(script), entry._values(config))
+    return build(config_class(script), entry.values_of(config))
 
 
 def repeated(cls: type, values: Mapping[str, Any], name: str = "", default: object = None) -> Iterator[str]:
@@ -230,6 +230,7 @@ def test_help_shows_default_type_and_comment() -> None:
         ("++a=1", "++a=1"),
         ("~control", "~control"),
         ("hydra.verbose=true", "hydra.verbose=true"),
+        ("hydra/launcher=joblib", "hydra/launcher=joblib"),
         ("--multirun", "--multirun"),
     ],
 )
@@ -275,6 +276,8 @@ def test_arguments_without_a_name() -> None:
     assert entry.named(["a red cube"], None) == ["a red cube"]
     assert entry.quoted("prompt=a red teapot") == 'prompt="a red teapot"'
     assert entry.quoted("prompts=[a red teapot]") == "prompts=[a red teapot]"
+    assert entry.quoted("prompt=a cube,a duck", sweep=True) == 'prompt="a cube","a duck"'
+    assert entry.quoted("prompt='a cube, a duck',x", sweep=True) == "prompt='a cube, a duck',x"
 
 
 NO_NETWORK = {"make_shapes", "plan"}  # nothing is computed on a device, or on one that its options describe
