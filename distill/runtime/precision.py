@@ -1,14 +1,11 @@
 """The dtype of a run: of its frozen networks' weights, and of the arithmetic of the networks it trains."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.amp import GradScaler
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distill.runtime.errors import UserError
 from distill.runtime.machine import pick_device
@@ -38,21 +35,10 @@ class Precision:
         """The name of its dtype."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """The context of a trained network's forward pass: autocast, except in float32.
-
-        On a CPU attention is computed step by step: the fused kernel's backward pass makes a training step
-        of the U-Net 1.2 times as long in float32, 1.5 times in bfloat16 (docs/teacher.md).
-        """
+    def autocast(self) -> torch.autocast:
+        """The context of a trained network's forward pass; without effect in float32."""
         enabled = self.dtype != torch.float32
-        with ExitStack() as stack:
-            stack.enter_context(
-                torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
-            )
-            if self.device.type == "cpu":
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
+        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
     def scaler(self) -> GradScaler | None:
         """The loss scaling that float16 gradients need; None for the other dtypes."""

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
@@ -17,20 +16,6 @@ def test_auto_is_float32_on_a_cpu_and_autocast_then_does_nothing() -> None:
     assert precision.dtype == torch.float32 and precision.scaler() is None
     with precision.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
-def test_trained_networks_do_without_fused_attention_on_a_cpu(name: str) -> None:
-    """Its backward pass is slower; the values are the same."""
-    precision = resolve_precision(name, CPU)  # type: ignore[arg-type]
-    query = torch.randn(1, 2, 8, 4, requires_grad=True)
-    fused = functional.scaled_dot_product_attention(query, query, query)
-    with precision.autocast():
-        output = functional.scaled_dot_product_attention(query, query, query)
-    assert "Flash" in type(fused.grad_fn).__name__ and "Flash" not in type(output.grad_fn).__name__
-    tolerance = 1e-5 if name == "float32" else 0.02
-    torch.testing.assert_close(output.float(), fused, rtol=tolerance, atol=tolerance)
-    assert "Flash" in type(functional.scaled_dot_product_attention(query, query, query).grad_fn).__name__
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
