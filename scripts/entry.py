@@ -40,8 +40,8 @@ HELP = "--help lists the options"
 DISTILLATION = "recipe=score_distillation"
 IMPLIED = {"image": "input=image", "suite=images": "input=image"}
 IMPLIED |= dict.fromkeys(("objective", "control", "experiment"), DISTILLATION)
-STAGES = ("score_distillation", "orientation", "sdedit_refinement")  # of that recipe
-IMPLIED |= {f"text_to_3d.stages.{stage}": DISTILLATION for stage in STAGES}
+for stage in ("score_distillation", "orientation", "sdedit_refinement"):
+    IMPLIED[f"text_to_3d.stages.{stage}"] = DISTILLATION
 
 
 def groups() -> dict[str, list[str]]:
@@ -295,17 +295,6 @@ def _exit(error: UserError) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def join_processes(name: str, parallel: bool) -> None:
-    """Join torchrun's process group, before options that depend on it are built. Raises `UserError`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if not parallel:
-        raise UserError(f"{name} runs in one process: start it by python scripts/{name}.py, without torchrun")
-    from distill.runtime import processes
-
-    processes.init()
-
-
 def entry(
     name: str,
     cls: type[Options],
@@ -341,7 +330,8 @@ def entry(
         hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")(task)()
 
     try:
-        join_processes(name, parallel)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # before options that depend on it are built
+            importlib.import_module("distill.runtime.processes").join(name, parallel)
         arguments = with_implied(named(sys.argv[1:], positional), chosen)
         arguments = with_experiments(arguments, cls, scripts, chosen)
         sweep = bool({"--multirun", "-m"} & set(sys.argv))

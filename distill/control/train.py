@@ -145,14 +145,14 @@ class AdapterTrainer:
         times = torch.randint(self.teacher.schedule.num_train_timesteps, (count,), generator=run.generator)
         noise = torch.randn((count, *self.teacher.latent_shape), generator=run.generator)
         dropped = torch.rand(count, generator=run.generator) < options.caption_dropout
-        for share in processes.shares(count, options.accumulate):
-            part = share.rows
+        for local in processes.local_rows(count, options.accumulate):
+            part = local.rows
             indices = rows[part]
             host = [cache.latents_of(indices), noise[part], times[part], self.conditions[indices]]
             latents, eps, t, images = upload_all(host, run.device)
             conditioning = cache.conditioning_of(indices, dropped[part])
             conditioning = conditioning.apply(lambda value: upload(value, run.device))
-            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning, share.weight)
+            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning, local.weight)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut | None) -> None:

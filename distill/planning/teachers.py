@@ -55,11 +55,11 @@ def meta_teacher(name_or_path: str, dtype: torch.dtype) -> Teacher:
     Raises `UserError` where its architecture is not known here.
     """
     folder = shipped.resolve("teacher", name_or_path)
-    known = ARCHITECTURES.get(Path(name_or_path).name)
+    published = ARCHITECTURES.get(Path(name_or_path).name)
     if (folder / "model_index.json").is_file():
         name, parts = _from_folder(folder)
-    elif known is not None:
-        name, parts = known[0], _from_architecture(known[1])
+    elif published is not None:
+        name, parts = published[0], _from_architecture(published[1])
     else:
         raise UserError(
             f"teacher {name_or_path!r} cannot be planned: expected a diffusers folder, or a name that ends "

@@ -32,6 +32,15 @@ def init() -> None:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
 
 
+def join(script: str, parallel: bool) -> None:
+    """Join torchrun's process group, for a script that is `parallel`. Raises `UserError` for another one."""
+    if not parallel:
+        raise UserError(
+            f"{script} runs in one process: start it by python scripts/{script}.py, without torchrun"
+        )
+    init()
+
+
 def world_size() -> int:
     """The number of processes."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
@@ -59,10 +68,10 @@ def main_first() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Share:
+class LocalRows:
     """Rows of a batch that one process computes at a time, and the weight of their mean loss.
 
-    Summed over a process's shares and averaged over the processes, the weighted means are the mean over the
+    Summed over a process's rows and averaged over the processes, the weighted means are the mean over the
     whole batch.
     """
 
@@ -79,8 +88,8 @@ def check_accumulate(accumulate: int, batch: int) -> None:
         )
 
 
-def shares(count: int, accumulate: int = 1, group: int = 1) -> list[Share]:
-    """This process's shares of `count` rows, in `accumulate` parts of about equal size.
+def local_rows(count: int, accumulate: int = 1, group: int = 1) -> list[LocalRows]:
+    """This process's rows of `count` rows, in `accumulate` parts of about equal size.
 
     Every `group` consecutive rows stay together. Parts are empty, and left out, where there are too few rows.
     """
@@ -88,7 +97,7 @@ def shares(count: int, accumulate: int = 1, group: int = 1) -> list[Share]:
     first = rank() * accumulate
     bounds = [groups * part // parts * group for part in range(first, first + accumulate + 1)]
     slices = [slice(low, high) for low, high in pairwise(bounds) if high > low]
-    return [Share(rows, (rows.stop - rows.start) * world_size() / count) for rows in slices]
+    return [LocalRows(rows, (rows.stop - rows.start) * world_size() / count) for rows in slices]
 
 
 def all_reduce_max(value: int) -> int:

@@ -149,7 +149,7 @@ def train_unet(
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
         parts = batches.draw(step, generator, times, options.caption_dropout)
-        losses = shared_losses(run, denoiser, parts, options.accumulate)
+        losses = local_losses(run, denoiser, parts, options.accumulate)
         loss = accumulated_step(optimizer, losses, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
@@ -194,19 +194,19 @@ def make_batches(
     return ViewBatches(cache, labels, options.views, options.batch, seed)
 
 
-def shared_losses(
+def local_losses(
     run: Run, denoiser: UNetDenoiser, parts: Sequence[DenoisingBatch], accumulate: int
 ) -> Iterator[Tensor]:
-    """The weighted losses of this process's shares of a batch, all parts of it in each of `accumulate`."""
+    """The weighted losses of this process's rows of a batch, all parts of it in each of `accumulate`."""
     total = sum(len(part.t) for part in parts)
-    shared = [processes.shares(len(part.t), accumulate, part.conditioning.views) for part in parts]
+    rows = [processes.local_rows(len(part.t), accumulate, part.conditioning.views) for part in parts]
     for index in range(accumulate):
         losses = []
-        for part, shares in zip(parts, shared, strict=True):
-            for share in shares[index : index + 1]:
+        for part, parts_of_rows in zip(parts, rows, strict=True):
+            for local in parts_of_rows[index : index + 1]:
                 with run.precision.autocast():
-                    loss = denoising_loss(denoiser, part.select(share.rows), run.device)
-                losses.append(share.weight * len(part.t) / total * loss)
+                    loss = denoising_loss(denoiser, part.select(local.rows), run.device)
+                losses.append(local.weight * len(part.t) / total * loss)
         if losses:
             yield torch.stack(losses).sum()
 

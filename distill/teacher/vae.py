@@ -74,7 +74,7 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, options: VaeOpti
     return loss + options.kl_weight * kl, mse / 4
 
 
-def shared_losses(
+def local_losses(
     run: Run,
     vae: AutoencoderKL,
     data: CaptionedImages,
@@ -82,18 +82,18 @@ def shared_losses(
     options: VaeOptions,
     errors: list[Tensor],
 ) -> Iterator[Tensor]:
-    """The weighted losses of this process's shares of a batch: rows and grey levels (B,), noise (B, C, h, w).
+    """The weighted losses of this process's rows of a batch: rows and grey levels (B,), noise (B, C, h, w).
 
     Their squared errors are added to `errors`.
     """
-    for share in processes.shares(len(batch[0]), options.accumulate):
-        index, levels, noise = (value[share.rows] for value in batch)
+    for local in processes.local_rows(len(batch[0]), options.accumulate):
+        index, levels, noise = (value[local.rows] for value in batch)
         images = data.composite(index, levels).to(run.device) * 2 - 1
         images = images.contiguous(memory_format=torch.channels_last)
         with run.precision.autocast():
             loss, mse = vae_loss(vae, images, noise.to(run.device), options)
-        errors.append(share.weight * mse.detach())
-        yield share.weight * loss
+        errors.append(local.weight * mse.detach())
+        yield local.weight * loss
 
 
 def psnr(mse: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def train_vae(
         noise = torch.randn(shape, generator=generator, device=device)
         errors: list[Tensor] = []
 
-        losses = shared_losses(run, vae, data, (index, levels, noise), options, errors)
+        losses = local_losses(run, vae, data, (index, levels, noise), options, errors)
         loss = accumulated_step(optimizer, losses, max_norm=1.0, scaler=run.scaler)
         schedule.step()
         run.log(loss=loss, psnr=psnr(torch.stack(errors).sum()))

@@ -24,6 +24,7 @@ def run_directory(tiny_teacher_folder, tmp_path_factory) -> Path:
     script(
         "text_to_3d",
         "prompt=a red teapot",
+        "recipe=score_distillation",
         f"teacher={tiny_teacher_folder}",
         f"run.directory={folder}",
         *small,
@@ -146,6 +147,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_mistake_is_one_sentence(tiny_teacher_folder, tmp_path, arguments, message):
     folders = [f"teacher={tiny_teacher_folder}", f"run.directory={tmp_path / 'run'}"]
+    folders.append("recipe=score_distillation")  # the teacher has no cameras
     assert message in script("text_to_3d", *folders, *arguments, code=2)
     assert not (tmp_path / "run").exists()  # no directory is left
 
@@ -195,6 +197,7 @@ def test_snapshot_holds_every_option_and_resumes(run_directory, tiny_teacher_fol
     assert config["text_to_3d"]["camera"]["centre_jitter"] == 0.05 and config["export"]["fps"] == 24
     arguments = ["prompt=a red teapot", f"teacher={tiny_teacher_folder}", f"run.directory={run_directory}"]
     small = ["export.frames=4", "export.resolution=32", "export.mesh.resolution=32", "run.trackers=[]"]
+    small.append("recipe=score_distillation")
     script("text_to_3d", *arguments, *small, "run.steps=2")
     message = script("text_to_3d", *arguments, *small, "run.steps=2", "text_to_3d.views=2", code=2)
     assert "text_to_3d.views (4 -> 2)" in message

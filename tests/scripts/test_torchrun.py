@@ -106,15 +106,15 @@ def test_a_killed_process_ends_all_and_any_number_resumes(
 
 def children(pid: int) -> list[int]:
     """The processes that a process has started."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = path.read_text().rsplit(")", 1)[1].split()
         except OSError:
             continue
         if int(fields[1]) == pid:
-            found.append(int(path.parent.name))
-    return found
+            pids.append(int(path.parent.name))
+    return pids
 
 
 def test_an_adapter_of_two_processes(tiny_teacher_folder: Path, world: Path, tmp_path: Path) -> None:

@@ -95,12 +95,12 @@ def test_two_hundred_jobs_of_workers_that_are_killed(tmp_path: Path) -> None:
                 workers[index] = worker(tmp_path, count, 0.05)
     assert all(job.returncode == 0 for job in workers)
 
-    found = [json.loads((tmp_path / str(i) / "row.json").read_text()) for i in range(count)]
-    assert [row["square"] for row in found] == [i**2 for i in range(count)]
+    computed = [json.loads((tmp_path / str(i) / "row.json").read_text()) for i in range(count)]
+    assert [row["square"] for row in computed] == [i**2 for i in range(count)]
     starts = [int(line.split()[0]) for line in (tmp_path / "started").read_text().splitlines()]
     assert set(starts) == set(range(count)) and kills >= 20
     assert count <= len(starts) <= count + kills
-    assert len({row["pid"] for row in found}) > 4
+    assert len({row["pid"] for row in computed}) > 4
 
 
 def _at_work(folder: Path, pid: int) -> bool:

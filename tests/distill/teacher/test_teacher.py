@@ -212,7 +212,7 @@ def test_a_folder_of_something_else_raises(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no model_index.json"):
         load_latent_diffusion(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="model_index.json is not JSON"):
         load_latent_diffusion(str(tmp_path))
 
 

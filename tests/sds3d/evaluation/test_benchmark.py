@@ -168,7 +168,8 @@ def test_page_shows_rows_of_before_and_groups(tmp_path: Path) -> None:
 
 def test_script_runs_grades_and_compares(tiny_teacher_folder: Path, tmp_path: Path) -> None:
     """One prompt, two steps; a second call computes nothing again; a comparison with itself is zero."""
-    small = ["run.steps=2", "run.trackers=[]", "export.frames=4", "export.resolution=32"]
+    small = ["recipe=score_distillation", "run.steps=2", "run.trackers=[]"]
+    small += ["export.frames=4", "export.resolution=32"]
     given = ["prompts=[a red torus]", f"teacher={tiny_teacher_folder}", f"output={tmp_path}", *small]
     given.append("export.mesh.resolution=32")
     assert "f_score_5" in script("benchmark_3d", *given)
