@@ -289,7 +289,7 @@ def test_the_example_loss_is_valid() -> None:
 def test_python_example_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fewer steps and a coarse export."""
     (example,) = blocks(README, "python")
-    changes = {"steps=750": "steps=2", "steps=25": "steps=2", '"outputs/': f'"{tmp_path}/'}
+    changes = {"steps=300": "steps=2", "steps=25": "steps=2", '"outputs/': f'"{tmp_path}/'}
     for old, new in {**changes, "objective=objective)": "objective=objective, export=coarse)"}.items():
         assert old in example
         example = example.replace(old, new)
