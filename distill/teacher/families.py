@@ -1,5 +1,6 @@
 """The families of teachers in diffusers folders, by the pipeline class that model_index.json names."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,9 @@ def pipeline_class(name_or_path: str, folder: Path | None) -> str:
         from diffusers import DiffusionPipeline
 
         try:
-            name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warns of an option that it sets itself
+                name = DiffusionPipeline.load_config(name_or_path).get("_class_name")
         except (OSError, ValueError) as error:
             raise loading_error(name_or_path, None, error) from None
     return str(name)
