@@ -66,6 +66,7 @@ def load_diffusers(
             f"teacher {name_or_path!r} is a {name}: "
             f"expected one of {', '.join((STABLE_DIFFUSION, *FAMILIES))}"
         )
+    dtype = resolve_precision("auto", torch.device(device)).dtype if dtype is None else dtype
     pipeline = _load_pipeline(name, name_or_path, folder, dtype).to(device)
     identity = identify(name_or_path, _network_folder(pipeline))
     teacher = build_teacher(name, pipeline, str(folder or name_or_path), identity, source)
@@ -119,12 +120,11 @@ def pipeline_class(name_or_path: str, folder: Path | None) -> str:
     return str(name)
 
 
-def _load_pipeline(name: str, name_or_path: str, folder: Path | None, dtype: torch.dtype | None) -> Any:
+def _load_pipeline(name: str, name_or_path: str, folder: Path | None, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
     logging.disable_progress_bar()
-    dtype = resolve_precision("auto", torch.device("cpu")).dtype if dtype is None else dtype
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": folder is not None}
     if name == "IFPipeline":
         options |= dict.fromkeys(("safety_checker", "feature_extractor", "watermarker"))
