@@ -5,7 +5,6 @@ every objective works unchanged.
 """
 
 import math
-from abc import abstractmethod
 from typing import Any, final
 
 import numpy as np
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.conditioning import POOLED, Conditioning
-from distill.core.flow_scheduler import FlowScheduler
+from distill.core.flow_scheduler import FlowScheduler, parameterisation
 from distill.core.identity import TeacherIdentity
-from distill.core.noise import FlowSchedule
 from distill.teacher.denoiser import DiffusersDenoiser
 from distill.teacher.pipeline import LatentTeacher
 
@@ -103,15 +101,17 @@ class FlowTeacher(LatentTeacher):
     """A pipeline of diffusers with a flow matching transformer."""
 
     denoiser: TransformerDenoiser
+    denoiser_class: type[TransformerDenoiser]
+    scheduler_class: type[FlowScheduler]  # spaces steps as the pipeline does
 
     def __init__(
         self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None
     ) -> None:
         """pipeline: its parts are frozen."""
         self.pipeline = pipeline
-        scheduler = self.make_scheduler(pipeline.scheduler.config, (pipeline.default_sample_size // 2) ** 2)
-        schedule = FlowSchedule(scheduler.config.num_train_timesteps)
-        denoiser = self.make_denoiser(pipeline.transformer, schedule)
+        config, tokens = pipeline.scheduler.config, (pipeline.default_sample_size // 2) ** 2
+        scheduler = self.scheduler_class.from_config(config, **fixed_shift(config, tokens))
+        denoiser = self.denoiser_class(pipeline.transformer, *parameterisation(scheduler))
         names = ("text_encoder", "text_encoder_2", "text_encoder_3")
         encoders = [pipeline.components.get(name) for name in names]
         present = [encoder for encoder in encoders if encoder is not None]
@@ -122,14 +122,6 @@ class FlowTeacher(LatentTeacher):
         """Channels, height and width of a latent at the pipeline's default size."""
         side = self.pipeline.default_sample_size
         return self.vae.config.latent_channels, side, side
-
-    @abstractmethod
-    def make_denoiser(self, transformer: Any, schedule: FlowSchedule) -> TransformerDenoiser:
-        """The denoiser of the pipeline's transformer."""
-
-    @abstractmethod
-    def make_scheduler(self, config: Any, tokens: int) -> FlowScheduler:
-        """The scheduler that spaces steps as the pipeline does for so many tokens of an image."""
 
 
 def fixed_shift(config: Any, tokens: int) -> dict[str, Any]:
@@ -148,13 +140,7 @@ def fixed_shift(config: Any, tokens: int) -> dict[str, Any]:
 class StableDiffusion3Teacher(FlowTeacher):
     """A `StableDiffusion3Pipeline`; without its T5 encoder, zeros stand in its place, as in diffusers."""
 
-    def make_denoiser(self, transformer: Any, schedule: FlowSchedule) -> SD3Denoiser:
-        """As of every flow teacher."""
-        return SD3Denoiser(transformer, schedule, "flow_prediction")
-
-    def make_scheduler(self, config: Any, tokens: int) -> FlowScheduler:
-        """As of every flow teacher."""
-        return FlowScheduler.from_config(config, **fixed_shift(config, tokens))
+    denoiser_class, scheduler_class = SD3Denoiser, FlowScheduler
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
         """The tokens of both CLIPs, then those of T5 (B, L, D), and the pooled embeddings (B, P)."""
@@ -168,13 +154,7 @@ class StableDiffusion3Teacher(FlowTeacher):
 class FluxTeacher(FlowTeacher):
     """A `FluxPipeline`. Of FLUX.1-dev guidance is an input of the network; that of objectives is on top."""
 
-    def make_denoiser(self, transformer: Any, schedule: FlowSchedule) -> FluxDenoiser:
-        """As of every flow teacher."""
-        return FluxDenoiser(transformer, schedule, "flow_prediction")
-
-    def make_scheduler(self, config: Any, tokens: int) -> FluxScheduler:
-        """As of every flow teacher."""
-        return FluxScheduler.from_config(config, **fixed_shift(config, tokens))
+    denoiser_class, scheduler_class = FluxDenoiser, FluxScheduler
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
         """T5's tokens (B, L, D) and CLIP's pooled embedding (B, P)."""
