@@ -177,8 +177,9 @@ def test_sampling_mistakes(tiny_teacher_folder, tmp_path, argument, message):
 
 def test_help_lists_groups_and_options():
     text = script("text_to_3d", "--help")
-    assert "objective: csd, " in text and ", sds, " in text and "coarse_until" in text
+    assert "objective: csd, " in text and ", sds, " in text and "stages.sampled_views.strengths" in text
     changed = script("text_to_3d", "objective=csd", "run.steps=7", "--help")
+    assert "coarse_until" in changed and "coarse_until" not in text  # of the recipe that it brings
     assert re.search(r"run.steps +=\s+7 ", changed) and re.search(r"objective.image +=\s+0.0 ", changed)
 
 
