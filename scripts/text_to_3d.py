@@ -2,6 +2,7 @@
 
 python scripts/text_to_3d.py prompt="a red teapot"
 python scripts/text_to_3d.py image=photo.png
+torchrun --nproc-per-node 2 scripts/text_to_3d.py prompt="a red teapot"
 """
 
 from dataclasses import dataclass
@@ -28,4 +29,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    entry("text_to_3d", Config, main)
+    entry("text_to_3d", Config, main, parallel=True)

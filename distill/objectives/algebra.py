@@ -28,6 +28,7 @@ from distill.objectives.options import (
 )
 from distill.objectives.prompts import PromptConditionings
 from distill.runtime.errors import UserError
+from distill.runtime.processes import draw_rows
 from distill.runtime.transfer import upload, upload_all
 
 Predictions = dict[Query, Prediction]
@@ -163,7 +164,11 @@ class ScoreDistillation:
     ) -> NoisyDraw:
         schedule, source, count = self.model.schedule, component.noise, len(clean)
         views = conditionings.views  # of a group, which has one noise level
-        t = component.time.sample(count // views, schedule.num_train_timesteps, progress, generator)
+
+        def times(groups: int) -> Tensor:
+            return component.time.sample(groups, schedule.num_train_timesteps, progress, generator)
+
+        t = draw_rows(times, count // views)
         t = t.repeat_interleave(views)
         if source.kind == "inversion":
             t = upload(t, clean.device)
@@ -180,7 +185,7 @@ class ScoreDistillation:
 
         fixed = source.kind == "fixed"
         noise_generator = torch.Generator().manual_seed(source.seed) if fixed else generator
-        noise = torch.randn(clean.shape, generator=noise_generator)
+        noise = draw_rows(lambda rows: torch.randn(rows, *clean.shape[1:], generator=noise_generator), count)
         t, noise = upload_all([t, noise], clean.device)
         noise = noise.to(clean.dtype)
         inputs: dict[EvalPoint, tuple[Tensor, Tensor]] = {"now": (schedule.add_noise(clean, noise, t), t)}

@@ -16,6 +16,7 @@ from distill.core.teacher import Teacher
 from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
+from distill.runtime.processes import draw_rows
 from distill.runtime.transfer import upload_all
 
 
@@ -82,10 +83,12 @@ class Critic(ScoreModel):
         """
         clean = latents.detach()
         views = conditioning.views
-        times = torch.randint(self.schedule.num_train_timesteps, (len(clean) // views,), generator=generator)
+        steps, count = self.schedule.num_train_timesteps, len(clean)
+        times = draw_rows(lambda rows: torch.randint(steps, (rows,), generator=generator), count // views)
         times = times.repeat_interleave(views)
-        noise = torch.randn(clean.shape, generator=generator)
-        drop_camera = torch.rand(len(clean), generator=generator) < self.options.camera_dropout
+        noise = draw_rows(lambda rows: torch.randn(rows, *clean.shape[1:], generator=generator), count)
+        uniform = draw_rows(lambda rows: torch.rand(rows, generator=generator), count)
+        drop_camera = uniform < self.options.camera_dropout
         times, noise, drop_camera = upload_all([times, noise, drop_camera], clean.device)
         with self.precision.autocast():
             conditioning = self._with_camera(conditioning, drop_camera)

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 scripts/distill_one_step.py distill.accumulate=2
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from distill.runtime.errors import UserError
 
 BUCKET = 2**25  # elements that are averaged in one collective operation
+_split = False  # whether random numbers are drawn for the rows of all processes
 
 
 def init() -> None:
@@ -98,6 +99,63 @@ def local_rows(count: int, accumulate: int = 1, group: int = 1) -> list[LocalRow
     bounds = [groups * part // parts * group for part in range(first, first + accumulate + 1)]
     slices = [slice(low, high) for low, high in pairwise(bounds) if high > low]
     return [LocalRows(rows, (rows.stop - rows.start) * world_size() / count) for rows in slices]
+
+
+def equal_rows(count: int, option: str, group: int = 1) -> slice:
+    """This process's rows of `count`: whole groups of `group`, as many as every other process has.
+
+    The mean over all rows is then the mean over the processes. Raises `UserError`, which names the option
+    that gives the count, where there is no such split.
+    """
+    processes = world_size()
+    if count % (group * processes):
+        groups = f" in groups of {group}" if group > 1 else ""
+        raise UserError(
+            f"{option} is {count}{groups}: {processes} processes cannot split that equally, give a multiple of "
+            f"{group * processes}"
+        )
+    size = count // processes
+    return slice(rank() * size, (rank() + 1) * size)
+
+
+@contextmanager
+def split_rows() -> Iterator[None]:
+    """Within it each process computes equally many rows of one batch, for which `draw_rows` draws."""
+    global _split
+    before, _split = _split, True
+    try:
+        yield
+    finally:
+        _split = before
+
+
+def draw_rows(draw: Callable[[int], Tensor], count: int) -> Tensor:
+    """`count` rows of random numbers, `draw(count)`; within `split_rows` those of this process's rows.
+
+    There every process draws the numbers of the whole batch, so that generators stay equal in all of them
+    and rows have the numbers that they would have in a single process.
+    """
+    if not _split or world_size() == 1:
+        return draw(count)
+    return draw(count * world_size())[rank() * count : (rank() + 1) * count]
+
+
+def own_generator(generator: torch.Generator) -> torch.Generator:
+    """A new generator, another one in every process, for draws whose number depends on its rows.
+
+    `generator`, whose state is the seed, stays as it is, so that it remains equal in all processes.
+    """
+    own = torch.Generator(generator.device)
+    own.set_state(generator.get_state())
+    seed = int(torch.randint(2**31, (), generator=own, device=generator.device))
+    return own.manual_seed(seed + rank())
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, in place."""
+    if world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
 
 
 def all_reduce_max(value: int) -> int:

@@ -4,11 +4,13 @@ See `ray_sampling.py` and `compositing.py`.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distill.runtime.errors import UserError
+from distill.runtime.processes import draw_rows
 from distill.runtime.transfer import upload
 from sds3d.scene.compositing import Rays, RenderedRays, composite, composite_recomputed, concatenate
 from sds3d.scene.field import Field
@@ -61,7 +63,7 @@ def render(
     """
     jitter = torch.full((len(origins),), 0.5)
     if generator is not None:
-        jitter = torch.rand(len(origins), generator=generator, device=generator.device)
+        jitter = draw_rows(partial(torch.rand, generator=generator, device=generator.device), len(origins))
     rays = Rays(origins, directions, background, upload(jitter, origins.device).to(origins), lights)
     chunk = options.rays_per_chunk
     if chunk is None or chunk >= len(rays) or not torch.is_grad_enabled():

@@ -14,6 +14,7 @@ from distill.objectives.critic import Critic
 from distill.objectives.networks import prepare_networks
 from distill.objectives.options import PERP_NEG_PROMPTS, ObjectiveOptions
 from distill.objectives.prompts import PromptConditionings, encode_prompts
+from distill.runtime import processes
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
 from distill.runtime.run import Run
@@ -229,8 +230,9 @@ class TextTo3dContext:
     ) -> Tensor:
         """The scene's penalties, by default those of the run's options."""
         weights = self.options.regularizers if options is None else options
+        generator = processes.own_generator(self.run.generator)  # surface points depend on the views
         with self.run.precision.autocast():
-            return self.scene.regularization(views, weights, progress, self.run.generator)
+            return self.scene.regularization(views, weights, progress, generator)
 
     def reference_loss(self, reference: ReferenceView) -> Tensor:
         """The loss of the view from the picture's camera, over a random grey."""

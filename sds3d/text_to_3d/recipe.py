@@ -89,7 +89,12 @@ def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, picture: Picture) -
 
 
 def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:
-    """Optimise a scene, export it, and return the path of result.json in the run's directory."""
+    """Optimise a scene, export it, and return the path of result.json in the run's directory.
+
+    Of several processes the first exports.
+    """
     trainer = start_text_to_3d(recipe)
     trainer.train()
+    if not trainer.run.main:
+        return trainer.run.directory / "result.json"
     return export_run(trainer, recipe.export)

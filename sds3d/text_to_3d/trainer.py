@@ -125,8 +125,8 @@ class TextTo3d:
         run.track(scene=self.scene, optimizer=self.context.optimizer)
         if self.reference is not None:
             run.track(reference=self.reference)
-        for stage in self.stages.values():
-            run.track(**stage.state())
+        for name, stage in self.stages.items():  # several may be of one class
+            run.track(**{f"{name}/{part}": value for part, value in stage.state().items()})
         for step in run.steps():
             for stage in self.stages.values():
                 stage.before_step(step)

@@ -128,6 +128,42 @@ def test_an_adapter_of_two_processes(tiny_teacher_folder: Path, world: Path, tmp
     assert float((one - two).norm()) < 1e-4 * float(one.norm())
 
 
+SCENE = ["scene.field.encoding.n_levels=2", "scene.render.samples=16", "export.frames=2", "export.texture.size=0"]
+SCENE += ["export.videos=[]", "export.mesh.resolution=16", "export.mesh.views=2", *RUN]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        # with a critic, and its cameras
+        ("score_distillation", ["objective=vsd", "run.steps=3", "text_to_3d.views_per_group=2"]),
+        ("sampled_views", ["run.steps=4", "text_to_3d.stages.sampled_views.views=12"]),
+    ],
+)
+def test_text_to_3d_of_two_processes(
+    multi_view_teacher_folder: Path, tmp_path: Path, recipe: str, options: list[str]
+) -> None:
+    """Each renders and denoises its views: the same scene, to rounding; the first process exports."""
+    arguments = ["prompt=a red cube", f"teacher={multi_view_teacher_folder}", f"recipe={recipe}", *options]
+    arguments += ["text_to_3d.stages.orientation=null"] * (recipe == "score_distillation") + SCENE
+    # Penalties at random points of the views are equal in expectation only; Adam's least epsilon would make
+    # steps of rounding errors.
+    arguments += [f"text_to_3d.regularizers.smooth_{name}=0" for name in ("density", "albedo")]
+    arguments += ["text_to_3d.adam_epsilon=1e-3"]
+    script("text_to_3d", *arguments, f"run.directory={tmp_path / 'one'}")
+    output = torchrun("text_to_3d", *arguments, f"run.directory={tmp_path / 'two'}")
+    assert output.count("written: ") == 1 and (tmp_path / "two" / "result.json").is_file()
+    one, two = (model(tmp_path / name, 3, "scene") for name in ("one", "two"))
+    start = model(tmp_path / "one", 1, "scene")
+    assert float((one - two).norm()) < 0.02 * float((one - start).norm())
+
+
+def test_views_that_cannot_be_split_equally(multi_view_teacher_folder: Path, tmp_path: Path) -> None:
+    arguments = ["prompt=a red cube", f"teacher={multi_view_teacher_folder}", "text_to_3d.views=3", *SCENE]
+    output = torchrun("text_to_3d", *arguments, f"run.directory={tmp_path / 'run'}", code=2)
+    assert "error: text_to_3d.views is 3: 2 processes cannot split that equally, give a multiple of 2" in output
+
+
 def test_other_scripts_run_in_one_process() -> None:
     output = torchrun("sample", "a red teapot", code=2)
     assert (

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.diagnostics import DiagnosticOptions, diagnose_run
+from distill.runtime import processes
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import cosine_decay, scale_learning_rates
@@ -71,6 +72,7 @@ class ScoreDistillationStage(Stage):
     def __init__(self, context: TextTo3dContext, options: ScoreDistillationOptions) -> None:
         self.context, self.options = context, options
         self.views = context.whole_groups(context.options.views)
+        self.rows = processes.equal_rows(self.views, "text_to_3d.views", context.views_per_group)
         teacher = context.teacher
         linear_pixels = options.pixel_decoder == "linear" and context.objective.image > 0
         self.linear_decoder = fit_linear_decoder(teacher) if linear_pixels else None
@@ -105,7 +107,8 @@ class ScoreDistillationStage(Stage):
 
         context.scene.update(step, generator)
         coarse = progress < options.coarse_until
-        views, cameras, background = self.render(progress, coarse)
+        with processes.split_rows():
+            views, cameras, background = self.render(progress, coarse)
 
         # The latents' residual then updates the density, the residual in pixels the albedo.
         separate = options.pixel_loss_target == "albedo" and self.objective.options.image and not coarse
@@ -115,15 +118,17 @@ class ScoreDistillationStage(Stage):
 
         context.set_cameras(cameras)
         conditionings = context.prompt_conditionings(cameras, background)
-        output = self.objective(latents, conditionings, progress, generator, images=images)
+        with processes.split_rows():
+            output = self.objective(latents, conditionings, progress, generator, images=images)
         context.optimizer_step(output.loss + context.regularization(views, progress))
-        context.train_critic(latents, conditionings)
+        with processes.split_rows():
+            context.train_critic(latents, conditionings)
         return output, views
 
     def render(self, progress: float, coarse: bool) -> tuple[RenderedViews, Cameras, Tensor | None]:
         """Views for training from random cameras over random backgrounds (B, 3), the cameras on the CPU.
 
-        The backgrounds are None where they are the scene's own.
+        The backgrounds are None where they are the scene's own. Of several processes each has its own views.
         """
         context, options, count = self.context, self.options, self.views
         fine = context.teacher.resolution if options.resolution is None else options.resolution
@@ -133,6 +138,9 @@ class ScoreDistillationStage(Stage):
         lights = None
         if options.shading is not None:
             lights = options.shading.sample(cameras, progress, context.run.generator)
+        cameras = cameras.select(self.rows)
+        background = None if background is None else background[self.rows]
+        lights = None if lights is None else lights.select(self.rows)
         views = context.render(cameras.to(context.run.device), background, lights)
         return views, cameras, background
 

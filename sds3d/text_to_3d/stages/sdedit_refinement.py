@@ -5,7 +5,7 @@ sharp. This is the iterative dataset update of Instruct-NeRF2NeRF (Haque et al. 
 section 4.2), with SDEdit (arXiv:2108.01073) as its editor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from distill.core.sampling import Img2ImgInit, sample_ode
 from distill.core.score import Guided
 from distill.runtime.checkpoint import Stateful
+from distill.runtime import processes
 from distill.runtime.errors import UserError
 from distill.runtime.optim import scale_learning_rates
 from distill.runtime.transfer import upload
@@ -105,6 +106,7 @@ class SDEditRefinementStage(Stage):
         self.cameras = replace(context.options.camera, elevation=options.elevation)
         self.views = context.whole_groups(options.views)
         self.refined = RefinedViews(self.views, resolution).to(context.run.device)
+        self.rows = processes.equal_rows(min(context.options.views, self.views), "text_to_3d.views")
 
     def state(self) -> Mapping[str, Stateful]:
         """The resampled views, in runs too short for a round as well: they may be continued."""
@@ -134,10 +136,8 @@ class SDEditRefinementStage(Stage):
 
         clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])
         noise = upload(torch.randn(clean.shape, generator=generator), clean.device).to(clean.dtype)
-        images = []
-        size = max(CHUNK // context.views_per_group, 1) * context.views_per_group
-        for first in range(0, len(renders), size):
-            part = slice(first, first + size)
+        images = torch.zeros_like(renders)
+        for part in self.chunks():
             chunk = cameras.select(part)
             context.set_cameras(chunk)
             cond, uncond = context.encode_prompts(chunk, background[part])
@@ -149,12 +149,20 @@ class SDEditRefinementStage(Stage):
                 options.steps,
                 init=Img2ImgInit(clean[part], strength),
             )
-            images.append(teacher.decode(latents))
+            images[part] = teacher.decode(latents)
 
-        resampled = torch.cat(images).clamp(0, 1)
+        resampled = processes.sum_over_processes(images).clamp(0, 1)
         background = background_of(resampled, background)
         self.refined.replace(cameras.to(context.run.device), background, resampled)
         context.run.preview("refined", self.refined.images)
+
+    def chunks(self) -> Iterator[slice]:
+        """This process's views in parts that are sampled at once: whole groups, about `CHUNK` views."""
+        group = self.context.views_per_group
+        size = max(CHUNK // group, 1) * group
+        for local in processes.local_rows(self.views, group=group):
+            for first in range(local.rows.start, local.rows.stop, size):
+                yield slice(first, min(first + size, local.rows.stop))
 
     def refine_step(self, step: int) -> RenderedViews:
         """One update of the scene by the squared error to some of the resampled views."""
@@ -165,7 +173,9 @@ class SDEditRefinementStage(Stage):
 
         context.scene.update(step, generator)
         cameras, background, images = self.refined.sample(context.options.views, generator)
-        views = context.render(cameras, background)
+        cameras, background, images = cameras.select(self.rows), background[self.rows], images[self.rows]
+        with processes.split_rows():
+            views = context.render(cameras, background)
         rgb_loss = (views.rgb - images).square().mean()
         regularizers = replace(context.options.regularizers, opacity=options.opacity)
         context.optimizer_step(options.weight * rgb_loss + context.regularization(views, 1.0, regularizers))
