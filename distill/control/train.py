@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import ControlNetModel
 from torch import Tensor
 
-from distill.control.adapter import Control, controlled, make_adapter
+from distill.control.adapter import controlled, make_adapter
 from distill.control.conditions import adapter_input
+from distill.control.network import AdapterNetwork, Control
 from distill.core.conditioning import Conditioning
 from distill.data.folders import batch_indices
 from distill.data.latents import LatentCache
@@ -102,7 +102,7 @@ class AdapterTrainer:
             self.adapter.compile()
             teacher.network.compile()
 
-    def train(self, held_out: HeldOut | None = None) -> ControlNetModel:
+    def train(self, held_out: HeldOut | None = None) -> AdapterNetwork:
         """Run to the end; the adapter in evaluation mode."""
         run, options = self.run, self.options
         schedule = cosine_annealing(self.optimizer, run.options.steps, options.final_lr_scale)

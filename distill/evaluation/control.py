@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers import ControlNetModel
 from torch import Tensor
 
-from distill.control.adapter import Control, controlled, controlled_student
+from distill.control.adapter import controlled, controlled_student
 from distill.control.conditions import adapter_input
+from distill.control.network import AdapterNetwork, Control
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.folders import CaptionedImages
@@ -46,7 +46,7 @@ class ControlEvaluationOptions:
 
 def adapter_sampler(
     teacher: LatentTeacher,
-    adapter: ControlNetModel,
+    adapter: AdapterNetwork,
     condition_images: Tensor,
     options: ControlEvaluationOptions,
 ) -> Sampler:
@@ -64,7 +64,7 @@ def adapter_sampler(
 
 
 def student_adapter_sampler(
-    student: Student, adapter: ControlNetModel, condition_images: Tensor, options: ControlEvaluationOptions
+    student: Student, adapter: AdapterNetwork, condition_images: Tensor, options: ControlEvaluationOptions
 ) -> Sampler:
     """A student through an adapter of its teacher; condition images as in `adapter_sampler`."""
 
@@ -95,7 +95,7 @@ class ControlledModels:
     """An adapter, the teacher it was trained on, and a student of that teacher where there is one."""
 
     teacher: LatentTeacher
-    adapter: ControlNetModel
+    adapter: AdapterNetwork
     student: Student | None = None
 
     def samplers(self, condition_images: Tensor, options: ControlEvaluationOptions) -> dict[str, Sampler]:

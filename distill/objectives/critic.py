@@ -17,6 +17,7 @@ from distill.objectives.options import CriticOptions
 from distill.runtime.errors import UserError
 from distill.runtime.optim import optimizer_step
 from distill.runtime.processes import draw_rows
+from distill.runtime.sharding import copy_values
 from distill.runtime.transfer import upload_all
 
 
@@ -116,9 +117,8 @@ class Critic(ScoreModel):
         parameters = [value.detach() for value in self.parameters()]
         return {"parameters": parameters, "optimizer": self.optimizer.state_dict()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of a critic of the same options."""
         for parameter, value in zip(self.parameters(), state["parameters"], strict=True):
-            parameter.copy_(value)
+            copy_values(parameter, value)
         self.optimizer.load_state_dict(state["optimizer"])

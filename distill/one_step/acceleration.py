@@ -1,5 +1,6 @@
-"""torch.compile and activation checkpointing of the networks of a distillation."""
+"""Sharding, torch.compile and activation checkpointing of the networks of a distillation."""
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
@@ -8,6 +9,29 @@ from distill.one_step.methods.base import Method
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
+from distill.runtime.sharding import shard
+
+
+def shard_networks(
+    run: Run, teacher: Teacher, student: Student, method: Method, optimizer: torch.optim.Optimizer
+) -> None:
+    """Split all networks, and the optimizers' states, among the processes; `optimizer` is the student's.
+
+    Raises `UserError` in float16, whose loss scale would differ between the processes.
+    """
+    if run.scaler is not None:
+        raise UserError(
+            "distill.shard needs gradients of one scale in all processes: "
+            "give run.precision=bfloat16 or float32"
+        )
+    denoisers, lora = [student.denoiser, teacher.denoiser], list[nn.Parameter]()
+    denoisers += [copy.denoiser for copy in method.copies]
+    if method.critic is not None and method.critic.options.kind == "lora":
+        lora = method.critic.parameters()
+    elif method.critic is not None:
+        denoisers.append(method.critic.denoiser)
+    for denoiser in denoisers:
+        shard(denoiser.network, [optimizer, *method.optimizers], lora)
 
 
 def prepare_networks(run: Run, teacher: Teacher, student: Student, method: Method) -> None:

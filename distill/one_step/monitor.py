@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distill.evaluation.metrics import Moments, frechet_distance, moments, sample_diversity, saturation
 from distill.runtime.errors import UserError
+from distill.runtime.sharding import local_part
 
 
 @dataclass(frozen=True)
@@ -108,5 +109,8 @@ def grade_in_chunks(
 
 @torch.no_grad()
 def finite(tensors: list[Tensor]) -> Tensor:
-    """Whether every element is finite, by one sum a tensor: a boolean on their device."""
-    return torch.stack([value.float().sum() for value in tensors]).isfinite().all()
+    """Whether every element is finite, by one sum a tensor: a boolean on their device.
+
+    Of sharded tensors, what this process holds.
+    """
+    return torch.stack([local_part(value.detach()).float().sum() for value in tensors]).isfinite().all()

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.core.teacher import Teacher
 from distill.data.folders import batch_indices
 from distill.data.prompts import PromptData
-from distill.one_step.acceleration import prepare_networks
+from distill.one_step.acceleration import prepare_networks, shard_networks
 from distill.one_step.critic_diagnostics import (
     CriticDiagnosticsOptions,
     CriticUpdateRate,
@@ -34,6 +34,7 @@ from distill.runtime.ema import EMA
 from distill.runtime.errors import UserError
 from distill.runtime.optim import backward, cosine_decay, scale_learning_rates
 from distill.runtime.run import Run
+from distill.runtime.sharding import gathered, is_sharded
 from distill.runtime.transfer import upload, upload_all
 
 MIN_SCALE = 1.0  # of float16's losses: below it gradients overflow whatever the scale
@@ -59,6 +60,9 @@ class OneStepOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     max_norm: float | None = None  # to which the student's gradient is clipped; null: as it is
     ema: float | None = 0.995  # null: no average is kept, the student itself is what is evaluated
+    # Split the weights of all networks, and the optimizers' states, among the processes of torchrun (FSDP2):
+    # for networks that do not fit one device together; slower otherwise.
+    shard: bool = False
     critic_diagnostics: CriticDiagnosticsOptions = field(default_factory=CriticDiagnosticsOptions)
     monitor: MonitorOptions = field(default_factory=MonitorOptions)
 
@@ -106,10 +110,13 @@ class OneStep:
         self.method = method.build(context)
         self.update_rate = CriticUpdateRate(method.critic_updates)
 
-        self.ema = None if options.ema is None else EMA(self.student, options.ema)
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
         )
+        if options.shard:
+            self._unsharded = copy.deepcopy(self.student).cpu()
+            shard_networks(run, teacher, self.student, self.method, self.optimizer)
+        self.ema = None if options.ema is None else EMA(self.student, options.ema)
         self._rates = [float(group["lr"]) for group in self._param_groups()]
         prepare_networks(run, teacher, self.student, self.method)
         parts: dict[str, Stateful | None] = {"ema": self.ema, "monitor": monitor}
@@ -139,11 +146,22 @@ class OneStep:
             every = options.critic_diagnostics.every
             if every and self.update_rate.updates and (step + 1) % every == 0:
                 self._measure_critic(step)
+        raw = self.whole_student() if is_sharded(self.student) else self.student
         if self.ema is None:
-            return self.student, self.student
-        averaged = copy.deepcopy(self.student).requires_grad_(False)
-        self.ema.copy_to(averaged)
-        return averaged, self.student
+            return raw, raw
+        with self.ema.applied():
+            averaged = self.whole_student()
+        return averaged, raw
+
+    def whole_student(self) -> Student:
+        """A frozen copy of the student; of a sharded one on the CPU, whose weights the first process has."""
+        if not is_sharded(self.student):
+            return copy.deepcopy(self.student).requires_grad_(False)
+        state = gathered(self.student.state_dict(), keep=self.run.main)
+        whole = copy.deepcopy(self._unsharded).requires_grad_(False)
+        if self.run.main:
+            whole.load_state_dict(state)
+        return whole
 
     def set_learning_rates(self, step: int) -> None:
         """Warm-up, decay, and half for every roll-back, on the rates of all optimizers."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.runtime.errors import UserError
+from distill.runtime.sharding import copy_values, is_sharded
 
 
 class EMA:
@@ -58,7 +59,12 @@ class EMA:
 
     def _swap(self) -> None:
         for name, parameter in self._module.named_parameters():
-            self._average[name], parameter.data = parameter.data, self._average[name]
+            if is_sharded(parameter):  # of which others hold the storage
+                average = self._average[name].clone()
+                self._average[name].copy_(parameter.detach())
+                parameter.data.copy_(average)
+            else:
+                self._average[name], parameter.data = parameter.data, self._average[name]
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by parameter name and the number of updates."""
@@ -77,7 +83,7 @@ def _copy(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor], kind: st
     misshapen = [name for name, value in targets.items() if value.shape != sources[name].shape]
     _check(misshapen, kind, "of another shape")
     for name, target in targets.items():
-        target.copy_(sources[name])
+        copy_values(target, sources[name])
 
 
 def _check(names: Iterable[str], kind: str, fault: str) -> None:

@@ -1,18 +1,20 @@
 """Learning-rate schedules and the optimisation step, shared by every training loop."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from distill.runtime import processes
+from distill.runtime.sharding import is_sharded
 
 MAX_WARMUP = 1000  # steps, of long runs
+BUCKET = 2**25  # elements that are averaged in one collective operation
 
 
 def cosine_decay(step: float, final: float, steps: float = 1.0) -> float:
@@ -97,7 +99,7 @@ def apply_gradients(
     gradients are averaged first, so that all clip alike, and all skip an update or none.
     """
     for optimizer in optimizers:
-        processes.average_gradients(optimizer)
+        average_gradients(optimizer)
         if scaler is not None:
             scaler.unscale_(optimizer)
         if max_norm is not None:
@@ -110,3 +112,47 @@ def apply_gradients(
             scaler.step(optimizer)
     if scaler is not None:
         scaler.update()
+
+
+def average_gradients(optimizer: Optimizer) -> None:
+    """Replace the gradients of its parameters by their mean over all processes.
+
+    A parameter that only some processes have a gradient of counts as 0 in the others. Those of sharded
+    parameters are means already, and stay as they are.
+    """
+    if processes.world_size() == 1:
+        return
+    parameters = [
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if not is_sharded(parameter)
+    ]
+    if not parameters:
+        return
+    given = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    distributed.all_reduce(given, distributed.ReduceOp.MAX)
+    gradients = []
+    for parameter, needed in zip(parameters, given.tolist(), strict=True):
+        if needed and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if needed:
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(flat)
+        means = (flat / processes.world_size()).split([gradient.numel() for gradient in bucket])
+        for gradient, mean in zip(bucket, means, strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Consecutive tensors of together about `BUCKET` elements: their copies take memory of their own."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(value.numel() for value in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

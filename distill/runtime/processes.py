@@ -5,18 +5,16 @@ torchrun --nproc-per-node 2 scripts/distill_one_step.py distill.accumulate=2
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, distributed
-from torch.optim import Optimizer
 
 from distill.runtime.errors import UserError
 
-BUCKET = 2**25  # elements that are averaged in one collective operation
 _split = False  # whether random numbers are drawn for the rows of all processes
 
 
@@ -111,8 +109,8 @@ def equal_rows(count: int, option: str, group: int = 1) -> slice:
     if count % (group * processes):
         groups = f" in groups of {group}" if group > 1 else ""
         raise UserError(
-            f"{option} is {count}{groups}: {processes} processes cannot split that equally, give a multiple of "
-            f"{group * processes}"
+            f"{option} is {count}{groups}: {processes} processes cannot split that equally, "
+            f"give a multiple of {group * processes}"
         )
     size = count // processes
     return slice(rank() * size, (rank() + 1) * size)
@@ -165,39 +163,3 @@ def all_reduce_max(value: int) -> int:
     maximum = torch.tensor([value], device="cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
     return int(maximum)
-
-
-def average_gradients(optimizer: Optimizer) -> None:
-    """Replace the gradients of its parameters by their mean over all processes.
-
-    A parameter that only some processes have a gradient of counts as 0 in the others.
-    """
-    if world_size() == 1:
-        return
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    given = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    distributed.all_reduce(given, distributed.ReduceOp.MAX)
-    gradients = []
-    for parameter, needed in zip(parameters, given.tolist(), strict=True):
-        if needed and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        if needed:
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = torch.cat([gradient.flatten() for gradient in bucket])
-        distributed.all_reduce(flat)
-        means = (flat / world_size()).split([gradient.numel() for gradient in bucket])
-        for gradient, mean in zip(bucket, means, strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive tensors of together about `BUCKET` elements: their copies take memory of their own."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(value.numel() for value in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

@@ -33,6 +33,7 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info, peak_memory, use_deterministic_algorithms
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.runtime.run_directory import acquire, portable, truncate_metrics
+from distill.runtime.sharding import gathered
 from distill.runtime.signals import SignalFlag, deferred_signals
 from distill.runtime.tracking import Trackers
 
@@ -208,8 +209,9 @@ class Run:
         """Write a checkpoint and return its path; within a step, call it after the step's updates."""
         folder = self.directory / "checkpoints"
         path = checkpoint_path(folder, self._finished)
+        state = gathered(self._state(), keep=self.main)  # by all: sharded tensors are in pieces
         if self.main:
-            save_state(path, self._state())
+            save_state(path, state)
             prune(folder, self.options.keep)
         processes.barrier()
         return path

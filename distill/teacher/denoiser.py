@@ -15,6 +15,7 @@ from distill.core.noise import NoiseSchedule, PredictionType, to_flow
 from distill.core.teacher import GUIDANCE, Denoiser
 from distill.core.views import REFERENCE
 from distill.runtime.errors import UserError
+from distill.runtime.sharding import is_sharded
 from distill.teacher.multi_view import MultiViewUNet, with_reference_rows, without_reference_rows
 
 LORA = "critic"  # the adapter's name inside peft
@@ -133,7 +134,14 @@ class DiffusersDenoiser(Denoiser):
             self.network.disable_adapters()
 
     def mid_block_features(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """As of every denoiser; what follows the bottleneck is not evaluated."""
+        """As of every denoiser; what follows the bottleneck is not evaluated.
+
+        A sharded network is evaluated to its end, where it drops what it has gathered.
+        """
+        if is_sharded(self.network):
+            with self.capture_mid_block() as captured:
+                self.output(x_t, t, conditioning)
+            return captured[0]
         features: list[Tensor] = []
 
         def stop(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

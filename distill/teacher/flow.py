@@ -74,9 +74,8 @@ class FluxDenoiser(TransformerDenoiser):
         embedding, guidance = conditioning.embedding.to(dtype), None
         if self.network.config.guidance_embeds:
             guidance = torch.full((len(x),), self.guidance, device=x.device)
-        packed = x.to(dtype).unflatten(3, (width, 2)).unflatten(2, (height, 2))  # B C h 2 w 2
         output = self.network(
-            packed.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2),
+            self.pack(x.to(dtype)),
             encoder_hidden_states=embedding,
             pooled_projections=conditioning.extras[POOLED].to(dtype),
             timestep=timestep / self.schedule.num_train_timesteps,
@@ -86,6 +85,13 @@ class FluxDenoiser(TransformerDenoiser):
         ).sample
         patches = output.unflatten(1, (height, width)).unflatten(3, (x.shape[1], 2, 2))
         return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+    @staticmethod
+    def pack(latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as patches of 2 x 2, (B, h w / 4, 4 C)."""
+        height, width = latents.shape[2] // 2, latents.shape[3] // 2
+        patches = latents.unflatten(3, (width, 2)).unflatten(2, (height, 2))  # B C h 2 w 2
+        return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class FluxScheduler(FlowScheduler):

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import trimesh
 
-from distill.control.adapter import Control, ControlledUnet, controlled, load_adapter
+from distill.control.adapter import controlled, load_adapter
 from distill.control.conditions import adapter_input
+from distill.control.network import Control, ControlledNetwork
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
 from distill.teacher.pipeline import LatentTeacher
@@ -88,5 +89,5 @@ class MeshControl:
         renders = mesh_condition_images(self.caster, self.condition, cameras)
         images = adapter_input(upload(renders, self.teacher.device))
         network = self.teacher.denoiser.network
-        assert isinstance(network, ControlledUnet)
+        assert isinstance(network, ControlledNetwork)
         network.controls = [replace(self.control, images=images)]

@@ -128,7 +128,12 @@ def test_an_adapter_of_two_processes(tiny_teacher_folder: Path, world: Path, tmp
     assert float((one - two).norm()) < 1e-4 * float(one.norm())
 
 
-SCENE = ["scene.field.encoding.n_levels=2", "scene.render.samples=16", "export.frames=2", "export.texture.size=0"]
+SCENE = [
+    "scene.field.encoding.n_levels=2",
+    "scene.render.samples=16",
+    "export.frames=2",
+    "export.texture.size=0",
+]
 SCENE += ["export.videos=[]", "export.mesh.resolution=16", "export.mesh.views=2", *RUN]
 
 
@@ -161,7 +166,7 @@ def test_text_to_3d_of_two_processes(
 def test_views_that_cannot_be_split_equally(multi_view_teacher_folder: Path, tmp_path: Path) -> None:
     arguments = ["prompt=a red cube", f"teacher={multi_view_teacher_folder}", "text_to_3d.views=3", *SCENE]
     output = torchrun("text_to_3d", *arguments, f"run.directory={tmp_path / 'run'}", code=2)
-    assert "error: text_to_3d.views is 3: 2 processes cannot split that equally, give a multiple of 2" in output
+    assert "text_to_3d.views is 3: 2 processes cannot split that equally, give a multiple of 2" in output
 
 
 def test_other_scripts_run_in_one_process() -> None:

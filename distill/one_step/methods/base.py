@@ -95,6 +95,11 @@ class Method(ABC):
         return None
 
     @property
+    def copies(self) -> list[Student]:
+        """Further networks of the student's kind, which it keeps."""
+        return []
+
+    @property
     def through_critic(self) -> bool:
         """Whether the student's gradient passes through the critic."""
         return False

@@ -118,6 +118,11 @@ class Consistency(Method):
         _update_ema(self.target, self.student, self.options.ema)
         return {}
 
+    @property
+    def copies(self) -> list[Student]:
+        """The target network."""
+        return [self.target]
+
     def state(self) -> dict[str, Stateful]:
         """The target network."""
         return {"target": self.target}

@@ -80,6 +80,11 @@ class Progressive(Method):
         metrics = {"progressive": loss.detach(), "steps": torch.full_like(loss.detach(), steps)}
         return Outcome(loss, None, metrics)
 
+    @property
+    def copies(self) -> list[Student]:
+        """The stage's teacher."""
+        return [self.teacher_copy]
+
     def state(self) -> dict[str, Stateful]:
         """The stage's teacher, and which stage it is."""
         return {"teacher_copy": self.teacher_copy, "stage": TensorState(self.stage)}

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from distill.core.sampling import Img2ImgInit, sample_ode
 from distill.core.score import Guided
-from distill.runtime.checkpoint import Stateful
 from distill.runtime import processes
+from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
 from distill.runtime.optim import scale_learning_rates
 from distill.runtime.transfer import upload

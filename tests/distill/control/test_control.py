@@ -12,15 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.control.adapter import (
-    Control,
-    controlled,
-    controlled_student,
-    load_adapter,
-    make_adapter,
-    save_adapter,
-)
+from distill.control.adapter import controlled, controlled_student, load_adapter, make_adapter, save_adapter
 from distill.control.conditions import adapter_input, condition_images, edges, listed_images, scribbles
+from distill.control.network import Control
 from distill.control.train import AdapterOptions, AdapterTrainer
 from distill.core.noise import PredictionType
 from distill.core.sampling import sample_ode

@@ -17,6 +17,7 @@ import yaml
 from command_line import ROOT, script
 from diffusers import DDIMScheduler
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from distill.core.noise import NoiseSchedule
@@ -370,15 +371,24 @@ def test_the_scripts_train_and_evaluate(tiny_teacher_folder: Path, world: Path, 
     assert (tmp_path / "pairs" / "pairs_00000.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["distill.shard=false"],
+        ["distill.shard=true"],
+        ["distill.shard=true", "method.objective.critic.kind=lora"],
+        ["distill.shard=true", "method=consistency"],
+    ],
+)
 def test_two_processes_give_the_result_of_one(
-    tiny_teacher: LatentDiffusionTeacher, world: Path, tmp_path: Path
+    tiny_teacher: LatentDiffusionTeacher, world: Path, tmp_path: Path, extra: list[str]
 ) -> None:
-    """Two batches a cycle, by one process or one by each of two (gloo, on the CPU): the same student, to
-    rounding.
+    """Two batches a cycle, by one process or one by each of two (gloo, on the CPU), with whole or sharded
+    weights: the same student, to rounding, which one process resumes.
     """
     inputs = [f"teacher={tiny_teacher.name_or_path}", f"data={world / 'data'}", f"judge={world / 'judge'}"]
     training = ["monitor.captions=2", "batch=2", "accumulate=2", "warmup=1", "learning_rate=0.01"]
-    options = ["run.steps=3", "run.trackers=[]", *(f"distill.{option}" for option in training)]
+    options = ["run.steps=3", "run.trackers=[]", *(f"distill.{option}" for option in training), *extra]
     script("distill_one_step", *inputs, *options, f"run.directory={tmp_path / 'one'}")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = str(ROOT / "scripts" / "distill_one_step.py")
@@ -391,10 +401,20 @@ def test_two_processes_give_the_result_of_one(
     newest = "checkpoints/step_00000003.safetensors"
     states = [load_state(tmp_path / name / newest)["parts"] for name in ("one", "two")]
     initial = torch.cat([p.flatten() for p in tiny_teacher.denoiser.network.parameters()])
-    for part in ("student", "critic"):
+    for part in ["student"] + ["critic"] * ("critic" in states[0]):
         vectors = (torch.cat([value.flatten() for value in tensors_of(state[part])]) for state in states)
         one, two = (vector[: len(initial)] for vector in vectors)
-        assert float((one - two).norm()) < 0.02 * float((one - initial).norm()), part
+        change = (one - initial).norm() if len(one) == len(initial) else one.norm()
+        # sharded convolutions round otherwise, and Adam makes steps of rounding errors
+        assert float((one - two).norm()) < (0.06 if "true" in extra[0] else 0.02) * float(change), part
+
+    weights = "student/unet/diffusion_pytorch_model.safetensors"
+    averaged = [load_file(tmp_path / name / weights) for name in ("one", "two")]
+    assert all(
+        torch.isclose(value, averaged[1][name], atol=2e-2).all() for name, value in averaged[0].items()
+    )
+    resumed = [f"run.directory={tmp_path / 'two'}", "run.steps=4"]
+    assert "written: " in script("distill_one_step", *inputs, *options, *resumed)
 
 
 def test_processes_must_divide_accumulate(

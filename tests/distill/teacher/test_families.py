@@ -15,8 +15,11 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxControlNetPipeline,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from safetensors.torch import load_file
 from scene_fixtures import OPTIONS, SDS, SMALL, run_options
@@ -25,7 +28,9 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from distill.apps.text_to_image import TextToImageOptions, text_to_image
-from distill.control.adapter import Control, controlled, load_adapter, make_adapter, save_adapter
+from distill.control.adapter import controlled, load_adapter, make_adapter, save_adapter
+from distill.control.network import AdapterNetwork, Control
+from distill.control.train import AdapterOptions, AdapterTrainer
 from distill.core.conditioning import Conditioning
 from distill.core.flow_scheduler import ode_scheduler, parameterisation
 from distill.core.noise import FlowSchedule, NoiseSchedule
@@ -40,7 +45,8 @@ from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from distill.teacher.denoiser import UNetDenoiser
-from distill.teacher.load import load_teacher
+from distill.teacher.load import load_teacher, require_latent
+from distill.teacher.pipeline import LatentTeacher
 from distill.teacher.unet import UnetOptions, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, build_vae
 from sds3d.text_to_3d.trainer import TextTo3d
@@ -267,45 +273,93 @@ def test_two_cycles_of_dmd2(name: str, critic: str, folders: dict[str, Path], tm
 # Adapters
 
 
-def test_an_adapter_of_sdxl_draws_as_the_stock_pipeline(folders: dict[str, Path], tmp_path: Path) -> None:
-    teacher, image = (
-        load(folders, "sdxl"),
-        torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3)),
-    )
+def random_adapter(teacher: LatentTeacher, folder: Path) -> AdapterNetwork:
+    """An adapter of random weights, saved and loaded."""
     adapter = make_adapter(teacher)
     with torch.no_grad():  # zero convolutions would hide it
         for parameter in adapter.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
-    save_adapter(tmp_path / "adapter", adapter, "edges", {}, teacher.identity)
-    loaded, condition = load_adapter(tmp_path / "adapter", teacher)
+    save_adapter(folder, adapter, "edges", {}, teacher.identity)
+    loaded, condition = load_adapter(folder, teacher)
     assert condition == "edges"
+    return loaded
 
-    parts = DiffusionPipeline.from_pretrained(folders["sdxl"]).components
-    pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=loaded, add_watermarker=False)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.scheduler.register_to_config(clip_sample=False)
-    pipeline.set_progress_bar_config(disable=True)
-    x_t = noise(teacher, 1)
-    options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
-    expected = pipeline(
-        PROMPT["sdxl"], image=image, latents=x_t, controlnet_conditioning_scale=0.7, **options
-    )
 
-    both = controlled(teacher, [Control(loaded, image, 0.7)])
-    model = Guided(both, teacher.encode_text([""]), 3.0)
-    conditioning = teacher.encode_text([PROMPT["sdxl"]])
+@pytest.mark.parametrize(("name", "guidance"), [("sdxl", 3.0), ("sd3", 3.0), ("flux", 1.0)])
+def test_an_adapter_draws_as_the_stock_pipeline(
+    name: str, guidance: float, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock pipelines of transformers draw the condition's latents at random: here their mean."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    teacher = require_latent(load(folders, name))
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    adapter, x_t = random_adapter(teacher, tmp_path / "adapter"), noise(teacher, 1)
+    expected = stock_control(name, folders[name], adapter, image, x_t, guidance)
+
+    both = controlled(teacher, [Control(adapter, image, 0.7)])
+    model = Guided(both, teacher.encode_text([""]), guidance)
+    conditioning = teacher.encode_text([PROMPT[name]])
     images = teacher.decode(sample_ode(model, teacher.scheduler, conditioning, x_t, 4))
-    expected_images = torch.from_numpy(expected.images).permute(0, 3, 1, 2)
-    torch.testing.assert_close(images, expected_images, rtol=0, atol=2e-4)
+    torch.testing.assert_close(images, expected, rtol=0, atol=2e-4)
     without = teacher.decode(
-        sample_ode(Guided(teacher, model.uncond, 3.0), teacher.scheduler, conditioning, x_t, 4)
+        sample_ode(Guided(teacher, model.uncond, guidance), teacher.scheduler, conditioning, x_t, 4)
     )
     assert (images - without).abs().max() > 0.005
 
 
-def test_a_transformer_has_no_adapters(folders: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match="has a SD3Transformer2DModel: give a teacher of Stable Diffusion"):
-        make_adapter(load(folders, "sd3"))
+def stock_control(
+    name: str, folder: Path, adapter: AdapterNetwork, image: Tensor, x_t: Tensor, guidance: float
+) -> Tensor:
+    """What the family's own pipeline of adapters draws at a weight of 0.7."""
+    parts = DiffusionPipeline.from_pretrained(folder).components
+    array = image.permute(0, 2, 3, 1).numpy()  # tensors would not be brought to [-1, 1]
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np"}
+    options |= {"controlnet_conditioning_scale": 0.7, "latents": x_t}
+    if name == "sdxl":
+        pipeline = StableDiffusionXLControlNetPipeline(**parts, controlnet=adapter, add_watermarker=False)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.scheduler.register_to_config(clip_sample=False)
+        options |= {"image": image, "guidance_scale": guidance}
+    elif name == "sd3":
+        pipeline = StableDiffusion3ControlNetPipeline(**parts, controlnet=adapter)
+        options |= {"control_image": array, "guidance_scale": guidance}
+    else:
+        pipeline = FluxControlNetPipeline(**parts, controlnet=adapter)
+        tokens = x_t.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 2, 4, 1, 3, 5)
+        options |= {"latents": tokens.flatten(3).flatten(1, 2), "control_image": array}
+        options |= {"guidance_scale": 3.5, "height": 32, "width": 32}
+    pipeline.set_progress_bar_config(disable=True)
+    return torch.from_numpy(pipeline(PROMPT[name], **options).images).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_an_adapter_of_a_transformer_learns(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Untrained it changes nothing; updates lower the loss of its batch, and leave the teacher as it is."""
+    teacher = require_latent(load(folders, name))
+    before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
+    config = dict(teacher.network.config)
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    conditioning = Conditioning.cat([teacher.encode_text([PROMPT[name]]), teacher.encode_text([""])])
+    cache = LatentCache(teacher.encode_images(images), conditioning, torch.zeros(8, dtype=torch.long))
+    options = AdapterOptions(batch=4, learning_rate=1e-2)
+    run = Run(run_options(tmp_path / "run", 12), {}, "adapter")
+    trainer = AdapterTrainer(run, teacher, cache, (images * 255).byte(), "edges", options)
+    batch = next(trainer.batches(0))
+    plain = teacher.denoising_loss(batch.latents, batch.noise, batch.t, batch.conditioning)
+    assert torch.equal(trainer.loss(batch), plain)
+    trainer.train()
+    assert float(trainer.loss(batch)) < 0.98 * float(plain)
+    assert all(torch.equal(value, before[key]) for key, value in teacher.network.state_dict().items())
+    assert dict(teacher.network.config) == config
+
+
+def test_an_adapter_of_another_family(folders: dict[str, Path], tmp_path: Path) -> None:
+    sd3, flux = (require_latent(load(folders, name)) for name in ("sd3", "flux"))
+    control = Control(make_adapter(sd3), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match="the adapter belongs to another teacher"):
+        controlled(flux, [control])
+    with pytest.raises(UserError, match="there are no adapters of a UNet2DModel, which"):
+        make_adapter(load(folders, "digits"))  # type: ignore[arg-type]
 
 
 # Bad input

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distill.control.adapter import Control, ControlOptions, load_adapter, make_adapter, save_adapter
+from distill.control.adapter import ControlOptions, load_adapter, make_adapter, save_adapter
+from distill.control.network import Control
 from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_mismatch
 from distill.evaluation.probe import Probe, ProbeOptions, load_probe, save_probe
 from distill.one_step.folder import load_student, save_student
