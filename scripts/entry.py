@@ -19,6 +19,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+from arguments import forced, named, quoted  # noqa: E402
+
 from distill.runtime.config import build, defaults_of, fields_of  # noqa: E402
 from distill.runtime.errors import UserError, allocation_error  # noqa: E402
 from distill.runtime.experiment import (  # noqa: E402
@@ -48,35 +50,6 @@ def groups() -> dict[str, list[str]]:
     """The config groups, each with the names of its configs."""
     folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
     return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
-
-
-def quoted(argument: str, sweep: bool = False) -> str:
-    """`prompt=a red teapot, please` as hydra's grammar reads it; quoted values and lists stay.
-
-    In a sweep each value between commas is quoted, so that `prompt=a red cube,a blue cube` are two.
-    """
-    key, equals, value = argument.partition("=")
-    if not equals or argument.startswith("-") or not re.search(r"\s", value) or value[:1] in "\"'[{":
-        return argument
-    values = [part.strip() for part in value.split(",")] if sweep else [value]
-    escaped = (part.replace("\\", "\\\\").replace('"', '\\"') for part in values)
-    return f"{key}=" + ",".join(f'"{part}"' for part in escaped)
-
-
-def named(arguments: list[str], positional: str | None) -> list[str]:
-    """Arguments; those without a name (`"a red teapot" "a blue torus"`) become the list `positional`."""
-    bare = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
-    if positional is None or not bare or {"--cfg", "-c", "--package", "-p"} & set(arguments):
-        return arguments
-    texts = ", ".join('"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"' for text in bare)
-    return [argument for argument in arguments if argument not in bare] + [f"{positional}=[{texts}]"]
-
-
-def forced(argument: str, chosen: Container[str]) -> str:
-    """`key=value` as `++key=value`, as a key that no YAML holds needs; hydra's and `chosen` groups stay."""
-    key, equals, _ = argument.partition("=")
-    own = argument[:1] in ("-", "+", "~") or re.split("[./]", key)[0] == "hydra" or key in chosen
-    return argument if own or not equals else f"++{argument}"
 
 
 def with_implied(arguments: list[str], chosen: Container[str]) -> list[str]:

@@ -50,8 +50,13 @@ def _report(mistake: UserError) -> None:
 
     job = ", ".join(HydraConfig.get().overrides.task)
     print(f"error: {mistake} ({job})", file=sys.stderr)
+    record_failure(f"{job}: {mistake}")
+
+
+def record_failure(sentence: str) -> None:
+    """Tell the process that started the sweep of a job that failed."""
     path = Path(os.environ[FAILURES]) / f"{uuid.uuid4().hex}.json"
-    path.write_text(json.dumps(f"{job}: {mistake}"))
+    path.write_text(json.dumps(sentence))
 
 
 def run_sweep(script: str, start: Callable[[SweepJob], None]) -> None:

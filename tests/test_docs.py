@@ -134,7 +134,7 @@ SCRIPTS = [command for command in COMMANDS if re.match(r"(python|torchrun .*) sc
 
 def test_commands_are_found() -> None:
     assert len(SCRIPTS) > 60
-    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"entry", "sweep"} == {
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} - {"entry", "sweep", "arguments"} == {
         re.search(r"scripts/(\w+)\.py", command)[1]  # type: ignore[index]
         for command in SCRIPTS
     }
@@ -202,7 +202,9 @@ def option_mentions(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_options_exist(page: Path) -> None:
     scripts = [
-        entry_of(path.stem) for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("entry", "sweep")
+        entry_of(path.stem)
+        for path in (ROOT / "scripts").glob("*.py")
+        if path.stem not in ("entry", "sweep", "arguments")
     ]
     classes = [arguments[1] for arguments in scripts if arguments is not None]
     groups = {key for cls in classes for key, hint in typing.get_type_hints(cls).items() if _nested(hint)}

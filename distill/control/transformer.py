@@ -43,8 +43,20 @@ class ControlledTransformer(ControlledNetwork):
             self._latents[id(control.adapter)] = (control.images, latents)
         return latents
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, **inputs: Any) -> Any:
-        """As the transformer's, with its inputs; `timestep` (B,) is in the transformer's own unit."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Any:
+        """As the transformer's, in its own units; positions and guidance are Flux's."""
+        own = {"img_ids": img_ids, "txt_ids": txt_ids, "guidance": guidance}
+        inputs = {name: value for name, value in own.items() if value is not None}
+        inputs |= {"encoder_hidden_states": encoder_hidden_states, "pooled_projections": pooled_projections}
         t = self.times(timestep) - 1  # of a control's range, which ends after the last time
 
         def call(control: Control) -> Sequence[Tensor]:
@@ -62,7 +74,12 @@ class ControlledTransformer(ControlledNetwork):
 
     @abstractmethod
     def call_adapter(
-        self, adapter: Any, hidden_states: Tensor, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]
+        self,
+        adapter: Any,
+        hidden_states: Tensor,
+        latents: Tensor,
+        timestep: Tensor,
+        inputs: dict[str, Tensor],
     ) -> Sequence[Tensor]:
         """The adapter's outputs (B, N, D), of latents (B, C, h, w) of its images."""
 
@@ -80,7 +97,12 @@ class ControlledSD3(ControlledTransformer):
         return timestep
 
     def call_adapter(
-        self, adapter: Any, hidden_states: Tensor, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]
+        self,
+        adapter: Any,
+        hidden_states: Tensor,
+        latents: Tensor,
+        timestep: Tensor,
+        inputs: dict[str, Tensor],
     ) -> Sequence[Tensor]:
         """As of every controlled transformer.
 
@@ -111,11 +133,16 @@ class ControlledFlux(ControlledTransformer):
         return timestep * self.schedule.num_train_timesteps
 
     def call_adapter(
-        self, adapter: Any, hidden_states: Tensor, latents: Tensor, timestep: Tensor, inputs: dict[str, Any]
+        self,
+        adapter: Any,
+        hidden_states: Tensor,
+        latents: Tensor,
+        timestep: Tensor,
+        inputs: dict[str, Tensor],
     ) -> Sequence[Tensor]:
         """As of every controlled transformer; first the outputs for the blocks of text and image."""
         dtype = adapter.dtype
-        own = {name: value.to(dtype) for name, value in inputs.items() if isinstance(value, Tensor)}
+        own = {name: value.to(dtype) for name, value in inputs.items()}
         if not adapter.config.guidance_embeds:
             own.pop("guidance", None)
         joint, single = adapter(

@@ -4,8 +4,10 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import arguments as words
 import entry
 import pytest
 from command_line import ROOT
@@ -22,6 +24,7 @@ from distill.one_step.points import PointOptions
 from distill.one_step.regression import PairOptions
 from distill.one_step.trainer import OneStepOptions
 from distill.runtime.config import TARGET, as_mapping, build, defaults_of, fields_of, target_class
+from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.help import comments, help_lines
 from distill.runtime.shipped import resolve
@@ -33,7 +36,9 @@ from sds3d.viewer import ViewerOptions
 from sds3d.world.world import WorldOptions
 
 SCRIPTS = sorted(
-    path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem not in ("entry", "sweep", "doctor")
+    path.stem
+    for path in (ROOT / "scripts").glob("*.py")
+    if path.stem not in ("entry", "sweep", "arguments", "doctor")
 )
 REQUIRED = {  # what a user must give
     "text_to_3d": ["prompt=a red teapot"],
@@ -91,7 +96,7 @@ def composed(script: str, *arguments: str) -> Any:
     name = script if (ROOT / "configs" / f"{script}.yaml").is_file() else "base"
     entry.register_resolvers(config_class(script))
     chosen = entry.chosen_groups(name)
-    return entry.compose_config(name, [entry.forced(entry.quoted(a), chosen) for a in arguments])
+    return entry.compose_config(name, [words.forced(words.quoted(a), chosen) for a in arguments])
 
 
 def options_of(script: str, *arguments: str) -> Any:
@@ -235,7 +240,7 @@ def test_help_shows_default_type_and_comment() -> None:
     ],
 )
 def test_forced(argument: str, forced: str) -> None:
-    assert entry.forced(argument, ["objective"]) == forced
+    assert words.forced(argument, ["objective"]) == forced
 
 
 def test_a_picture_brings_its_defaults() -> None:
@@ -269,15 +274,28 @@ def test_a_picture_brings_its_defaults() -> None:
 
 
 def test_arguments_without_a_name() -> None:
-    assert entry.named(["a red cube", "x=1", "a duck"], "prompts") == [
+    assert words.named(["a red cube", "x=1", "a duck"], "prompts") == [
         "x=1",
         'prompts=["a red cube", "a duck"]',
     ]
-    assert entry.named(["a red cube"], None) == ["a red cube"]
-    assert entry.quoted("prompt=a red teapot") == 'prompt="a red teapot"'
-    assert entry.quoted("prompts=[a red teapot]") == "prompts=[a red teapot]"
-    assert entry.quoted("prompt=a cube,a duck", sweep=True) == 'prompt="a cube","a duck"'
-    assert entry.quoted("prompt='a cube, a duck',x", sweep=True) == "prompt='a cube, a duck',x"
+    assert words.named(["a red cube"], None) == ["a red cube"]
+    assert words.quoted("prompt=a red teapot") == 'prompt="a red teapot"'
+    assert words.quoted("prompts=[a red teapot]") == "prompts=[a red teapot]"
+    assert words.quoted("prompt=a cube,a duck", sweep=True) == 'prompt="a cube","a duck"'
+    assert words.quoted("prompt='a cube, a duck',x", sweep=True) == "prompt='a cube, a duck',x"
+
+
+def test_lines_of_a_file_are_the_values_of_a_sweep(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text('a red cube, please\n\n a "blue" duck\na red cube, please\n')
+    expected = 'prompt="a red cube, please","a \\"blue\\" duck"'
+    assert words.quoted(f"prompt=@{path}", sweep=True) == expected
+    assert words.quoted(f"prompt=@{path}") == f"prompt=@{path}"
+    path.write_text("\n")
+    with pytest.raises(UserError, match="has no lines: give a text file with a value on each line"):
+        words.quoted(f"prompt=@{path}", sweep=True)
+    with pytest.raises(UserError, match="cannot be read"):
+        words.quoted(f"prompt=@{tmp_path / 'other'}", sweep=True)
 
 
 NO_NETWORK = {"make_shapes", "plan"}  # nothing is computed on a device, or on one that its options describe

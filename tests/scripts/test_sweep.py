@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from command_line import ROOT
 
-LAUNCHERS = {"basic": [], "joblib": ["hydra.launcher.n_jobs=2"], "submitit_local": []}
+LAUNCHERS = {
+    "basic": [],
+    "joblib": ["hydra.launcher.n_jobs=2"],
+    "submitit_local": [],
+    "ray": ["hydra.launcher.workers=2"],
+}
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -16,10 +21,12 @@ def test_a_sweep_of_prompts(launcher: str, tiny_teacher_folder: Path, tmp_path: 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "scripts" / "optimise_image.py"), "--multirun"]
     command += [f"hydra/launcher={launcher}", *LAUNCHERS[launcher], f"teacher={tiny_teacher_folder}"]
-    command += ["prompt=a red cube,a blue blob,a blue cube", "run.seed=0,1", "run.steps=2", "run.trackers=[]"]
+    (tmp_path / "prompts.txt").write_text("a red cube\n\na blue blob\na blue cube\na red cube\n")
+    prompts = "prompt=a red cube,a blue blob,a blue cube" if launcher == "basic" else "prompt=@prompts.txt"
+    command += [prompts, "run.seed=0,1", "run.steps=2", "run.trackers=[]"]
     command += ["optimise_image.particles=1", "optimise_image.frames=1"]
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert result.returncode == 2, result.stderr[-3000:]
     last = result.stderr.strip().splitlines()[-1]
@@ -28,4 +35,4 @@ def test_a_sweep_of_prompts(launcher: str, tiny_teacher_folder: Path, tmp_path: 
     written = sorted(path.parent.name for path in (tmp_path / "outputs").glob("optimise_image/*/result.json"))
     names = [f"a-{colour}-cube-sds-seed{seed}" for colour in ("blue", "red") for seed in (0, 1)]
     assert written == names
-    assert {path.name for path in tmp_path.iterdir()} == {"outputs"}  # hydra leaves nothing beside them
+    assert {path.name for path in tmp_path.iterdir()} == {"outputs", "prompts.txt"}  # hydra leaves nothing

@@ -82,7 +82,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "train_probe": [*RUN, "probe.batch=4", "probe.width=8"],
     "train_teacher": TEACHER,
 }  # fmt: skip
-APART = {"entry", "sweep", "view"}  # no script; a server, which has a test of its own
+APART = {"entry", "sweep", "arguments", "view"}  # no script; a server, which has a test of its own
 TRAINED = {"distill_one_step": "outputs/one_step", "text_to_3d": "outputs/text_to_3d",
            "train_controlnet": "outputs/adapter"}  # fmt: skip
 GROUPS = {
