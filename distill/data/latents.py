@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
@@ -80,7 +81,7 @@ def cache_latents(
     `conditioning` (K + 1 rows) belongs to the K distinct `captions` and the empty prompt.
     """
     levels = (grey_levels(len(data)) if backgrounds is None else backgrounds).to(data.images.device)
-    parts = torch.arange(len(data)).split(batch)
+    parts = tqdm(torch.arange(len(data)).split(batch), desc="latents", unit="batch", mininterval=5, delay=5)
     latents = torch.cat([encode_images(data.composite(part, levels[part])).cpu() for part in parts])
     index = {text: i for i, text in enumerate(captions)}
     return LatentCache(latents, conditioning.to("cpu"), torch.tensor([index[text] for text in data.texts]))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
 from distill.data.folders import CaptionedImages, grey_levels, load_split
@@ -48,7 +49,7 @@ def encode_split(parts: TeacherParts, data: CaptionedImages) -> tuple[LatentCach
         return cache_latents(encode, data, captions, Conditioning(embeddings), grey_levels(len(data))), None
     levels = group_backgrounds(len(data), group_size_of(data)).to(data.images.device)
     cache = cache_latents(encode, data, captions, Conditioning(embeddings), levels)
-    pieces = torch.arange(len(data)).split(256)
+    pieces = tqdm(torch.arange(len(data)).split(256), desc="pictures", unit="batch", mininterval=5, delay=5)
     pictures = (data.composite(piece, levels[piece]).to(clip.device) for piece in pieces)
     embedding = torch.cat([image_features(clip, images).cpu() for images in pictures])
     return cache, label_views(data, embedding)
