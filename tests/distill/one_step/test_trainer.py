@@ -378,6 +378,7 @@ def test_the_scripts_train_and_evaluate(tiny_teacher_folder: Path, world: Path, 
         ["distill.shard=true"],
         ["distill.shard=true", "method.objective.critic.kind=lora"],
         ["distill.shard=true", "method=consistency"],
+        ["distill.shard=true", "method=progressive"],
     ],
 )
 def test_two_processes_give_the_result_of_one(
@@ -408,11 +409,10 @@ def test_two_processes_give_the_result_of_one(
         # sharded convolutions round otherwise, and Adam makes steps of rounding errors
         assert float((one - two).norm()) < (0.06 if "true" in extra[0] else 0.02) * float(change), part
 
-    weights = "student/unet/diffusion_pytorch_model.safetensors"
+    weights, before = "student/unet/diffusion_pytorch_model.safetensors", tiny_teacher.network.state_dict()
     averaged = [load_file(tmp_path / name / weights) for name in ("one", "two")]
-    assert all(
-        torch.isclose(value, averaged[1][name], atol=2e-2).all() for name, value in averaged[0].items()
-    )
+    one, two = (torch.cat([(state[k].float() - before[k]).flatten() for k in before]) for state in averaged)
+    assert float((one - two).norm()) < 0.1 * float(one.norm())  # saved in half precision
     resumed = [f"run.directory={tmp_path / 'two'}", "run.steps=4"]
     assert "written: " in script("distill_one_step", *inputs, *options, *resumed)
 
