@@ -376,9 +376,9 @@ def test_the_scripts_train_and_evaluate(tiny_teacher_folder: Path, world: Path, 
     [
         ["distill.shard=false"],
         ["distill.shard=true"],
-        ["distill.shard=true", "method.objective.critic.kind=lora"],
-        ["distill.shard=true", "method=consistency"],
-        ["distill.shard=true", "method=progressive"],
+        pytest.param(["distill.shard=true", "method.objective.critic.kind=lora"], marks=pytest.mark.slow),
+        pytest.param(["distill.shard=true", "method=consistency"], marks=pytest.mark.slow),
+        pytest.param(["distill.shard=true", "method=progressive"], marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_give_the_result_of_one(
