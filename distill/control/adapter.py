@@ -1,14 +1,13 @@
 """Adapters (ControlNet, arXiv:2302.05543): made of a teacher's network, given to it, saved and loaded."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
-from torch import Tensor
 
 from distill.control.network import AdapterNetwork, Control, ControlledUnet
 from distill.control.transformer import ControlledFlux, ControlledSD3, make_flux_adapter, make_sd3_adapter
@@ -84,7 +83,7 @@ def controlled(teacher: AnyTeacher, controls: Sequence[Control]) -> AnyTeacher:
     Raises `UserError` for a teacher of which there are no adapters, and for those of another one.
     """
     controlled_teacher = copy.copy(teacher)
-    controlled_teacher.denoiser = _controlled_denoiser(teacher.denoiser, controls, teacher.encode_images)
+    controlled_teacher.denoiser = _controlled_denoiser(teacher.denoiser, controls, teacher)
     return controlled_teacher
 
 
@@ -94,19 +93,21 @@ def controlled_student(student: Student, controls: Sequence[Control]) -> Student
 
 
 def _controlled_denoiser(
-    denoiser: Denoiser, controls: Sequence[Control], encode: Callable[[Tensor], Tensor] | None = None
+    denoiser: Denoiser, controls: Sequence[Control], teacher: Teacher | None = None
 ) -> DiffusersDenoiser:
-    transformer = isinstance(denoiser, (SD3Denoiser, FluxDenoiser)) and encode is not None
+    transformer = isinstance(denoiser, (SD3Denoiser, FluxDenoiser)) and teacher is not None
     if not isinstance(denoiser, UNetDenoiser) and not transformer:
         raise UserError(f"there are no adapters of a {type(denoiser).__name__}: leave the controls out")
     assert isinstance(denoiser, DiffusersDenoiser)
     network, schedule = denoiser.network, denoiser.schedule
     for control in controls:
         _check_shape(control.adapter, network)
-    if encode is None or isinstance(denoiser, UNetDenoiser):
+    if not transformer:
         return denoiser.with_network(ControlledUnet(network, schedule, controls))
+    assert isinstance(teacher, LatentTeacher)
     controlled_class = ControlledSD3 if isinstance(denoiser, SD3Denoiser) else ControlledFlux
-    return denoiser.with_network(controlled_class(network, schedule, controls, encode))
+    shift = teacher.latent_mean * teacher.vae.config.scaling_factor
+    return denoiser.with_network(controlled_class(network, schedule, controls, teacher.encode_images, shift))
 
 
 def _check_shape(adapter: AdapterNetwork, network: Any) -> None:

@@ -53,13 +53,16 @@ class Control:
         active = (fraction >= self.start - 1e-6) & (fraction < self.end - 1e-6)
         return (self.weight * active).float()[:, None, None, None]
 
-    def batch_images(self, count: int) -> Tensor:
-        """Images (count, 3, H, W). Raises `UserError` where count is not a multiple of their number."""
-        if count % len(self.images):
+    def repeated(self, values: Tensor, count: int) -> Tensor:
+        """Values (N, C, h, w) of the images, such as themselves, for a batch of `count`.
+
+        Raises `UserError` where count is not a multiple of their number.
+        """
+        if count % len(values):
             raise UserError(
-                f"{len(self.images)} control images for a batch of {count}: expected one, or one a sample"
+                f"{len(values)} control images for a batch of {count}: expected one, or one a sample"
             )
-        return self.images.repeat(count // len(self.images), 1, 1, 1)
+        return values.repeat(count // len(values), 1, 1, 1)
 
 
 class ControlledNetwork(nn.Module):
@@ -152,7 +155,7 @@ class ControlledUnet(ControlledNetwork):
 
         def call(control: Control) -> list[Tensor]:
             adapter, dtype = control.adapter, control.adapter.dtype
-            images = control.batch_images(len(x_t)).to(x_t.device, dtype)
+            images = control.repeated(control.images, len(x_t)).to(x_t.device, dtype)
             own = tree_map(partial(Tensor.to, dtype=dtype), inputs)
             output = adapter(x_t.to(dtype), t, controlnet_cond=images, **own)
             return [*output.down_block_res_samples, output.mid_block_res_sample]

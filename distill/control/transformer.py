@@ -28,10 +28,14 @@ class ControlledTransformer(ControlledNetwork):
         schedule: NoiseSchedule,
         controls: Sequence[Control],
         encode: Callable[[Tensor], Tensor],
+        shift: float = 0.0,
     ) -> None:
-        """encode: images (B, 3, H, W) in [0, 1] to the teacher's latents (B, C, h, w)."""
+        """encode: images (B, 3, H, W) in [0, 1] to the teacher's latents (B, C, h, w).
+
+        shift: what it subtracts from all of them.
+        """
         super().__init__(network, schedule, controls)
-        self.encode = encode
+        self.encode, self.shift = encode, shift
         self._latents: dict[int, tuple[Tensor, Tensor]] = {}  # by adapter: images, and what they encode to
 
     def latents_of(self, control: Control) -> Tensor:
@@ -60,8 +64,7 @@ class ControlledTransformer(ControlledNetwork):
         t = self.times(timestep) - 1  # of a control's range, which ends after the last time
 
         def call(control: Control) -> Sequence[Tensor]:
-            latents = self.latents_of(control)
-            latents = latents.repeat(len(hidden_states) // len(latents), 1, 1, 1)
+            latents = control.repeated(self.latents_of(control), len(hidden_states))
             return self.call_adapter(control.adapter, hidden_states, latents, timestep, inputs)
 
         added = self.weighted_sum(t, call, 3)
@@ -106,12 +109,13 @@ class ControlledSD3(ControlledTransformer):
     ) -> Sequence[Tensor]:
         """As of every controlled transformer.
 
-        As `StableDiffusion3ControlNetPipeline`, which gives some adapters no pooled embedding, and those of
-        SD 3.5 large embedded patches and no text.
+        As `StableDiffusion3ControlNetPipeline`, which gives some adapters no pooled embedding, and latents
+        that are not shifted, and those of SD 3.5 large embedded patches and no text.
         """
         own = {**inputs, "hidden_states": hidden_states, "controlnet_cond": latents}
         if adapter.config.force_zeros_for_pooled_projection:
             own["pooled_projections"] = torch.zeros_like(own["pooled_projections"])
+            own["controlnet_cond"] = latents + self.shift
         if adapter.pos_embed is None:
             own["hidden_states"] = self.network.pos_embed(hidden_states)
         if adapter.context_embedder is None:

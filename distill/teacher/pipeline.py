@@ -131,15 +131,15 @@ class LatentTeacher(PipelineTeacher):
         images.
         """
         posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() - self._shift) * self.vae.config.scaling_factor
+        return (posterior.mean.float() - self.latent_mean) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], clamped, of scaled latents; differentiable in the latents."""
-        unscaled = latents / self.vae.config.scaling_factor + self._shift
+        unscaled = latents / self.vae.config.scaling_factor + self.latent_mean
         image = self.vae.decode(unscaled.to(self.vae.dtype)).sample
         return (image.float() / 2 + 0.5).clamp(0, 1)
 
     @property
-    def _shift(self) -> float:
-        """The mean of latents, where the VAE has one (Stable Diffusion 3)."""
+    def latent_mean(self) -> float:
+        """What encoding subtracts from latents before they are scaled (Stable Diffusion 3, Flux)."""
         return self.vae.config.get("shift_factor") or 0.0

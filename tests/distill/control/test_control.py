@@ -199,7 +199,7 @@ def test_control_acts_in_its_range_only(tiny_teacher: LatentDiffusionTeacher) ->
     with pytest.raises(UserError, match="fractions of the denoising"):
         Control(control.adapter, disc(), 1.0, 0.8, 0.3)
     with pytest.raises(UserError, match="2 control images for a batch of 3"):
-        Control(control.adapter, disc(2)).batch_images(3)
+        control.repeated(disc(2), 3)
 
 
 def test_conditions_derived_from_images() -> None:

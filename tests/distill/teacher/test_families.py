@@ -285,15 +285,25 @@ def random_adapter(teacher: LatentTeacher, folder: Path) -> AdapterNetwork:
     return loaded
 
 
-@pytest.mark.parametrize(("name", "guidance"), [("sdxl", 3.0), ("sd3", 3.0), ("flux", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "guidance", "pooled"),
+    [("sdxl", 3.0, True), ("sd3", 3.0, True), ("sd3", 1.0, False), ("flux", 1.0, True)],
+)
 def test_an_adapter_draws_as_the_stock_pipeline(
-    name: str, guidance: float, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    guidance: float,
+    pooled: bool,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The stock pipelines of transformers draw the condition's latents at random: here their mean."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
     teacher = require_latent(load(folders, name))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     adapter, x_t = random_adapter(teacher, tmp_path / "adapter"), noise(teacher, 1)
+    if not pooled:  # as published adapters of Stable Diffusion 3, whose latents are not shifted either
+        adapter.register_to_config(force_zeros_for_pooled_projection=True)
     expected = stock_control(name, folders[name], adapter, image, x_t, guidance)
 
     both = controlled(teacher, [Control(adapter, image, 0.7)])
