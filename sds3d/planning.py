@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from sds3d.scene.cameras import sample_cameras
 from sds3d.scene.compositing import Samples
 from sds3d.scene.nerf import NerfOptions
 from sds3d.text_to_3d.mesh_control import MeshControl
-from sds3d.text_to_3d.picture import Picture
+from sds3d.text_to_3d.picture import CutOut
 from sds3d.text_to_3d.recipe import TextTo3dRecipe
 from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.stages.base import Stage
@@ -93,10 +94,15 @@ def expected_samples(recipe: TextTo3dRecipe, recorder: MetaRecorder) -> Iterator
 
 
 def blank_reference(recipe: TextTo3dRecipe, teacher: Teacher) -> ReferenceView:
-    """A picture of nothing: the work is that of any, without CLIP's and the estimate of the elevation."""
-    side = teacher.resolution
-    picture = Picture(torch.zeros(3, side, side), torch.zeros(1, side, side))
-    return ReferenceView(teacher, None, picture, 0.0, recipe.image_to_3d)
+    """A picture of nothing: the work is that of any, without CLIP's, the estimate of the elevation and the
+    alignment. It is taken to have a caption where a prompt is given.
+    """
+    options, side = recipe.image_to_3d, teacher.resolution
+    cut_out = CutOut(np.zeros((side, side, 3)), np.ones((side, side)), "plan")
+    captioned = options.condition != "picture" and bool(recipe.text_to_3d.prompt)
+    reference = ReferenceView(teacher, None, cut_out, 0.0, options, captioned=captioned)
+    reference.active = True
+    return reference
 
 
 def text_to_3d_subject(recipe: TextTo3dRecipe) -> Subject:

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from PIL import Image
 
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
-from sds3d.scene.cameras import Cameras, orbit
-from sds3d.text_to_3d.reference_view import DISTANCE, FOVY
+from sds3d.scene.cameras import Cameras
+from sds3d.text_to_3d.alignment import picture_camera
 from sds3d.world.assemblies import UNSEEN, make_assembly
 from sds3d.world.raycast import Albedo, RayCaster, render
 from sds3d.world.shapes import COLOURS, OBJECTS, RELATIONS, Shape, make_pair, make_shape, noun_phrase
@@ -162,8 +161,7 @@ class Subject:
 
     def camera(self, resolution: int) -> Cameras:
         """The camera of the picture."""
-        azimuth, elevation, distance, fovy = torch.tensor([*self.angles, DISTANCE, FOVY])[:, None]
-        return orbit(azimuth, elevation, distance, fovy, resolution)
+        return picture_camera(*self.angles, resolution)
 
     def save_picture(self, path: Path) -> None:
         """Write the picture as a PNG with transparency."""

@@ -78,9 +78,14 @@ def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
     figures = export_scene(scene, run.directory, options)
     figures |= {"prompt": prompt, "seed": run.options.seed, "teacher": teacher.name_or_path}
     figures |= {"nfe": trainer.nfe, "seconds_export": round(time.monotonic() - started, 1)}
-    if trainer.reference is not None:
-        figures |= reference_figures(trainer.reference, scene, run.directory)
-    elif (score := scene_clip_score(scene, teacher, prompt, options.clip)) is not None:
+    reference = trainer.reference
+    if reference is not None:
+        figures |= reference_figures(reference, scene, run.directory)
+    # Views are compared with view words: the front must be known.
+    score = None
+    if reference is None or reference.captioned:
+        score = scene_clip_score(scene, teacher, prompt, options.clip)
+    if score is not None:
         figures["clip_score"] = score
     return run.finish({**figures, "config": read_json(run.directory / "config.json")})
 
@@ -93,6 +98,8 @@ def reference_figures(reference: "ReferenceView", scene: Scene3D, folder: Path) 
     render = scene.render(reference.camera, background).rgb
     save_png(folder / "picture.png", image_grid(torch.cat([reference.picture.over(background), render]), 2))
     return {
+        "captioned": reference.captioned,
+        "azimuth": reference.azimuth,
         "elevation": reference.elevation,
         "elevation_estimated": reference.estimated,
         "reference_psnr": reference.psnr(render, background),

@@ -88,12 +88,12 @@ class TextTo3dContext:
         reference: ReferenceView | None = None,
     ) -> None:
         """control: a coarse mesh that fixes the shape, through an adapter of the teacher; reference: a
-        picture that the scene shows from azimuth 0.
+        picture that the scene shows.
         """
         if reference is not None:
             check_picture(options, objective)
-            # Nothing says which side of what a picture shows is its front.
-            options = replace(options, view_words=False)
+            if not reference.captioned:  # nothing says which side of what a picture shows is its front
+                options = replace(options, view_words=False)
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.reference = reference
         self.conditioned_teacher = teacher if control is None else control.teacher
@@ -169,9 +169,9 @@ class TextTo3dContext:
     def encode_picture(self, background: Tensor | None) -> PictureCondition | None:
         """What the teacher reads of the picture beside views over backgrounds (B, 3), by default a mean grey.
 
-        None without a picture.
+        None without a picture, and where a caption says what it shows.
         """
-        if self.reference is None:
+        if self.reference is None or self.reference.captioned:
             return None
         if background is None:
             background = torch.full((1, 3), sum(self.options.background) / 2, device=self.run.device)
@@ -234,6 +234,14 @@ class TextTo3dContext:
         with self.run.precision.autocast():
             return self.scene.regularization(views, weights, progress, generator)
 
+    def align_picture(self, step: int) -> None:
+        """Align a picture with a caption to the scene, if it is due at a step."""
+        reference = self.reference
+        due = None if reference is None else reference.aligned_from(self.run.options.steps)
+        if reference is not None and due is not None and step >= due and not reference.active:
+            reference.align(self.scene)
+            self.run.log(picture_azimuth=reference.azimuth, picture_elevation=reference.elevation)
+
     def reference_loss(self, reference: ReferenceView) -> Tensor:
         """The loss of the view from the picture's camera, over a random grey."""
         grey = grey_backgrounds(self.options.background, 1, self.run.generator)
@@ -246,7 +254,7 @@ class TextTo3dContext:
 
     def optimizer_step(self, loss: Tensor) -> None:
         """One update of the scene by a stage's loss and, with a picture, that of its view."""
-        if self.reference is not None:
+        if self.reference is not None and self.reference.active:
             loss = loss + self.reference_loss(self.reference)
         optimizer_step(self.optimizer, loss, scaler=self.run.scaler)
 

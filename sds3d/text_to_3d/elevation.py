@@ -12,7 +12,7 @@ from distill.core.teacher import Teacher
 from distill.core.views import POSE
 from distill.runtime.transfer import upload
 from sds3d.scene.cameras import orbit
-from sds3d.text_to_3d.reference_view import DISTANCE, FOVY
+from sds3d.text_to_3d.alignment import DISTANCE, FOVY
 from sds3d.text_to_3d.stages.orientation import NOISE_LEVELS, denoising_errors
 
 ELEVATIONS = (-5.0, 5.0, 15.0, 25.0, 35.0, 45.0, 55.0, 65.0)  # degrees, in equal steps

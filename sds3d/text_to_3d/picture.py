@@ -37,8 +37,75 @@ class Picture:
         return torch.cat([self.rgb, self.alpha])
 
 
-def load_picture(path: Path | str, resolution: int) -> Picture:
-    """The object of an image file, by its transparency or in front of a plain background, R = resolution.
+@dataclass(frozen=True)
+class Frame:
+    """Where an object lies on a square image: the middle of its silhouette's box, to the right and down from
+    the image's middle, and its farthest point's distance from there, all in half-widths of the image.
+    """
+
+    right: float = 0.0
+    down: float = 0.0
+    extent: float = EXTENT
+
+
+@dataclass(frozen=True)
+class CutOut:
+    """An object's colours (H, W, 3) and alpha (H, W) in [0, 1], of any size and place; `name` for errors."""
+
+    colours: np.ndarray
+    alpha: np.ndarray
+    name: str
+
+    def __post_init__(self) -> None:
+        """Raises `UserError` where the object is too small or nowhere opaque."""
+        rows, columns = np.nonzero(self.alpha > OPAQUE)
+        height, width = (int(np.ptp(index)) + 1 if len(index) else 0 for index in (rows, columns))
+        if max(height, width) < MIN_PIXELS:
+            raise UserError(
+                f"the object in {self.name} has {width} x {height} pixels: at least {MIN_PIXELS} along its "
+                "longer side are expected, give a larger picture or one that shows it nearer"
+            )
+
+    def picture(self, resolution: int, frame: Frame = Frame()) -> Picture:  # noqa: B008 (frozen)
+        """The object on a square image of R = resolution pixels a side, placed as `frame` says."""
+        (centre,), (radius,) = silhouette_bounds(torch.from_numpy(self.alpha)[None])
+        half = float(radius) / frame.extent  # of the square that is shown, in pixels
+        left, top = (centre.numpy() - half * (1 + np.array([frame.right, frame.down]))).tolist()
+        # Margins, so that the square lies within the image.
+        height, width = self.alpha.shape
+        outside = max(-left, -top, left + 2 * half - width, top + 2 * half - height, 0.0)
+        margin = int(np.ceil(outside)) + 1
+        values = np.concatenate([self.colours, self.alpha[..., None]], 2)
+        values = np.pad(values, ((margin, margin), (margin, margin), (0, 0)))
+        image = Image.fromarray((values * 255 + 0.5).astype(np.uint8), "RGBA")
+        left, top = left + margin, top + margin
+        box = (left, top, left + 2 * half, top + 2 * half)
+        square = image.resize((resolution, resolution), Image.Resampling.HAMMING, box)  # alpha premultiplied
+        rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
+        return Picture(rgba[:3], rgba[3:])
+
+
+def silhouette_bounds(alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Middles (B, 2), right and down in pixels from the corner, of the boxes of silhouettes alpha (B, H, W),
+    and the distances (B,) of their farthest points from there; not a number where nothing is opaque.
+    """
+    opaque = alpha > OPAQUE
+    middles = []
+    for axis in (1, 2):  # columns, then rows
+        hit = opaque.any(axis)
+        index = torch.arange(hit.shape[1], device=alpha.device).expand_as(hit)
+        first = index.masked_fill(~hit, hit.shape[1]).amin(1)
+        last = index.masked_fill(~hit, -1).amax(1)
+        middles.append((first + last + 1) / 2)
+    right, down = middles
+    rows, columns = (torch.arange(side, device=alpha.device) + 0.5 for side in alpha.shape[1:])
+    distance = torch.hypot(columns - right[:, None, None], rows[:, None] - down[:, None, None])
+    radius = distance.masked_fill(~opaque, -torch.inf).flatten(1).amax(1) + 0.5
+    return torch.stack(middles, 1), radius.masked_fill(~opaque.flatten(1).any(1), torch.nan)
+
+
+def load_cut_out(path: Path | str) -> CutOut:
+    """The object of an image file, by its transparency or in front of a plain background.
 
     Raises `UserError` for a file that is no image, a background that is not plain and an object too small.
     """
@@ -48,37 +115,7 @@ def load_picture(path: Path | str, resolution: int) -> Picture:
         colours, alpha = values[..., :3], values[..., 3]
     else:
         colours, alpha = cut_out(values[..., :3], str(path))
-    return normalise(colours, alpha, resolution, str(path))
-
-
-def normalise(colours: np.ndarray, alpha: np.ndarray, resolution: int, name: str) -> Picture:
-    """Colours (H, W, 3) and alpha (H, W) in [0, 1], centred and scaled to `EXTENT`.
-
-    Raises `UserError`, which calls the picture `name`, where the object is too small or nowhere opaque.
-    """
-    rows, columns = np.nonzero(alpha > OPAQUE)
-    size = max(np.ptp(rows), np.ptp(columns)) + 1 if len(rows) else 0
-    if size < MIN_PIXELS:
-        height = np.ptp(rows) + 1 if len(rows) else 0
-        width = np.ptp(columns) + 1 if len(rows) else 0
-        raise UserError(
-            f"the object in {name} has {width} x {height} pixels: at least {MIN_PIXELS} along its longer "
-            "side are expected, give a larger picture or one that shows it nearer"
-        )
-    centre = np.array([rows.min() + rows.max() + 1, columns.min() + columns.max() + 1]) / 2
-    radius = np.hypot(rows + 0.5 - centre[0], columns + 0.5 - centre[1]).max() + 0.5
-    half = float(radius) / EXTENT  # of the square that is shown, in pixels
-
-    # A margin, so that the square lies within the image.
-    margin = int(np.ceil(half)) + 1
-    values = np.concatenate([colours, alpha[..., None]], 2)
-    values = np.pad(values, ((margin, margin), (margin, margin), (0, 0)))
-    image = Image.fromarray((values * 255 + 0.5).astype(np.uint8), "RGBA")
-    top, left = centre + margin - half
-    box = (left, top, left + 2 * half, top + 2 * half)
-    square = image.resize((resolution, resolution), Image.Resampling.HAMMING, box)  # alpha premultiplied
-    rgba = torch.from_numpy(np.asarray(square).copy()).permute(2, 0, 1).float() / 255
-    return Picture(rgba[:3], rgba[3:])
+    return CutOut(colours, alpha, str(path))
 
 
 def _open(path: Path | str) -> Image.Image:

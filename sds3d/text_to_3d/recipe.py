@@ -1,6 +1,6 @@
 """A run from a prompt or a picture to its files, for the command line, the benchmark and Python scripts."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from sds3d.scene.protocol import SceneOptions
 from sds3d.text_to_3d.context import check_picture
 from sds3d.text_to_3d.elevation import NFE, estimate_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
-from sds3d.text_to_3d.picture import Picture, load_picture
+from sds3d.text_to_3d.picture import CutOut, load_cut_out
+from sds3d.text_to_3d.recognition import recognise, world_captions
 from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
@@ -59,33 +60,56 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     control = None
     if recipe.control is not None:
         control = MeshControl(require_latent(teacher), recipe.control)
-    picture = None if recipe.image is None else read_picture(recipe, teacher, recipe.image)
+    cut_out = None if recipe.image is None else read_picture(recipe, teacher, recipe.image)
     label = recipe.text_to_3d.prompt or Path(recipe.image or "").stem
     run = Run(recipe.run, as_mapping(recipe), label)
-    reference = None if picture is None else make_reference(recipe, teacher, picture)
-    return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control, reference)
+    options, reference = recipe.text_to_3d, None
+    if cut_out is not None:
+        options, reference = make_reference(recipe, teacher, cut_out)
+    return TextTo3d(run, teacher, recipe.scene, recipe.objective, options, control, reference)
 
 
-def read_picture(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> Picture:
+def read_picture(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> CutOut:
     """The picture of a run. Raises `UserError` for one that cannot be used, and a teacher that takes none."""
     check_takes_pictures(teacher)
     check_picture(recipe.text_to_3d, recipe.objective)
-    return load_picture(image, teacher.resolution)
+    if recipe.image_to_3d.condition == "caption" and not recipe.text_to_3d.prompt:
+        raise UserError(
+            "image_to_3d.condition is caption and the prompt is empty: give a prompt that says what the "
+            "picture shows, or condition=auto to have it recognised"
+        )
+    return load_cut_out(image)
 
 
-def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, picture: Picture) -> ReferenceView:
-    """The picture with the elevation of its camera, estimated where it is not given."""
-    elevation, nfe = recipe.image_to_3d.elevation, 0
+def make_reference(
+    recipe: TextTo3dRecipe, teacher: Teacher, cut_out: CutOut
+) -> tuple[TextTo3dOptions, ReferenceView]:
+    """The picture, with the run's options, in which the prompt is its caption, where it has one.
+
+    Without a caption the elevation of its camera is estimated, where it is not given.
+    """
+    chosen, options = recipe.image_to_3d, recipe.text_to_3d
+    picture = cut_out.picture(teacher.resolution)
+    scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
+    caption = "" if chosen.condition == "picture" else options.prompt
+    if chosen.condition == "auto" and not caption and scorer is not None:
+        caption = recognise(scorer, picture, world_captions(teacher), chosen.min_similarity)
+        if caption:
+            print(f"the picture shows {caption}, recognised by CLIP (image_to_3d.condition=auto)")
+    clip = None if scorer is None else scorer.model
+    elevation, nfe = chosen.elevation, 0
+    if caption:
+        options = replace(options, prompt=caption)
+        reference = ReferenceView(teacher, clip, cut_out, elevation or 0.0, chosen, captioned=True)
+        return options, reference
     if elevation is None:
-        grey = picture.over(torch.full((1, 3), sum(recipe.text_to_3d.background) / 2))
-        elevation = estimate_elevation(teacher, grey, recipe.text_to_3d.prompt, recipe.run.seed)
+        grey = picture.over(torch.full((1, 3), sum(options.background) / 2))
+        elevation = estimate_elevation(teacher, grey, options.prompt, recipe.run.seed)
         nfe = NFE
         print(
             f"elevation of the picture's camera: {elevation:.0f} degrees, estimated (image_to_3d.elevation)"
         )
-    scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
-    clip = None if scorer is None else scorer.model
-    return ReferenceView(teacher, clip, picture, elevation, recipe.image_to_3d, nfe)
+    return options, ReferenceView(teacher, clip, cut_out, elevation, chosen, nfe)
 
 
 def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:

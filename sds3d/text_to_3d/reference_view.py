@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -13,24 +13,31 @@ from distill.objectives.options import LinearSchedule, resolve
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
 from distill.teacher.pictures import PictureCondition, check_takes_pictures, encode_pictures
-from sds3d.scene.cameras import CameraOptions, Cameras, orbit
-from sds3d.scene.protocol import RenderedViews
-from sds3d.text_to_3d.picture import Picture
-
-DISTANCE, FOVY = 3.0, 35.0  # of the picture's camera: what `EXTENT` of `picture.py` belongs to
+from sds3d.scene.cameras import CameraOptions
+from sds3d.scene.protocol import RenderedViews, Scene3D
+from sds3d.text_to_3d.alignment import align_picture, picture_camera
+from sds3d.text_to_3d.picture import CutOut, Picture
 
 
 @dataclass(frozen=True)
 class ImageTo3dOptions:
-    """The picture's camera, and how closely the scene follows the picture.
+    """What the teacher knows the object by, the picture's camera, and how closely the scene follows it.
+
+    By its picture: the teacher is given it, and azimuths count from it. By a caption: views are sampled as
+    from a prompt, and the picture is aligned to the scene at `align_at`, from where on its view counts.
 
     The weights are of mean squared errors, on the scale of the objective: those of the code of DreamGaussian
     (Tang et al. 2023, arXiv:2309.16653), which raises them from 0, as {start: 0, end: 10000} does here.
     """
 
-    elevation: float | None = None  # degrees of the picture's camera; null: estimated with the teacher
+    elevation: float | None = None  # degrees of the picture's camera; null: estimated
     rgb_weight: float | LinearSchedule = 10_000.0  # of the view's colours, over a random grey
     mask_weight: float | LinearSchedule = 1_000.0  # of its opacity
+    condition: Literal["auto", "picture", "caption"] = (
+        "auto"  # auto: a caption, if a prompt is given or the picture is recognised as one of the world's objects
+    )
+    min_similarity: float = 0.76  # cosine to a caption by the teacher's CLIP, from which on it is recognised
+    align_at: float = 0.5  # fraction of the run
 
     def __post_init__(self) -> None:
         low, high = CameraOptions().elevation
@@ -39,46 +46,64 @@ class ImageTo3dOptions:
                 f"image_to_3d.elevation is {self.elevation:g}: degrees within [{low:g}, {high:g}] are "
                 "expected, those of the teacher's cameras, or null to estimate it"
             )
+        if not 0 <= self.align_at < 1:
+            raise UserError(f"image_to_3d.align_at is {self.align_at}: a fraction in [0, 1) is expected")
         for name in ("rgb_weight", "mask_weight"):
             value = vars(self)[name]
             if min(resolve(value, 0.0), resolve(value, 1.0)) < 0:
                 raise UserError(f"image_to_3d.{name} is {value}: 0 or more is expected")
 
 
-def picture_camera(elevation: float, resolution: int) -> Cameras:
-    """The camera of a picture: azimuth 0, from which the azimuths of all views are counted."""
-    azimuth, phi, distance, fovy = torch.tensor([[0.0], [elevation], [DISTANCE], [FOVY]])
-    return orbit(azimuth, phi, distance, fovy, resolution)
-
-
 @final
 class ReferenceView:
-    """A picture with the elevation of its camera; checkpoints hold both, so that a resumed run keeps them."""
+    """A picture with the angles of its camera; checkpoints hold all, so that a resumed run keeps them.
+
+    With a caption it is `active`, its view counts, once it is aligned to the scene; else from the beginning.
+    """
 
     def __init__(
         self,
         teacher: Teacher,
         clip: CLIPModel | None,
-        picture: Picture,
+        cut_out: CutOut,
         elevation: float,
         options: ImageTo3dOptions,
         nfe: int = 0,
+        captioned: bool = False,
     ) -> None:
-        """clip: the teacher's own, for its embedding of the picture; nfe: what the estimate of the elevation
-        took. Raises `UserError` for a teacher that takes no pictures.
+        """clip: the teacher's own, for its embedding of the picture; elevation in degrees, with a caption
+        until it is aligned; nfe: what its estimate took. Raises `UserError` for a teacher that takes no
+        pictures.
         """
         check_takes_pictures(teacher)
         self.teacher, self.clip, self.options, self.nfe = teacher, clip, options, nfe
+        self.cut_out, self.captioned, self.active = cut_out, captioned, not captioned
         self.estimated = options.elevation is None
-        self._set_picture(picture, elevation)
+        self._set_picture(cut_out.picture(teacher.resolution), 0.0, elevation)
 
-    def _set_picture(self, picture: Picture, elevation: float) -> None:
-        """Take over a picture and its elevation in degrees."""
+    def _set_picture(self, picture: Picture, azimuth: float, elevation: float) -> None:
+        """Take over a picture and its angles in degrees."""
         device = self.teacher.device
         self.picture = Picture(upload(picture.rgb, device), upload(picture.alpha, device))
-        self.elevation = elevation
-        camera = picture_camera(elevation, picture.rgb.shape[-1])
+        self.azimuth, self.elevation = azimuth, elevation
+        camera = picture_camera(azimuth, elevation, picture.rgb.shape[-1])
         self.camera, self.pose = camera.to(device), upload(camera.view_poses(), device)
+
+    def aligned_from(self, steps: int) -> int | None:
+        """The step of a run of `steps` at which it is aligned to the scene; None without a caption."""
+        return round(self.options.align_at * steps) if self.captioned else None
+
+    def align(self, scene: Scene3D) -> None:
+        """Take over the camera from which a scene looks most like the picture, and become active.
+
+        A scene without any opaque view leaves the camera as it is.
+        """
+        resolution = self.teacher.resolution
+        found = align_picture(scene, self.cut_out, resolution, self.options.elevation)
+        if found is not None:
+            picture = self.cut_out.picture(resolution, found.frame)
+            self._set_picture(picture, found.azimuth, found.elevation)
+        self.active = True
 
     def condition(self, backgrounds: Tensor) -> PictureCondition:
         """What the teacher reads of the picture over backgrounds (G, 3), one a group of views."""
@@ -106,9 +131,12 @@ class ReferenceView:
         return float(-10 * error.clamp_min(1e-10).log10())
 
     def state_dict(self) -> Mapping[str, Any]:
-        """The picture and its elevation."""
-        return {"rgb": self.picture.rgb, "alpha": self.picture.alpha, "elevation": self.elevation}
+        """The picture, its angles, and whether it is active."""
+        angles = {"azimuth": self.azimuth, "elevation": self.elevation}
+        return {"rgb": self.picture.rgb, "alpha": self.picture.alpha, **angles, "active": self.active}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over those of another session."""
-        self._set_picture(Picture(state["rgb"].cpu(), state["alpha"].cpu()), float(state["elevation"]))
+        picture = Picture(state["rgb"].cpu(), state["alpha"].cpu())
+        self._set_picture(picture, float(state["azimuth"]), float(state["elevation"]))
+        self.active = bool(state["active"])

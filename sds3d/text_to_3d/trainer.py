@@ -128,6 +128,7 @@ class TextTo3d:
         for name, stage in self.stages.items():  # several may be of one class
             run.track(**{f"{name}/{part}": value for part, value in stage.state().items()})
         for step in run.steps():
+            self.context.align_picture(step)
             for stage in self.stages.values():
                 stage.before_step(step)
             views = self.update(step)
@@ -146,7 +147,7 @@ class TextTo3d:
         background = torch.full((4, 3), PREVIEW_GREY)
         views = self.scene.render(ring(4, resolution=self.teacher.resolution), background)
         self.run.preview("views", views.rgb)
-        if self.reference is not None:
+        if self.reference is not None and self.reference.active:
             grey = background[:1].to(self.run.device)
             view = self.scene.render(self.reference.camera, grey).rgb
             self.run.preview("picture", torch.cat([self.reference.picture.over(grey), view]))

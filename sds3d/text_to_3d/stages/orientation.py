@@ -83,17 +83,19 @@ class OrientationStage(Stage):
     """Rotates the scene by quarter turns at the checks of a run."""
 
     def __init__(self, context: TextTo3dContext, options: OrientationOptions) -> None:
-        """Nothing is checked without poses or view words for the teacher, or with a mesh or a picture that
-        fixes the pose.
+        """Nothing is checked without poses or view words for the teacher, with a mesh or a picture that fixes
+        the pose, or once a picture with a caption is aligned to the scene.
         """
         self.context, self.options = context, options
         self.views = context.whole_groups(options.views)
         decidable = context.camera_condition or context.options.view_words
-        fixed = context.control is not None or context.reference is not None
-        checked = options.checks if decidable and not fixed else ()
-        steps = context.run.options.steps
-        by_step = {round(check.fraction * steps): check for check in checked}
-        self.checks = {step: check for step, check in by_step.items() if step < steps}
+        end = context.run.options.steps
+        by_step = {round(check.fraction * end): check for check in options.checks if decidable}
+        if context.control is not None:
+            end = 0
+        elif context.reference is not None:
+            end = context.reference.aligned_from(end) or 0
+        self.checks = {step: check for step, check in by_step.items() if step < end}
 
     def before_step(self, step: int) -> None:
         """Run the check that is due, if one is."""

@@ -28,7 +28,7 @@ from sds3d.evaluation.subjects import (
 from sds3d.export.mesh import mean_iou, silhouettes
 from sds3d.export.turntable import GREY
 from sds3d.scene.cameras import orbit
-from sds3d.text_to_3d.picture import load_picture
+from sds3d.text_to_3d.picture import load_cut_out
 from sds3d.world.assemblies import UNSEEN, make_assembly
 from sds3d.world.shapes import COLOURS, OBJECTS, make_shape
 from sds3d.world.world import held_out
@@ -98,7 +98,7 @@ def test_pictures_show_the_truth_from_their_camera(tmp_path: Path) -> None:
         with Image.open(tmp_path / "pictures" / "a.png") as image:
             mask = torch.from_numpy(np.asarray(image)[..., 3] > 127)
         assert mean_iou(mask[None], silhouettes(shape.mesh, camera)) > 0.98
-        assert load_picture(tmp_path / "pictures" / "a.png", 64).alpha.mean() > 0.05
+        assert load_cut_out(tmp_path / "pictures" / "a.png").picture(64).alpha.mean() > 0.05
 
         azimuth, elevation, distance, fovy = torch.tensor([[subject.angles[0]], [ELEVATION], [3.0], [35.0]])
         first = (truth_strip(subject, 4, 64)[:1] - GREY[0]).abs().amax(1) > 0.02

@@ -1,6 +1,7 @@
 """Image to 3D: the picture as a condition of every view, the loss of its own view, resume, mistakes."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,12 @@ from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from sds3d.planning import text_to_3d_subject
+from sds3d.text_to_3d import reference_view
+from sds3d.text_to_3d.alignment import Alignment, picture_camera
 from sds3d.text_to_3d.mesh_control import MeshControlOptions
-from sds3d.text_to_3d.picture import Picture
+from sds3d.text_to_3d.picture import CutOut, Frame
 from sds3d.text_to_3d.recipe import TextTo3dRecipe, start_text_to_3d
-from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView, picture_camera
+from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
 from sds3d.text_to_3d.stages import sdedit_refinement
 from sds3d.text_to_3d.stages.base import StageOptions
 from sds3d.text_to_3d.stages.orientation import OrientationCheck, OrientationOptions
@@ -37,9 +40,10 @@ from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 GROUPED = replace(
     OPTIONS, prompt="", views=6, views_per_group=3, group_layout="random", background=(0.4, 0.9)
 )
-RED = torch.tensor([0.9, 0.1, 0.1])[:, None, None].expand(3, 16, 16)
-INSIDE = (disc()[:1] > 0.6).float()
-PICTURE = Picture(RED, INSIDE)
+AXIS = np.linspace(-1, 1, 64)
+INSIDE = (np.hypot(AXIS, AXIS[:, None]) < 0.9).astype(float)
+CUT_OUT = CutOut(np.broadcast_to(np.array([0.9, 0.1, 0.1]), (64, 64, 3)), INSIDE, "a picture")
+PICTURE = CUT_OUT.picture(16)
 ELEVATION = 20.0
 WEIGHTS = ImageTo3dOptions(ELEVATION)
 
@@ -67,7 +71,7 @@ def trainer(
     elevation: float = ELEVATION,
 ) -> TextTo3d:
     teacher = PictureTeacher()
-    reference = ReferenceView(teacher, None, PICTURE, elevation, weights)
+    reference = ReferenceView(teacher, None, CUT_OUT, elevation, weights)
     run = Run(run_options(directory, steps), {}, "t")
     return TextTo3d(run, teacher, SMALL, objective, options, reference=reference)
 
@@ -82,7 +86,7 @@ def check_pictures(conditioning: Conditioning, given: Tensor) -> None:
     greys = pictures[:, :, 0, 0]
     torch.testing.assert_close(pictures, PICTURE.over(greys))
     assert torch.equal(greys[::3], greys[1::3]) and len(greys[:, 0].unique()) > 1
-    pose = picture_camera(ELEVATION, 16).view_poses()
+    pose = picture_camera(0.0, ELEVATION, 16).view_poses()
     torch.testing.assert_close(extras[REFERENCE_POSE], pose.expand(len(conditioning), -1))
 
 
@@ -139,19 +143,19 @@ def test_a_picture_fixes_the_orientation(tmp_path: Path) -> None:
 
 def test_the_view_from_the_pictures_camera_becomes_the_picture(tmp_path: Path) -> None:
     """Without any score: the loss alone, which is in the updates of every stage."""
-    task = trainer(tmp_path, replace(GROUPED, views=3, learning_rate=0.03), 100, ZERO_GRADIENT)
+    task = trainer(tmp_path, replace(GROUPED, views=3, learning_rate=0.03), 160, ZERO_GRADIENT)
     scene = task.train()
     for grey in (0.3, 0.9):  # colours and opacity
         background = torch.full((1, 3), grey)
-        view = scene.render(picture_camera(ELEVATION, 16), background).rgb
+        view = scene.render(picture_camera(0.0, ELEVATION, 16), background).rgb
         assert (view - PICTURE.over(background)).abs().mean() < 0.06
-        lower = scene.render(picture_camera(-10.0, 16), background).rgb
+        lower = scene.render(picture_camera(0.0, -10.0, 16), background).rgb
         assert task.reference.psnr(view, background) > task.reference.psnr(lower, background)
 
 
 def test_weights_and_their_schedules() -> None:
     weights = ImageTo3dOptions(0.0, LinearSchedule(0.0, 10.0), 2.0)
-    reference = ReferenceView(PictureTeacher(), None, PICTURE, 0.0, weights)
+    reference = ReferenceView(PictureTeacher(), None, CUT_OUT, 0.0, weights)
     assert reference.weights(0.5) == {"reference_rgb": 5.0, "reference_mask": 2.0}
 
 
@@ -187,6 +191,55 @@ def test_a_resumed_run_keeps_its_picture(tmp_path: Path, monkeypatch: pytest.Mon
         assert torch.equal(value, scene.state_dict()[name]), name
 
 
+# With a caption
+
+
+def captioned(directory: Path, options: TextTo3dOptions, steps: int) -> TextTo3d:
+    teacher = PictureTeacher()
+    reference = ReferenceView(teacher, None, CUT_OUT, 0.0, ImageTo3dOptions(align_at=0.5), captioned=True)
+    run = Run(run_options(directory, steps), {}, "t")
+    return TextTo3d(run, teacher, SMALL, SDS, replace(options, prompt="a thing"), reference=reference)
+
+
+def found_at(*angles: float) -> Callable[..., Alignment]:
+    return lambda *args: Alignment(*angles, Frame(0.1, 0.0, 0.5), 0.0)
+
+
+def test_a_captioned_picture_is_aligned_and_counts_from_then_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The teacher reads the caption with view words and absolute azimuths, and no picture."""
+    monkeypatch.setattr(reference_view, "align_picture", found_at(120.0, 30.0))
+    task = captioned(tmp_path, GROUPED, 4)
+    steps, errors = [], task.reference.errors
+    monkeypatch.setattr(task.reference, "errors", lambda *a: steps.append(task.run.step) or errors(*a))
+    task.train()
+    assert steps == [2, 3]
+    for _, conditioning in task.teacher.calls:
+        assert REFERENCE not in conditioning.extras and POSE in conditioning.extras
+    assert any(prompt.startswith("a thing, ") and "view" in prompt for prompt in task.teacher.prompts)
+    assert '"picture_azimuth": 120' in (tmp_path / "metrics.jsonl").read_text()
+    reference = task.reference
+    assert (reference.azimuth, reference.elevation) == (120.0, 30.0)
+    torch.testing.assert_close(reference.camera.azimuth, torch.tensor([120.0]))
+    torch.testing.assert_close(reference.picture.alpha, CUT_OUT.picture(16, Frame(0.1, 0.0, 0.5)).alpha)
+
+
+def test_a_resumed_run_keeps_the_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_view, "align_picture", found_at(120.0, 30.0))
+    captioned(tmp_path, GROUPED, 4).train()
+    monkeypatch.setattr(reference_view, "align_picture", found_at(0.0, 0.0))
+    resumed = captioned(tmp_path, GROUPED, 6)
+    resumed.train()
+    assert resumed.reference.active and resumed.reference.azimuth == 120.0
+
+
+def test_orientation_is_checked_until_the_picture_is_aligned(tmp_path: Path) -> None:
+    checks = OrientationOptions((OrientationCheck(0.25), OrientationCheck(0.75)), views=6)
+    task = captioned(tmp_path, with_stages(GROUPED, orientation=checks), 4)
+    assert list(task.stages["orientation"].checks) == [1]
+
+
 # Mistakes and the command line
 
 
@@ -201,10 +254,12 @@ def test_options_that_a_picture_excludes_raise(tmp_path: Path) -> None:
     for elevation in (-30.0, 95.0):
         with pytest.raises(UserError, match=rf"elevation is {elevation:g}: degrees within \[-10, 80\]"):
             ImageTo3dOptions(elevation)
+    with pytest.raises(UserError, match=r"align_at is 1: a fraction in \[0, 1\)"):
+        ImageTo3dOptions(align_at=1)
     with pytest.raises(UserError, match="mask_weight is -1"):
         ImageTo3dOptions(mask_weight=-1.0)
     with pytest.raises(UserError, match="OneImageTeacher takes no picture"):
-        ReferenceView(OneImageTeacher(disc()), None, PICTURE, 0.0, ImageTo3dOptions())
+        ReferenceView(OneImageTeacher(disc()), None, CUT_OUT, 0.0, ImageTo3dOptions())
     with pytest.raises(UserError, match=r"image=a.png and control.mesh=b.obj are given"):
         TextTo3dRecipe(
             prompt="",
@@ -253,6 +308,9 @@ def test_the_script_makes_a_mesh_of_a_picture(
     recipe = build(TextTo3dRecipe, {**values, "run": {**values["run"], "directory": str(tmp_path / "other")}})
     with pytest.raises(UserError, match="tiny takes no picture"):
         start_text_to_3d(replace(recipe, teacher=str(tiny_teacher_folder)))
+    captioned = replace(recipe, image_to_3d=ImageTo3dOptions(condition="caption"))
+    with pytest.raises(UserError, match="condition is caption and the prompt is empty"):
+        start_text_to_3d(captioned)
     with pytest.raises(UserError, match=r"image missing.png cannot be read"):
         start_text_to_3d(replace(recipe, image="missing.png"))
     assert not (tmp_path / "other").exists()

@@ -10,7 +10,7 @@ from PIL import Image
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import orbit
 from sds3d.text_to_3d.cut_out import cut_out
-from sds3d.text_to_3d.picture import EXTENT, load_picture
+from sds3d.text_to_3d.picture import EXTENT, Frame, Picture, load_cut_out, silhouette_bounds
 from sds3d.world.raycast import RayCaster, render
 from sds3d.world.shapes import make_shape
 
@@ -35,6 +35,10 @@ def photo(mask: np.ndarray, background: np.ndarray | float = 0.8, noise: float =
 def saved(path: Path, image: np.ndarray, mode: str = "RGB") -> Path:
     Image.fromarray((image * 255 + 0.5).astype(np.uint8), mode).save(path)
     return path
+
+
+def load_picture(path: Path, resolution: int) -> Picture:
+    return load_cut_out(path).picture(resolution)
 
 
 def iou(alpha: np.ndarray, mask: np.ndarray) -> float:
@@ -104,6 +108,24 @@ def test_place_and_size_in_the_file_do_not_matter(tmp_path: Path) -> None:
     torch.testing.assert_close(first.rgb[:, 32, 32], torch.from_numpy(RED).float(), atol=0.01, rtol=0)
 
 
+@pytest.mark.parametrize("frame", [Frame(0.2, -0.1, 0.5), Frame(-0.3, 0.4, 0.9)])
+def test_a_frame_says_where_the_object_lies(frame: Frame, tmp_path: Path) -> None:
+    """Also where the square reaches beyond the file, or the object beyond the square."""
+    cut = np.dstack([np.broadcast_to(RED, (*X.shape, 3)), np.hypot(X + 0.5, Y * 0.8) < 0.4])
+    picture = load_cut_out(saved(tmp_path / "a.png", cut, "RGBA")).picture(64, frame)
+    rows, columns = (torch.arange(64) + 0.5) / 32 - 1, ((torch.arange(64) + 0.5) / 32 - 1)[:, None]
+    expected = torch.hypot(rows - frame.right, columns - frame.down) < frame.extent
+    assert (picture.alpha[0].gt(0.5) != expected).float().mean() < 0.02
+
+
+def test_bounds_of_silhouettes() -> None:
+    alpha = torch.zeros(2, 20, 30)
+    alpha[0, 4:8, 10:20] = 1.0
+    centre, radius = silhouette_bounds(alpha)
+    assert centre[0].tolist() == [15.0, 6.0]
+    assert radius[0] == pytest.approx(np.hypot(4.5, 1.5) + 0.5) and radius[1].isnan()
+
+
 def test_the_extent_is_that_of_the_worlds_objects() -> None:
     """Which the world's camera sees at the distance and angle of view that pictures are given."""
     radii = []
@@ -122,10 +144,10 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     for name in ("text.png", "missing.png"):
         with pytest.raises(UserError, match=rf"image .*{name} cannot be read .* PNG, JPEG or WebP"):
-            load_picture(tmp_path / name, 64)
+            load_cut_out(tmp_path / name)
     small = np.dstack([np.ones((256, 320, 3)), (np.abs(X) < 0.05) & (np.abs(Y) < 0.025)])
     with pytest.raises(UserError, match="has 16 x 6 pixels: at least 32"):
-        load_picture(saved(tmp_path / "small.png", small, "RGBA"), 64)
+        load_cut_out(saved(tmp_path / "small.png", small, "RGBA"))
     empty = np.zeros((64, 64, 4))
     with pytest.raises(UserError, match="has 0 x 0 pixels"):
-        load_picture(saved(tmp_path / "empty.png", empty, "RGBA"), 64)
+        load_cut_out(saved(tmp_path / "empty.png", empty, "RGBA"))
