@@ -11,7 +11,7 @@ from entry import entry
 
 from distill.planning.start import plan_start, record_work
 from sds3d.planning import text_to_3d_subject
-from sds3d.text_to_3d.recipe import TextTo3dRecipe, run_text_to_3d
+from sds3d.text_to_3d.recipe import TextTo3dRecipe, run_text_to_3d, with_caption
 
 FILES = "mesh.glb, mesh.obj, mesh.ply, turntable.mp4, turntable.gif, renders.png, result.json"
 
@@ -22,6 +22,7 @@ class Config(TextTo3dRecipe):
 
 
 def main(config: Config) -> None:
+    config = with_caption(config)
     plan = plan_start(text_to_3d_subject(config), config)
     result = run_text_to_3d(config)
     record_work(result, plan)

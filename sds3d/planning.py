@@ -95,12 +95,12 @@ def expected_samples(recipe: TextTo3dRecipe, recorder: MetaRecorder) -> Iterator
 
 def blank_reference(recipe: TextTo3dRecipe, teacher: Teacher) -> ReferenceView:
     """A picture of nothing: the work is that of any, without CLIP's, the estimate of the elevation and the
-    alignment. It is taken to have a caption where a prompt is given.
+    alignment. It has a caption where a prompt is given (`with_caption`).
     """
-    options, side = recipe.image_to_3d, teacher.resolution
+    side = teacher.resolution
     cut_out = CutOut(np.zeros((side, side, 3)), np.ones((side, side)), "plan")
-    captioned = options.condition != "picture" and bool(recipe.text_to_3d.prompt)
-    reference = ReferenceView(teacher, None, cut_out, 0.0, options, captioned=captioned)
+    captioned = recipe.captioned.enabled and bool(recipe.text_to_3d.prompt)
+    reference = ReferenceView(teacher, None, cut_out, 0.0, recipe.image_to_3d, captioned=captioned)
     reference.active = True
     return reference
 

@@ -51,8 +51,10 @@ class JudgeOptions:
     direction_weight: float = 1.0  # of the directions' loss beside that of the attributes
 
     def __post_init__(self) -> None:
-        if not self.attributes:
-            raise UserError("the judge has no attributes; expected the name of a metadata column")
+        if not self.attributes and not self.directions:
+            raise UserError(
+                "the judge has neither attributes nor directions; expected the name of a metadata column"
+            )
         if self.width < 1 or self.batch < 2 or (self.hidden is not None and self.hidden < 1):
             raise UserError(
                 f"judge width {self.width}, hidden {self.hidden}, batch {self.batch}; expected at least 1, 1 "
@@ -191,7 +193,7 @@ def label_of(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str
 
 def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) -> Tensor:
     """The sum over attributes of the mean cross-entropy of rows that count; `targets` (B, attributes)."""
-    losses = []
+    losses = [targets.new_zeros((), dtype=torch.float32)]
     for scores, target in zip(logits.values(), targets.T, strict=True):
         total = F.cross_entropy(
             scores, target, ignore_index=IGNORE, label_smoothing=smoothing, reduction="sum"

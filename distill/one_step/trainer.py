@@ -113,7 +113,7 @@ class OneStep:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=0.0
         )
-        if options.shard:
+        if options.shard and processes.world_size() > 1:
             self._unsharded = copy.deepcopy(self.student).cpu()
             shard_networks(run, teacher, self.student, self.method, self.optimizer)
         self.ema = None if options.ema is None else EMA(self.student, options.ema)

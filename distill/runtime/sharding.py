@@ -36,7 +36,10 @@ def shard(
     for module in network.modules():
         module.register_load_state_dict_pre_hook(_distribute_weights)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        groups = optimizer.param_groups
+        if not any(parameter in replaced for group in groups for parameter in group["params"]):
+            continue  # it updates other networks
+        for group in groups:
             group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
         optimizer.register_load_state_dict_post_hook(_distribute_state)
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.runtime.transfer import upload
 from sds3d.scene.cameras import Cameras, orbit
 from sds3d.scene.protocol import Scene3D
 from sds3d.text_to_3d.picture import EXTENT, CutOut, Frame, Picture, silhouette_bounds

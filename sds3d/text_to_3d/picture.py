@@ -66,7 +66,7 @@ class CutOut:
                 "longer side are expected, give a larger picture or one that shows it nearer"
             )
 
-    def picture(self, resolution: int, frame: Frame = Frame()) -> Picture:  # noqa: B008 (frozen)
+    def picture(self, resolution: int, frame: Frame = Frame()) -> Picture:
         """The object on a square image of R = resolution pixels a side, placed as `frame` says."""
         (centre,), (radius,) = silhouette_bounds(torch.from_numpy(self.alpha)[None])
         half = float(radius) / frame.extent  # of the square that is shown, in pixels

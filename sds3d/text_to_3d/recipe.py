@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -18,11 +19,11 @@ from distill.teacher.pictures import check_takes_pictures
 from sds3d.export.export import ExportOptions, export_run
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
+from sds3d.text_to_3d.captioned import CaptionedOptions, recognise, world_captions
 from sds3d.text_to_3d.context import check_picture
 from sds3d.text_to_3d.elevation import NFE, estimate_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
 from sds3d.text_to_3d.picture import CutOut, load_cut_out
-from sds3d.text_to_3d.recognition import recognise, world_captions
 from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions, check_inputs
 
@@ -37,6 +38,7 @@ class TextTo3dRecipe:
     run: RunOptions
     text_to_3d: TextTo3dOptions
     image_to_3d: ImageTo3dOptions = field(default_factory=ImageTo3dOptions)
+    captioned: CaptionedOptions = field(default_factory=CaptionedOptions)  # of pictures that have a caption
     scene: SceneOptions = field(default_factory=NerfOptions)
     objective: ObjectiveOptions
     control: MeshControlOptions | None = None
@@ -51,8 +53,46 @@ class TextTo3dRecipe:
             )
 
 
+Recipe = TypeVar("Recipe", bound=TextTo3dRecipe)
+
+
+def with_caption(recipe: Recipe) -> Recipe:
+    """The recipe with the picture's caption as its prompt, and with the options of a captioned picture.
+
+    As it is without a picture, and where nothing says what the picture shows. A second call changes nothing.
+    Raises `UserError` for a picture that cannot be used.
+    """
+    chosen = recipe.captioned
+    if recipe.image is None or not chosen.enabled:
+        return recipe
+    caption = recipe.text_to_3d.prompt
+    if not caption:
+        teacher = load_teacher(recipe.teacher)
+        check_takes_pictures(teacher)
+        clip = load_clip_scorer(teacher.name_or_path)
+        picture = load_cut_out(recipe.image).picture(teacher.resolution)
+        if clip is not None:
+            caption = recognise(clip, picture, world_captions(teacher), chosen.min_similarity)
+        if not caption:
+            return recipe
+        print(
+            f"the picture shows {caption}, recognised by CLIP: views are sampled by this caption "
+            "(captioned.enabled=false: by the picture itself)"
+        )
+    options = replace(
+        recipe.text_to_3d,
+        prompt=caption,
+        views_per_group=chosen.views_per_group,
+        group_layout=chosen.group_layout,
+        stages=chosen.stages,
+    )
+    run = replace(recipe.run, steps=chosen.steps)
+    return replace(recipe, prompt=caption, run=run, text_to_3d=options)
+
+
 def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
+    recipe = with_caption(recipe)
     precision = pick_precision(recipe.run.device, recipe.run.precision)
     teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
     # The inputs first: mistakes leave no directory behind.
@@ -63,53 +103,34 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     cut_out = None if recipe.image is None else read_picture(recipe, teacher, recipe.image)
     label = recipe.text_to_3d.prompt or Path(recipe.image or "").stem
     run = Run(recipe.run, as_mapping(recipe), label)
-    options, reference = recipe.text_to_3d, None
-    if cut_out is not None:
-        options, reference = make_reference(recipe, teacher, cut_out)
-    return TextTo3d(run, teacher, recipe.scene, recipe.objective, options, control, reference)
+    reference = None if cut_out is None else make_reference(recipe, teacher, cut_out)
+    return TextTo3d(run, teacher, recipe.scene, recipe.objective, recipe.text_to_3d, control, reference)
 
 
 def read_picture(recipe: TextTo3dRecipe, teacher: Teacher, image: str) -> CutOut:
     """The picture of a run. Raises `UserError` for one that cannot be used, and a teacher that takes none."""
     check_takes_pictures(teacher)
     check_picture(recipe.text_to_3d, recipe.objective)
-    if recipe.image_to_3d.condition == "caption" and not recipe.text_to_3d.prompt:
-        raise UserError(
-            "image_to_3d.condition is caption and the prompt is empty: give a prompt that says what the "
-            "picture shows, or condition=auto to have it recognised"
-        )
     return load_cut_out(image)
 
 
-def make_reference(
-    recipe: TextTo3dRecipe, teacher: Teacher, cut_out: CutOut
-) -> tuple[TextTo3dOptions, ReferenceView]:
-    """The picture, with the run's options, in which the prompt is its caption, where it has one.
-
-    Without a caption the elevation of its camera is estimated, where it is not given.
-    """
-    chosen, options = recipe.image_to_3d, recipe.text_to_3d
-    picture = cut_out.picture(teacher.resolution)
+def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, cut_out: CutOut) -> ReferenceView:
+    """The picture; without a caption with the elevation of its camera, estimated where it is not given."""
+    options = recipe.image_to_3d
     scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
-    caption = "" if chosen.condition == "picture" else options.prompt
-    if chosen.condition == "auto" and not caption and scorer is not None:
-        caption = recognise(scorer, picture, world_captions(teacher), chosen.min_similarity)
-        if caption:
-            print(f"the picture shows {caption}, recognised by CLIP (image_to_3d.condition=auto)")
     clip = None if scorer is None else scorer.model
-    elevation, nfe = chosen.elevation, 0
-    if caption:
-        options = replace(options, prompt=caption)
-        reference = ReferenceView(teacher, clip, cut_out, elevation or 0.0, chosen, captioned=True)
-        return options, reference
+    elevation, nfe = options.elevation, 0
+    if recipe.captioned.enabled and recipe.text_to_3d.prompt:
+        return ReferenceView(teacher, clip, cut_out, elevation or 0.0, options, captioned=True)
     if elevation is None:
-        grey = picture.over(torch.full((1, 3), sum(options.background) / 2))
-        elevation = estimate_elevation(teacher, grey, options.prompt, recipe.run.seed)
+        picture = cut_out.picture(teacher.resolution)
+        grey = picture.over(torch.full((1, 3), sum(recipe.text_to_3d.background) / 2))
+        elevation = estimate_elevation(teacher, grey, recipe.text_to_3d.prompt, recipe.run.seed)
         nfe = NFE
         print(
             f"elevation of the picture's camera: {elevation:.0f} degrees, estimated (image_to_3d.elevation)"
         )
-    return options, ReferenceView(teacher, clip, cut_out, elevation, chosen, nfe)
+    return ReferenceView(teacher, clip, cut_out, elevation, options, nfe)
 
 
 def run_text_to_3d(recipe: TextTo3dRecipe) -> Path:

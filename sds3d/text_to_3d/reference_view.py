@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, final
 
-import torch
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -21,10 +20,10 @@ from sds3d.text_to_3d.picture import CutOut, Picture
 
 @dataclass(frozen=True)
 class ImageTo3dOptions:
-    """What the teacher knows the object by, the picture's camera, and how closely the scene follows it.
+    """The picture's camera, and how closely the scene follows the picture.
 
-    By its picture: the teacher is given it, and azimuths count from it. By a caption: views are sampled as
-    from a prompt, and the picture is aligned to the scene at `align_at`, from where on its view counts.
+    A picture with a caption is aligned to the scene at `align_at`, from where on its view counts. Else the
+    teacher is given the picture, azimuths are counted from it, and its view counts from the beginning.
 
     The weights are of mean squared errors, on the scale of the objective: those of the code of DreamGaussian
     (Tang et al. 2023, arXiv:2309.16653), which raises them from 0, as {start: 0, end: 10000} does here.
@@ -33,11 +32,7 @@ class ImageTo3dOptions:
     elevation: float | None = None  # degrees of the picture's camera; null: estimated
     rgb_weight: float | LinearSchedule = 10_000.0  # of the view's colours, over a random grey
     mask_weight: float | LinearSchedule = 1_000.0  # of its opacity
-    condition: Literal["auto", "picture", "caption"] = (
-        "auto"  # auto: a caption, if a prompt is given or the picture is recognised as one of the world's objects
-    )
-    min_similarity: float = 0.76  # cosine to a caption by the teacher's CLIP, from which on it is recognised
-    align_at: float = 0.5  # fraction of the run
+    align_at: float = 0.5  # fraction of the run, with a caption
 
     def __post_init__(self) -> None:
         low, high = CameraOptions().elevation

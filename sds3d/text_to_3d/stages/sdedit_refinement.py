@@ -129,25 +129,26 @@ class SDEditRefinementStage(Stage):
     def resample_views(self, strength: float) -> None:
         """Resample views of the scene from new cameras by SDEdit, each with its prompt, pose and picture."""
         context, options, teacher = self.context, self.options, self.context.teacher
-        generator = context.run.generator
         cameras = context.sample_cameras(self.cameras, self.views, teacher.resolution)
         background = context.backgrounds(self.views)
-        renders = context.scene.render(cameras.to(context.run.device), background).rgb
+        side = teacher.resolution
+        images = torch.zeros(self.views, 3, side, side, device=context.run.device)
+        # All processes draw that of all views.
+        noise = torch.randn(self.views, *teacher.latent_shape, generator=context.run.generator)
 
-        clean = torch.cat([teacher.encode_images(part) for part in renders.split(CHUNK)])
-        noise = upload(torch.randn(clean.shape, generator=generator), clean.device).to(clean.dtype)
-        images = torch.zeros_like(renders)
         for part in self.chunks():
             chunk = cameras.select(part)
+            render = context.scene.render(chunk.to(context.run.device), background[part]).rgb
+            clean = teacher.encode_images(render)
             context.set_cameras(chunk)
             cond, uncond = context.encode_prompts(chunk, background[part])
             latents = sample_ode(
                 Guided(context.conditioned_teacher, uncond, options.guidance),
                 teacher.scheduler,
                 cond,
-                noise[part],
+                upload(noise[part], clean.device).to(clean.dtype),
                 options.steps,
-                init=Img2ImgInit(clean[part], strength),
+                init=Img2ImgInit(clean, strength),
             )
             images[part] = teacher.decode(latents)
 

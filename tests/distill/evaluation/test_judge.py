@@ -196,5 +196,5 @@ def test_foreign_folders_and_bad_values_are_refused(trained: Judge, tmp_path: Pa
         label_table([{**row(), "object": "cone"}], LABELS, TINY)
     with pytest.raises(UserError, match="at least two"):
         collect_labels([row()], TINY)
-    with pytest.raises(UserError, match="no attributes"):
+    with pytest.raises(UserError, match="neither attributes nor directions"):
         JudgeOptions(attributes=())

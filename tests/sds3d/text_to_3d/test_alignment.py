@@ -1,4 +1,4 @@
-"""A picture's camera found by comparing it with a scene; and recognition by CLIP."""
+"""A picture's camera, found by comparing the picture with a scene."""
 
 from collections.abc import Sequence
 
@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras
 from sds3d.scene.protocol import RenderedViews
 from sds3d.text_to_3d.alignment import align_picture, picture_camera
 from sds3d.text_to_3d.picture import CutOut, silhouette_bounds
-from sds3d.text_to_3d.recognition import recognise, world_captions
 from sds3d.world.raycast import RayCaster, render
 from sds3d.world.shapes import make_shape
 
@@ -66,38 +64,3 @@ def test_an_empty_scene_has_no_alignment() -> None:
 
     cut_out = CutOut(np.ones((40, 40, 3)), np.ones((40, 40)), "x")
     assert align_picture(Empty("cube"), cut_out, 16) is None  # type: ignore[arg-type]
-
-
-# Recognition
-
-
-class TableClip:
-    """Given embeddings of captions; every image has the first axis as its own."""
-
-    def __init__(self, captions: dict[str, Tensor]) -> None:
-        self.captions = captions
-
-    def image_features(self, images: Tensor) -> Tensor:
-        return torch.tensor([1.0, 0.0]).expand(len(images), -1)
-
-    def text_features(self, captions: Sequence[str]) -> Tensor:
-        return torch.stack([self.captions[caption] for caption in captions])
-
-
-def test_the_nearest_caption_counts_if_it_is_near_enough() -> None:
-    picture = CutOut(np.ones((40, 40, 3)), np.ones((40, 40)), "x").picture(16)
-    captions = {"a red cube": torch.tensor([0.6, 0.8]), "a red sphere": torch.tensor([0.8, 0.6])}
-    clip = TableClip(captions)
-    assert recognise(clip, picture, list(captions), 0.79) == "a red sphere"  # type: ignore[arg-type]
-    assert recognise(clip, picture, list(captions), 0.81) == ""  # type: ignore[arg-type]
-    assert recognise(clip, picture, [], 0.0) == ""  # type: ignore[arg-type]
-
-
-def test_captions_are_those_that_the_teacher_can_read() -> None:
-    class Vocabulary:
-        def check_prompt(self, prompt: str) -> None:
-            if not set(prompt.split()) <= {"a", "red", "blue", "cube", "car"}:
-                raise UserError("unknown words")
-
-    captions = world_captions(Vocabulary())  # type: ignore[arg-type]
-    assert sorted(captions) == ["a blue car", "a blue cube", "a red car", "a red cube"]

@@ -308,9 +308,6 @@ def test_the_script_makes_a_mesh_of_a_picture(
     recipe = build(TextTo3dRecipe, {**values, "run": {**values["run"], "directory": str(tmp_path / "other")}})
     with pytest.raises(UserError, match="tiny takes no picture"):
         start_text_to_3d(replace(recipe, teacher=str(tiny_teacher_folder)))
-    captioned = replace(recipe, image_to_3d=ImageTo3dOptions(condition="caption"))
-    with pytest.raises(UserError, match="condition is caption and the prompt is empty"):
-        start_text_to_3d(captioned)
     with pytest.raises(UserError, match=r"image missing.png cannot be read"):
         start_text_to_3d(replace(recipe, image="missing.png"))
     assert not (tmp_path / "other").exists()
