@@ -9,7 +9,8 @@ SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: on text alone, the
     # teacher of the shipped students and adapters
     "teacher": {"shapes64": "shapes64", "shapes64_text": "shapes64_text"},
-    "judge": {"judge64": "judge64", "pairs64": "pairs64"},  # of single objects, and of pairs and azimuths
+    # of single objects; of pairs and azimuths; of elevations, for image to 3D
+    "judge": {"judge64": "judge64", "pairs64": "pairs64", "elevation64": "elevation64"},
     "probe": {"probe64": "probe64"},
     "student": {"shapes64_text": "students/shapes64_text"},  # one-step, by the name of its teacher
     "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by their condition

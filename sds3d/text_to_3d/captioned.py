@@ -1,7 +1,7 @@
 """Pictures with a caption: what a picture shows in words, and what a run with these words does.
 
 Views are sampled as from a prompt, from cameras relative to the object's own front, and the picture is
-aligned to the scene that is fitted to them. So what the teacher knows of an object that it can name also serves
+aligned to the scene that is fitted to them. So what the teacher knows of an object by its name also serves for
 what a picture hides.
 """
 

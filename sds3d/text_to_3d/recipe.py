@@ -21,7 +21,7 @@ from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
 from sds3d.text_to_3d.captioned import CaptionedOptions, recognise, world_captions
 from sds3d.text_to_3d.context import check_picture
-from sds3d.text_to_3d.elevation import NFE, estimate_elevation
+from sds3d.text_to_3d.elevation import NFE, estimate_elevation, read_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
 from sds3d.text_to_3d.picture import CutOut, load_cut_out
 from sds3d.text_to_3d.reference_view import ImageTo3dOptions, ReferenceView
@@ -122,11 +122,14 @@ def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, cut_out: CutOut) ->
     elevation, nfe = options.elevation, 0
     if recipe.captioned.enabled and recipe.text_to_3d.prompt:
         return ReferenceView(teacher, clip, cut_out, elevation or 0.0, options, captioned=True)
-    if elevation is None:
+    if elevation is None and options.elevation_judge is not None:
+        elevation = read_elevation(options.elevation_judge, cut_out, teacher.device)
+    elif elevation is None:
         picture = cut_out.picture(teacher.resolution)
         grey = picture.over(torch.full((1, 3), sum(recipe.text_to_3d.background) / 2))
         elevation = estimate_elevation(teacher, grey, recipe.text_to_3d.prompt, recipe.run.seed)
         nfe = NFE
+    if options.elevation is None:
         print(
             f"elevation of the picture's camera: {elevation:.0f} degrees, estimated (image_to_3d.elevation)"
         )

@@ -32,6 +32,9 @@ class ImageTo3dOptions:
     elevation: float | None = None  # degrees of the picture's camera; null: estimated
     rgb_weight: float | LinearSchedule = 10_000.0  # of the view's colours, over a random grey
     mask_weight: float | LinearSchedule = 1_000.0  # of its opacity
+    elevation_judge: str | None = (
+        "elevation64"  # reads the elevation of a picture without a caption; null: by the denoising error
+    )
     align_at: float = 0.5  # fraction of the run, with a caption
 
     def __post_init__(self) -> None:

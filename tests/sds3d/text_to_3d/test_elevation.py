@@ -1,5 +1,6 @@
-"""The elevation of a picture, by a teacher whose images are known for every camera."""
+"""The elevation of a picture: by the shipped judge, by a teacher whose images are known for all cameras."""
 
+import numpy as np
 import pytest
 import torch
 from scene_fixtures import OneImageTeacher
@@ -7,7 +8,31 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.views import POSE, REFERENCE
-from sds3d.text_to_3d.elevation import ELEVATIONS, NFE, estimate_elevation, parabola_minimum
+from distill.runtime.errors import UserError
+from sds3d.evaluation.subjects import Subject
+from sds3d.text_to_3d.alignment import picture_camera
+from sds3d.text_to_3d.elevation import ELEVATIONS, NFE, estimate_elevation, parabola_minimum, read_elevation
+from sds3d.text_to_3d.picture import CutOut
+from sds3d.world.assemblies import UNSEEN
+from sds3d.world.raycast import RayCaster, render
+
+
+@pytest.mark.parametrize("elevation", [12.0, 35.0])
+def test_the_judge_reads_elevations_of_shapes_that_it_has_not_seen(elevation: float) -> None:
+    errors = []
+    for seed in UNSEEN[:8]:
+        subject = Subject(f"picture of assembly {seed}")
+        shape, albedo = subject.truth
+        view = render(RayCaster(shape.mesh), albedo, picture_camera(80.0 * seed, elevation, 128)).rgba
+        read = read_elevation("elevation64", CutOut(view[..., :3], view[..., 3], "x"))
+        errors.append(abs(read - elevation))
+    assert np.median(errors) < 8
+
+
+def test_a_judge_of_other_columns_is_refused() -> None:
+    cut_out = CutOut(np.ones((40, 40, 3)), np.ones((40, 40)), "x")
+    with pytest.raises(UserError, match="the judge judge64 does not read the direction elevation"):
+        read_elevation("judge64", cut_out)
 
 
 def views(poses: Tensor) -> Tensor:
