@@ -82,7 +82,7 @@ def portable(value: Any, directory: Path) -> Any:
 
 def _warn_of_others(directory: Path) -> None:
     """Report the files that a new run would lie among, as in a mistyped directory."""
-    names = sorted(path.name for path in directory.glob("[!.]*"))
+    names = sorted(path.name for path in directory.glob("[!.]*") if path.suffix != ".lock")
     if names:
         listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         print(f"warning: {directory} holds other files ({listed}); the run's lie among them", file=sys.stderr)

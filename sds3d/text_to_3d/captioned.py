@@ -1,8 +1,8 @@
 """Pictures with a caption: what a picture shows in words, and what a run with these words does.
 
 Views are sampled as from a prompt, from cameras relative to the object's own front, and the picture is
-aligned to the scene that is fitted to them. So what the teacher knows of an object by its name also serves for
-what a picture hides.
+aligned to the scene that is fitted to them. So what the teacher knows of an object by its name also shows
+where the picture hides it.
 """
 
 from collections.abc import Sequence
