@@ -11,7 +11,10 @@ from distill.evaluation.ablation.points import distill_points
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import PointOptions
 
-METHODS = ("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency", "progressive")
+METHODS = (
+    *("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency", "continuous_consistency"),
+    *("progressive", "knowledge_distillation", "reflow"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

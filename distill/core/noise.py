@@ -85,6 +85,18 @@ class NoiseSchedule:
         product = self.alpha(torch.arange(count)).flatten().double().square()
         return (1 - product / torch.cat([torch.ones(1, dtype=torch.float64), product[:-1]])).tolist()
 
+    def angle(self, t: Tensor) -> Tensor:
+        """The angle (B,) in radians whose cosine is alpha and whose sine is sigma, at integer times (B,)."""
+        return torch.atan2(self.sigma(t), self.alpha(t)).flatten()
+
+    def angle_to_t(self, angle: Tensor) -> Tensor:
+        """Fractional times (B,) of angles (B,), linear between the integer ones, differentiable."""
+        alpha, sigma = self._on(angle.device)
+        angles = torch.atan2(sigma, alpha)
+        index = torch.searchsorted(angles, angle.detach().contiguous()).clamp(1, len(angles) - 1)
+        low, high = angles[index - 1], angles[index]
+        return index - 1 + ((angle - low) / (high - low)).clamp(0, 1)
+
     def sigma_to_t(self, noise_to_signal: Tensor) -> Tensor:
         """The times (B,) whose sigma / alpha is nearest, on a log scale, to `noise_to_signal` (B,)."""
         alpha, sigma = self._on(noise_to_signal.device)

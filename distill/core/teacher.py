@@ -76,6 +76,10 @@ class Denoiser(nn.Module, ScoreModel):
         """D of the embeddings (B, L, D) that it attends to."""
         raise UserError(f"{type(self).__name__} attends to no tokens: set objective.critic.camera=false")
 
+    def limit_time_frequency(self, highest: float) -> None:
+        """From now on the network reads its time by sinusoids of at most `highest` radians a timestep."""
+        raise UserError(f"{type(self).__name__} has no time embedding of sinusoids that can be limited")
+
     def with_lora(self, rank: int) -> "Denoiser":
         """The same frozen weights with a trainable LoRA."""
         raise UserError(f"{type(self).__name__} has no LoRA: use a critic of kind=copy")

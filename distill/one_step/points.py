@@ -22,9 +22,6 @@ from distill.evaluation.ablation.plan import Figures, coverage
 from distill.evaluation.metrics import divergence_from, moments, wasserstein_2
 from distill.one_step.critic_diagnostics import CriticDiagnosticsOptions
 from distill.one_step.methods.base import MethodOptions
-from distill.one_step.methods.consistency import ConsistencyOptions
-from distill.one_step.methods.distribution_matching import DistributionMatchingOptions
-from distill.one_step.methods.progressive import ProgressiveOptions
 from distill.one_step.monitor import Monitor, MonitorOptions
 from distill.one_step.regression import Pairs
 from distill.one_step.student import Student, StudentOptions
@@ -50,6 +47,10 @@ class PointNet(nn.Module):
         )
         self.up = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.conv_out = nn.Linear(width, 2)
+
+    def limit_time_frequency(self, highest: float) -> None:
+        """As of every denoiser."""
+        self.frequencies = self.frequencies * (self.frequencies <= highest)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,12 +207,11 @@ def run_points(
     cache = mixture_cache(study.exact, 8192, torch.Generator().manual_seed(seed + 5))
     method = method.unguided(options.critic_learning_rate, options.gan_weights)
     pairs: Pairs | None = None
-    if isinstance(method, DistributionMatchingOptions) and method.regression is not None:
+    if method.needs_pairs:
         pairs = point_pairs(study, cache, options.pairs, torch.Generator().manual_seed(seed + 6))
 
-    trajectory = isinstance(method, ConsistencyOptions | ProgressiveOptions)  # they start at the last level
     training = OneStepOptions(
-        StudentOptions(sigma_max=None) if trajectory else StudentOptions(),
+        StudentOptions(sigma_max=None) if method.from_last_level else StudentOptions(),
         options.batch,
         learning_rate=options.learning_rate,
         final_lr_scale=0.1,

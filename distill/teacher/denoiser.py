@@ -1,6 +1,7 @@
 """Networks of diffusers behind the `Denoiser` protocol; among them the U-Net of Stable Diffusion."""
 
 import copy
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -223,6 +224,20 @@ class UNetDenoiser(DiffusersDenoiser):
         nn.init.zeros_(embedding.cond_proj.weight)
         self.network.register_to_config(time_cond_proj_dim=dim)
         return self
+
+    def limit_time_frequency(self, highest: float) -> None:
+        """As of every denoiser: the sinusoids above count as 0, and so do the weights that read them."""
+        network = self.network
+        if hasattr(network, "limit_time_frequency"):
+            network.limit_time_frequency(highest)
+            return
+        half, shift = network.time_proj.num_channels // 2, network.time_proj.downscale_freq_shift
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half) / (half - shift))
+        kept = (frequencies <= highest).repeat(2)
+        layer = network.time_embedding.linear_1
+        with torch.no_grad():  # so that a network that is saved needs no mask
+            layer.weight.mul_(kept.to(layer.weight))
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * kept.to(inputs[0]),))
 
     @torch.no_grad()
     def as_x0_predictor(self, t: int) -> "UNetDenoiser":

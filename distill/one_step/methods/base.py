@@ -145,6 +145,16 @@ class MethodOptions(ABC):
         """Whether it learns from real images, not from their captions alone."""
         return True
 
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether it learns from noise-image pairs."""
+        return False
+
+    @property
+    def from_last_level(self) -> bool:
+        """Whether its student starts at the schedule's last level (distill.student.sigma_max=null)."""
+        return False
+
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "MethodOptions":
         """The same method without guidance, whose target is then the teacher's own distribution.
 

@@ -62,6 +62,11 @@ class ConsistencyOptions(MethodOptions):
             )
         return Consistency(context, self)
 
+    @property
+    def from_last_level(self) -> bool:
+        """As of every method."""
+        return True
+
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "ConsistencyOptions":
         """As of every method."""
         return replace(self, guidance=1.0, guidance_range=None)

@@ -67,6 +67,11 @@ class DistributionMatchingOptions(MethodOptions):
         """As of every method: only a discriminator sees real images."""
         return self.gan is not None
 
+    @property
+    def needs_pairs(self) -> bool:
+        """As of every method."""
+        return self.regression is not None
+
     def unguided(
         self, critic_learning_rate: float, gan_weights: tuple[float, float]
     ) -> "DistributionMatchingOptions":

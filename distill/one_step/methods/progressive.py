@@ -36,6 +36,11 @@ class ProgressiveOptions(MethodOptions):
         """As of every method."""
         return Progressive(context, self)
 
+    @property
+    def from_last_level(self) -> bool:
+        """As of every method."""
+        return True
+
     def unguided(self, critic_learning_rate: float, gan_weights: tuple[float, float]) -> "ProgressiveOptions":
         """As of every method."""
         return replace(self, guidance=1.0)

@@ -28,10 +28,11 @@ from distill.data.latents import load_latents
 from distill.evaluation.judge import Judge, JudgeOptions, save_judge
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.methods.sid import SiDOptions
-from distill.one_step.points import MixtureStudy, grade_points, mixture_cache, point_monitor
+from distill.one_step.points import MixtureStudy, grade_points, mixture_cache, point_monitor, point_pairs
 from distill.one_step.recipe import OneStepRecipe, build_trainer
 from distill.one_step.regression import (
     PairOptions,
+    Pairs,
     Regression,
     RegressionOptions,
     feature_distance,
@@ -77,7 +78,12 @@ def study() -> MixtureStudy:
 
 
 def trainer_of(
-    study: MixtureStudy, directory: Path, steps: int, method: MethodOptions, **options: Any
+    study: MixtureStudy,
+    directory: Path,
+    steps: int,
+    method: MethodOptions,
+    pairs: Pairs | None = None,
+    **options: Any,
 ) -> OneStep:
     run_options = RunOptions(str(directory), steps, trackers=(), checkpoint_every=4, preview_every=10**9)
     run = Run(run_options, {}, "toy")
@@ -90,7 +96,7 @@ def trainer_of(
     }
     training = build(OneStepOptions, {**small, **options})
     cache = mixture_cache(study.exact, 2048, torch.Generator().manual_seed(5))
-    return OneStep(run, study, cache, method, training, point_monitor(cache, training.monitor))
+    return OneStep(run, study, cache, method, training, point_monitor(cache, training.monitor), pairs=pairs)
 
 
 def weights(trainer: OneStep) -> Tensor:
@@ -203,16 +209,23 @@ def test_a_run_that_keeps_diverging_stops(study: MixtureStudy, tmp_path: Path) -
         trainer.train()
 
 
-@pytest.mark.parametrize("name", ["dmd2", "sid", "consistency", "progressive"])
+COVERING = ("dmd2", "sid", "consistency", "progressive", "continuous_consistency", "knowledge_distillation")
+
+
+@pytest.mark.parametrize("name", COVERING)
 def test_methods_cover_the_modes_of_the_mixture(name: str, study: MixtureStudy, tmp_path: Path) -> None:
     """From the teacher's network, which predicts the mean: much nearer to exact samples, in all modes."""
     # GAN weights: a point has two numbers, not a latent's thousand.
     method = method_options(name).unguided(2e-3, (3.0, 0.01))
     if isinstance(method, SiDOptions):
         method = replace(method, critic=replace(method.critic, updates=5))
-    trajectory = name in ("consistency", "progressive")
-    options = {"student": {"sigma_max": None}} if trajectory else {}
-    trainer = trainer_of(study, tmp_path, 800 if trajectory else 250, method, **options)
+    options = {"student": {"sigma_max": None}} if method.from_last_level else {}
+    steps = 250 if method.critic_updates else 800
+    pairs = None
+    if method.needs_pairs:
+        generator = torch.Generator().manual_seed(3)
+        pairs = point_pairs(study, mixture_cache(study.exact, 4096, generator), 4096, generator)
+    trainer = trainer_of(study, tmp_path, steps, method, pairs=pairs, **options)
     before = grade_points(trainer.student, study.exact)
     after = grade_points(trainer.train()[0], study.exact)
     floor = after["w2_floor"]
@@ -313,10 +326,11 @@ def test_every_method_runs(
     values = method_values("dmd2" if name == "lora" else name)
     if name == "lora":
         values["objective"]["critic"]["kind"] = "lora"
-    if name == "dmd":
+    if name in ("dmd", "knowledge_distillation", "reflow"):
         captions = ["a red cube", "a blue duck"]
         make_pairs(tiny_teacher, captions, tmp_path / "pairs", PairOptions(count=4, steps=1))
-        values["regression"] |= {"pairs": str(tmp_path / "pairs"), "distance": "features"}
+        folder = {"pairs": str(tmp_path / "pairs")}
+        values |= folder if name == "reflow" else {"regression": values["regression"] | folder}
     small: dict[str, Any] = {
         "batch": 2,
         "monitor": {"captions": 2},
@@ -336,9 +350,9 @@ def test_every_method_runs(
     assert float((after - before).abs().max()) > 0 and bool(after.isfinite().all())
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["frechet"] > 0 and metrics["diversity"] >= 0 and trainer.nfe > 0
-    cycles = (0.0, 0.99) if name == "progressive" else (0.0,)
+    cycles = (0.0, 0.99) if name in ("progressive", "continuous_consistency") else (0.0,)
     assert name == "lora" or stated()[name] == [trainer.method.cost(progress) for progress in cycles]
-    assert ("critic_error" in metrics) == (name not in ("consistency", "progressive"))
+    assert ("critic_error" in metrics) == (trainer.method.critic is not None)
 
 
 def test_the_scripts_train_and_evaluate(tiny_teacher_folder: Path, world: Path, tmp_path: Path) -> None:
