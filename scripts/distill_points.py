@@ -12,8 +12,8 @@ from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import PointOptions
 
 METHODS = (
-    *("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency", "continuous_consistency"),
-    *("progressive", "knowledge_distillation", "reflow"),
+    *("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency"),
+    *("truncated_consistency", "continuous_consistency", "progressive", "knowledge_distillation", "reflow"),
 )
 
 

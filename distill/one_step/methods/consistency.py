@@ -1,5 +1,5 @@
 """Latent consistency distillation (LCM, arXiv:2310.04378), on the teacher's own trajectories from real
-latents.
+latents; with a second stage at high noise levels alone (TCM, arXiv:2410.14895).
 """
 
 import copy
@@ -17,9 +17,29 @@ from distill.core.teacher import GUIDANCE
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, MicroBatch, Outcome
 from distill.one_step.methods.trajectories import ddim_step, grid_times
 from distill.one_step.student import Student
-from distill.runtime.checkpoint import Stateful
+from distill.runtime.checkpoint import Stateful, TensorState
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload, upload_all
+
+
+@dataclass(frozen=True)
+class TruncationOptions:
+    """Truncated consistency (TCM, Lee et al. 2024, arXiv:2410.14895).
+
+    From a fraction `start` of the run on, a second stage: times at and above a noise level alone. Below it
+    the student of the first stage is the target, so that the truncated one cannot collapse (its boundary
+    condition).
+    """
+
+    start: float = 0.5
+    level: float = 1.0  # sigma / alpha of the dividing time t'
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < 1 or self.level <= 0:
+            raise UserError(
+                f"a truncation from {self.start:g} of the run at level {self.level:g}: "
+                "a fraction in (0, 1) and a positive level are expected"
+            )
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class ConsistencyOptions(MethodOptions):
     # the distance of each element alone, of whose mean `huber` is the constant (LCM: 0.001); else of a whole
     # sample, whose constant grows with the root of its size
     elementwise: bool = False
+    truncation: TruncationOptions | None = None  # a second stage, as of TCM
 
     def __post_init__(self) -> None:
         if self.grid < 2 or not 0 <= self.ema < 1 or self.huber <= 0:
@@ -79,13 +100,30 @@ class Consistency(Method):
     def __init__(self, context: MethodContext, options: ConsistencyOptions) -> None:
         self.teacher, self.student, self.options = context.teacher, context.student, options
         self.target = copy.deepcopy(context.student).requires_grad_(False)
+        self.first_stage: Student | None = None  # its student, which the second one's boundary is
+        self.stage = torch.zeros((), dtype=torch.long)
+        if options.truncation is not None:
+            self.first_stage = copy.deepcopy(self.target)
+
+    def _dividing_time(self, progress: float) -> int | None:
+        """t' in the second stage, at whose beginning the student becomes the boundary; None in the first."""
+        truncation = self.options.truncation
+        if truncation is None or progress < truncation.start:
+            return None
+        if not int(self.stage):
+            assert self.first_stage is not None
+            self.first_stage.load_state_dict(self.student.state_dict())
+            self.stage.fill_(1)
+        return int(self.student.schedule.sigma_to_t(torch.tensor([truncation.level])))
 
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
         """Pseudo-Huber distance (arXiv:2310.14189, eq. 8) to the target's x0 one step of the teacher's ODE
         on.
         """
         grid = grid_times(student.timesteps[0], self.options.grid)
-        index = torch.randint(1, len(grid), (len(batch.real),), generator=generator)
+        dividing = self._dividing_time(progress)
+        first = 1 if dividing is None else int((grid < dividing).sum())
+        index = torch.randint(first, len(grid), (len(batch.real),), generator=generator)
         t, s = upload_all([grid[index], grid[index - 1]], batch.real.device)
         x_t = student.schedule.add_noise(batch.real, batch.noise, t)
         scale, conditioning = self._guidance(batch, generator)
@@ -94,6 +132,9 @@ class Consistency(Method):
             guided = Guided(self.teacher, batch.uncond, scale)
             x_s = ddim_step(guided, guided.predict(x_t, t, batch.conditioning), s)
             x0 = self.target.predict(x_s, s.clamp_min(0), conditioning).x0
+            if dividing is not None and self.first_stage is not None:
+                boundary = self.first_stage.predict(x_s, s.clamp_min(0), conditioning).x0
+                x0 = torch.where((s < dividing)[:, None, None, None], boundary, x0)
             target = torch.where((s < 0)[:, None, None, None], x_s, x0)
 
         loss = self._distance(student.predict(x_t, t, conditioning).x0 - target)
@@ -125,17 +166,23 @@ class Consistency(Method):
 
     @property
     def copies(self) -> list[Student]:
-        """The target network."""
-        return [self.target]
+        """The target network, and the first stage's student."""
+        return [self.target] if self.first_stage is None else [self.target, self.first_stage]
 
     def state(self) -> dict[str, Stateful]:
-        """The target network."""
-        return {"target": self.target}
+        """The target network; the first stage's student, and which stage it is."""
+        if self.first_stage is None:
+            return {"target": self.target}
+        return {"target": self.target, "first_stage": self.first_stage, "stage": TensorState(self.stage)}
 
     def cost(self, progress: float) -> float:
-        """As of every method: student forward and backward, target once, teacher once or guided."""
+        """As of every method: student forward and backward, target once, teacher once or guided; in a second
+        stage the first one's student.
+        """
         guided = self.options.guidance_range is not None or self.options.guidance != 1
-        return 4 + (2 if guided else 1)
+        truncation = self.options.truncation
+        second = truncation is not None and progress >= truncation.start
+        return 4 + (2 if guided else 1) + (1 if second else 0)
 
 
 @torch.no_grad()

@@ -209,7 +209,10 @@ def test_a_run_that_keeps_diverging_stops(study: MixtureStudy, tmp_path: Path) -
         trainer.train()
 
 
-COVERING = ("dmd2", "sid", "consistency", "progressive", "continuous_consistency", "knowledge_distillation")
+COVERING = (
+    *("dmd2", "sid", "consistency", "truncated_consistency", "continuous_consistency", "progressive"),
+    "knowledge_distillation",
+)
 
 
 @pytest.mark.parametrize("name", COVERING)
@@ -350,7 +353,8 @@ def test_every_method_runs(
     assert float((after - before).abs().max()) > 0 and bool(after.isfinite().all())
     metrics = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert metrics["frechet"] > 0 and metrics["diversity"] >= 0 and trainer.nfe > 0
-    cycles = (0.0, 0.99) if name in ("progressive", "continuous_consistency") else (0.0,)
+    two_stages = ("progressive", "continuous_consistency", "truncated_consistency")
+    cycles = (0.0, 0.99) if name in two_stages else (0.0,)
     assert name == "lora" or stated()[name] == [trainer.method.cost(progress) for progress in cycles]
     assert ("critic_error" in metrics) == (trainer.method.critic is not None)
 

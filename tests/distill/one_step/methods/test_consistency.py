@@ -15,7 +15,7 @@ from distill.core.score import Prediction
 from distill.core.teacher import GUIDANCE
 from distill.one_step.folder import load_student, save_student
 from distill.one_step.methods.base import Batch, MethodContext, MicroBatch
-from distill.one_step.methods.consistency import Consistency, ConsistencyOptions
+from distill.one_step.methods.consistency import Consistency, ConsistencyOptions, TruncationOptions
 from distill.one_step.methods.trajectories import grid_times
 from distill.one_step.student import (
     GuidanceEmbedding,
@@ -121,6 +121,52 @@ def test_target_is_one_step_of_the_guided_ode_at_each_samples_scale(schedule: No
 
     expected = (((x_t - x_s).square() + 1e-6).sqrt() - 0.001).mean()  # both predict x0 = their input
     torch.testing.assert_close(outcome.loss, expected)
+
+
+@dataclass
+class ScaledStudent(RecordingStudent):
+    """Predicts x0 = scale x_t."""
+
+    scale: float = 1.0
+    guidance: float | None = None
+
+    def predict(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Prediction:
+        return super().predict(x_t, t, conditioning).with_x0(self.scale * x_t)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+
+
+def test_a_truncated_stage_has_high_levels_and_the_first_stages_boundary(schedule: NoiseSchedule) -> None:
+    """Its targets: below t' the first stage's student at the stage's beginning, else the target network."""
+    teacher, count = MixtureTeacher(ring(modes=4, radius=1.0, std=0.3, classes=2), schedule), 64
+    batch, student = mixture_batch(teacher, count), ScaledStudent(schedule)
+    options = ConsistencyOptions(
+        grid=20, guidance=1.0, elementwise=True, huber=1e-6, truncation=TruncationOptions(0.5, 2.0)
+    )
+    method = options.build(MethodContext(teacher, student, batch))  # type: ignore[arg-type]
+    target: ScaledStudent = method.target  # type: ignore[assignment]
+    target.scale = 5.0
+    method.loss(student, batch, 0.49, torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    (_, early, _), dividing = student.calls[-1], int(schedule.sigma_to_t(torch.tensor([2.0])))
+    assert int(early.min()) < dividing and method.cost(0.49) == 5 and method.cost(0.5) == 6
+
+    student.scale = 3.0
+    method.loss(student, batch, 0.5, torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    student.scale = 0.0  # later the boundary stays what it was
+    outcome = method.loss(student, batch, 0.9, torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    (_, t, _), (x_s, s, _) = student.calls[-1], target.calls[-1]
+    assert int(t.min()) >= dividing > int(s.min()) and int(s.max()) > dividing
+    scale = torch.where(s < dividing, 3.0, 5.0)[:, None, None, None]
+    torch.testing.assert_close(outcome.loss, (scale * x_s).abs().mean(), atol=1e-4, rtol=0)
+
+
+def test_a_truncation_out_of_range_is_refused() -> None:
+    with pytest.raises(UserError, match="a truncation from 1 of the run at level 1"):
+        TruncationOptions(start=1.0)
 
 
 def test_huber_distance_of_a_sample_or_of_its_elements(schedule: NoiseSchedule) -> None:
