@@ -13,7 +13,8 @@ from distill.one_step.points import PointOptions
 
 METHODS = (
     *("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency"),
-    *("truncated_consistency", "continuous_consistency", "progressive", "knowledge_distillation", "reflow"),
+    *("truncated_consistency", "continuous_consistency", "mean_flow"),
+    *("progressive", "knowledge_distillation", "reflow"),
 )
 
 

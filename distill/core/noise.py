@@ -132,6 +132,11 @@ class FlowSchedule(NoiseSchedule):
         time = self._path(t)
         return ((1 - time).square() + time.square()).rsqrt()
 
+    def angle_to_t(self, angle: Tensor) -> Tensor:
+        """As of every schedule, exact."""
+        path = angle.sin() / (angle.sin() + angle.cos())
+        return (self.num_train_timesteps * path - 1).clamp(0, self.num_train_timesteps - 1)
+
     def time_of(self, timestep: Tensor) -> Tensor:
         """Fractional times of a flow scheduler's timesteps, T s."""
         return timestep.float() - 1

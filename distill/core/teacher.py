@@ -21,7 +21,9 @@ from distill.core.score import Prediction, ScoreModel
 from distill.runtime.errors import UserError
 from distill.runtime.precision import Precision
 
-GUIDANCE = "guidance"  # of a conditioning's extras: CFG scales (B,) for a network that takes them
+# Of a conditioning's extras, for a network that takes them: CFG scales (B,); where an interval of time starts
+# (B,), in [0, 1] as a flow's time.
+GUIDANCE, INTERVAL_START = "guidance", "interval_start"
 
 
 class Denoiser(nn.Module, ScoreModel):
@@ -79,6 +81,10 @@ class Denoiser(nn.Module, ScoreModel):
     def limit_time_frequency(self, highest: float) -> None:
         """From now on the network reads its time by sinusoids of at most `highest` radians a timestep."""
         raise UserError(f"{type(self).__name__} has no time embedding of sinusoids that can be limited")
+
+    def add_interval_start(self, features: int) -> None:
+        """Give the network an input more: `INTERVAL_START`, of which 0 is the same as none, by sinusoids."""
+        raise UserError(f"{type(self).__name__} takes no start of an interval: mean flow needs a U-Net")
 
     def with_lora(self, rank: int) -> "Denoiser":
         """The same frozen weights with a trainable LoRA."""

@@ -65,11 +65,16 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
         return
     text_encoder, vae = original_parts(teacher)
     network = student.denoiser.network
+    unet = network.stock() if isinstance(network, MultiViewUNet) else copy.deepcopy(network)
+    if student.guidance is None and unet.config.time_cond_proj_dim is not None:
+        # The start of an interval, 0 when it samples, which is the same as none.
+        unet.time_embedding.cond_proj = None
+        unet.register_to_config(time_cond_proj_dim=None)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=teacher.tokenizer,
-        unet=network.stock() if isinstance(network, MultiViewUNet) else copy.deepcopy(network),
+        unet=unet,
         scheduler=student_scheduler(student),
         safety_checker=None,
         feature_extractor=None,

@@ -38,7 +38,8 @@ class PointNet(nn.Module):
 
     def __init__(self, classes: int, width: int = 128) -> None:
         super().__init__()
-        self.config = SimpleNamespace(cross_attention_dim=classes)
+        self.config = SimpleNamespace(cross_attention_dim=classes, time_cond_proj_dim=None)
+        self.cond_proj: nn.Linear | None = None
         self.frequencies = 2.0 ** torch.arange(6) * math.pi / 1000
         self.conv_in = nn.Linear(2 + 12 + classes, width)
         self.down = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -47,6 +48,12 @@ class PointNet(nn.Module):
         )
         self.up = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.conv_out = nn.Linear(width, 2)
+
+    def add_time_condition(self, dim: int) -> None:
+        """A further input of so many numbers beside the time, without effect at first."""
+        self.config.time_cond_proj_dim = dim
+        self.cond_proj = nn.Linear(dim, self.conv_in.out_features, bias=False)
+        nn.init.zeros_(self.cond_proj.weight)
 
     def limit_time_frequency(self, highest: float) -> None:
         """As of every denoiser."""
@@ -57,11 +64,19 @@ class PointNet(nn.Module):
         """Of its parameters."""
         return self.conv_in.weight.dtype
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep_cond: Tensor | None = None,
+    ) -> SimpleNamespace:
         """The output (B, 2, 1, 1) as `.sample`."""
         angle = timestep[:, None].to(sample) * self.frequencies.to(sample)
         weights = encoder_hidden_states[:, 0].to(sample)
         first = self.conv_in(torch.cat([sample.flatten(1), angle.sin(), angle.cos(), weights], 1))
+        if self.cond_proj is not None and timestep_cond is not None:
+            first = first + self.cond_proj(timestep_cond)
         middle = self.mid_block(first + self.down(first))
         return SimpleNamespace(sample=self.conv_out(first + self.up(middle.flatten(1)))[..., None, None])
 

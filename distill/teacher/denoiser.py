@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distill.core.conditioning import POOLED, TIME_IDS, Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType, to_flow
-from distill.core.teacher import GUIDANCE, Denoiser
+from distill.core.teacher import GUIDANCE, INTERVAL_START, Denoiser
 from distill.core.views import REFERENCE
 from distill.runtime.errors import UserError
 from distill.runtime.sharding import is_sharded
@@ -26,6 +26,11 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.n
 def guidance_features(scale: Tensor, dim: int) -> Tensor:
     """Sines and cosines (B, dim) of 1000 (s - 1) for CFG scales s (B,), as diffusers' LCM pipelines."""
     return get_timestep_embedding(1000 * (scale.float() - 1), dim)
+
+
+def interval_features(start: Tensor, dim: int) -> Tensor:
+    """Sines (B, dim) of k pi r / 2 of starts r (B,) in [0, 1], k from 1 on: all are 0 at 0."""
+    return (start[:, None] * torch.arange(1, dim + 1, device=start.device) * (math.pi / 2)).sin()
 
 
 class _Reached(Exception):
@@ -197,6 +202,9 @@ class UNetDenoiser(DiffusersDenoiser):
         dim = self.network.config.time_cond_proj_dim if GUIDANCE in extras else None
         if dim is not None:
             inputs["timestep_cond"] = guidance_features(extras[GUIDANCE], dim).to(dtype)
+        if INTERVAL_START in extras:
+            dim = self.network.config.time_cond_proj_dim
+            inputs["timestep_cond"] = interval_features(extras[INTERVAL_START], dim).to(dtype)
         return self.network(x.to(dtype), timestep, **inputs).sample
 
     @property
@@ -213,6 +221,13 @@ class UNetDenoiser(DiffusersDenoiser):
     def embedding_dim(self) -> int:
         """As of every denoiser."""
         return self.network.config.cross_attention_dim
+
+    def add_interval_start(self, features: int) -> None:
+        """As of every denoiser; the new layer is zero at first."""
+        if hasattr(self.network, "add_time_condition"):
+            self.network.add_time_condition(features)
+        else:
+            self.with_guidance_embedding(features)
 
     def with_guidance_embedding(self, dim: int) -> "UNetDenoiser":
         """As of every denoiser; the new layer is zero at first, as LCM initialises it (section 4.2)."""

@@ -7,20 +7,18 @@ a Jacobian-vector product.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import clean_and_noise
 from distill.core.score import Guided
 from distill.core.teacher import Denoiser
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
+from distill.one_step.methods.derivatives import value_and_derivative
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
@@ -92,25 +90,7 @@ def velocity_and_derivative(
     def function(x: Tensor, angle: Tensor) -> Tensor:
         return velocity(denoiser, x, angle, conditioning)
 
-    # Fused attention has no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH), _contiguous_norms(denoiser):
-        return torch.func.jvp(function, (x, angle), (direction, torch.ones_like(angle)))
-
-
-@contextmanager
-def _contiguous_norms(module: nn.Module) -> Iterator[None]:
-    """Inside the block group norms copy their inputs: torch's derivative fails for channels in last place."""
-
-    def copy(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(value.clone(memory_format=torch.contiguous_format) for value in inputs)
-
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
-    handles = [norm.register_forward_pre_hook(copy) for norm in norms]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return value_and_derivative(denoiser, function, (x, angle), (direction, torch.ones_like(angle)))
 
 
 @final
