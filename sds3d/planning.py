@@ -99,8 +99,8 @@ def blank_reference(recipe: TextTo3dRecipe, teacher: Teacher) -> ReferenceView:
     """
     side = teacher.resolution
     cut_out = CutOut(np.zeros((side, side, 3)), np.ones((side, side)), "plan")
-    captioned = recipe.captioned.enabled and bool(recipe.text_to_3d.prompt)
-    reference = ReferenceView(teacher, None, cut_out, 0.0, recipe.image_to_3d, captioned=captioned)
+    has_caption = recipe.caption.enabled and bool(recipe.text_to_3d.prompt)
+    reference = ReferenceView(teacher, None, cut_out, 0.0, recipe.image_to_3d, has_caption=has_caption)
     reference.active = True
     return reference
 

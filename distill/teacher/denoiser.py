@@ -248,11 +248,11 @@ class UNetDenoiser(DiffusersDenoiser):
             return
         half, shift = network.time_proj.num_channels // 2, network.time_proj.downscale_freq_shift
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half) / (half - shift))
-        kept = (frequencies <= highest).repeat(2)
+        mask = (frequencies <= highest).repeat(2)
         layer = network.time_embedding.linear_1
         with torch.no_grad():  # so that a network that is saved needs no mask
-            layer.weight.mul_(kept.to(layer.weight))
-        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * kept.to(inputs[0]),))
+            layer.weight.mul_(mask.to(layer.weight))
+        layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * mask.to(inputs[0]),))
 
     @torch.no_grad()
     def as_x0_predictor(self, t: int) -> "UNetDenoiser":

@@ -160,7 +160,7 @@ def grade_run(
     if subject.is_picture:
         figures["reference_psnr"] = result["reference_psnr"]
         figures["elevation_error"] = abs(result["elevation"] - subject.angles[1])
-        figures["captioned"] = float(result["captioned"])
+        figures["has_caption"] = float(result["has_caption"])
     run = result["run"]
     figures |= {"seconds": run["seconds"], "peak_memory_mib": run["peak_memory_mib"]}
     figures["nfe"] = float(result["nfe"])

@@ -30,7 +30,7 @@ def for_subject(recipe: TextTo3dRecipe, subject: Subject, seed: int, directory: 
         run=replace(recipe.run, directory=str(directory), seed=seed),
         text_to_3d=replace(recipe.text_to_3d, prompt=prompt),
         image_to_3d=recipe.image_to_3d,
-        captioned=recipe.captioned,
+        caption=recipe.caption,
         scene=recipe.scene,
         objective=recipe.objective,
         control=recipe.control,

@@ -21,7 +21,7 @@ from sds3d.text_to_3d.prompts import VIEWS
 
 SHAPE = ("f_score_5", "f_score_2", "silhouette_iou", "volume_iou", "watertight", "manifold")
 ACCURACY = ("judge_object", "judge_colour", "janus_rate", "r_precision")
-COLUMNS = (*SHAPE, *ACCURACY, "colour_error", "reference_psnr", "elevation_error", "captioned", "seconds")
+COLUMNS = (*SHAPE, *ACCURACY, "colour_error", "reference_psnr", "elevation_error", "has_caption", "seconds")
 PLOTS = ("f_score_5", "f_score_2", "volume_iou", "janus_rate", "judge_object", "r_precision", "seconds")
 IMAGES = ("picture.png", "turntable.gif", "renders.png", "truth.png")
 Intervals = Mapping[str, tuple[float, float]]

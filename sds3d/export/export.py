@@ -83,7 +83,7 @@ def export_run(trainer: "TextTo3d", options: ExportOptions) -> Path:
         figures |= reference_figures(reference, scene, run.directory)
     # Views are compared with view words: the front must be known.
     score = None
-    if reference is None or reference.captioned:
+    if reference is None or reference.has_caption:
         score = scene_clip_score(scene, teacher, prompt, options.clip)
     if score is not None:
         figures["clip_score"] = score
@@ -98,7 +98,7 @@ def reference_figures(reference: "ReferenceView", scene: Scene3D, folder: Path) 
     render = scene.render(reference.camera, background).rgb
     save_png(folder / "picture.png", image_grid(torch.cat([reference.picture.over(background), render]), 2))
     return {
-        "captioned": reference.captioned,
+        "has_caption": reference.has_caption,
         "azimuth": reference.azimuth,
         "elevation": reference.elevation,
         "elevation_estimated": reference.estimated,

@@ -18,8 +18,8 @@ from sds3d.text_to_3d.picture import EXTENT, CutOut, Frame, Picture, silhouette_
 DISTANCE, FOVY = 3.0, 35.0  # of the picture's camera: what `EXTENT` of `picture.py` belongs to
 ELEVATIONS = tuple(float(degrees) for degrees in range(-5, 70, 10))
 AZIMUTHS = 24
-REFINEMENTS = (7.0, 3.5, 2.0, 1.0)  # degrees, around the best `KEPT` cameras and then the best one
-KEPT = 4
+REFINEMENTS = (7.0, 3.5, 2.0, 1.0)  # degrees, around the best `CANDIDATES` cameras and then the best one
+CANDIDATES = 4
 FRAME_STEPS = (0.03, 0.015, 0.008)  # half-widths, for place and size
 GREY = 0.5
 CHUNK = 24  # views rendered at once
@@ -58,7 +58,7 @@ def align_picture(
     errors = _errors(scene, picture, angles, resolution)
     if not bool(errors.isfinite().any()):
         return None
-    best = [angles[index] for index in errors.topk(KEPT, largest=False).indices]
+    best = [angles[index] for index in errors.topk(CANDIDATES, largest=False).indices]
     for step in REFINEMENTS:
         tilts = (0.0,) if elevation is not None else (-step, 0.0, step)
         turns = tuple(product((-step, 0.0, step), tilts))

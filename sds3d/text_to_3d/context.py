@@ -92,7 +92,7 @@ class TextTo3dContext:
         """
         if reference is not None:
             check_picture(options, objective)
-            if not reference.captioned:  # nothing says which side of what a picture shows is its front
+            if not reference.has_caption:  # nothing says which side of what a picture shows is its front
                 options = replace(options, view_words=False)
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.reference = reference
@@ -171,7 +171,7 @@ class TextTo3dContext:
 
         None without a picture, and where a caption says what it shows.
         """
-        if self.reference is None or self.reference.captioned:
+        if self.reference is None or self.reference.has_caption:
             return None
         if background is None:
             background = torch.full((1, 3), sum(self.options.background) / 2, device=self.run.device)

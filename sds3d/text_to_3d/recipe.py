@@ -19,7 +19,7 @@ from distill.teacher.pictures import check_takes_pictures
 from sds3d.export.export import ExportOptions, export_run
 from sds3d.scene.nerf import NerfOptions
 from sds3d.scene.protocol import SceneOptions
-from sds3d.text_to_3d.captioned import CaptionedOptions, recognise, world_captions
+from sds3d.text_to_3d.caption import CaptionOptions, recognise, world_captions
 from sds3d.text_to_3d.context import check_picture
 from sds3d.text_to_3d.elevation import NFE, estimate_elevation, read_elevation
 from sds3d.text_to_3d.mesh_control import MeshControl, MeshControlOptions
@@ -38,7 +38,7 @@ class TextTo3dRecipe:
     run: RunOptions
     text_to_3d: TextTo3dOptions
     image_to_3d: ImageTo3dOptions = field(default_factory=ImageTo3dOptions)
-    captioned: CaptionedOptions = field(default_factory=CaptionedOptions)  # of pictures that have a caption
+    caption: CaptionOptions = field(default_factory=CaptionOptions)  # of pictures that have a caption
     scene: SceneOptions = field(default_factory=NerfOptions)
     objective: ObjectiveOptions
     control: MeshControlOptions | None = None
@@ -57,12 +57,12 @@ Recipe = TypeVar("Recipe", bound=TextTo3dRecipe)
 
 
 def with_caption(recipe: Recipe) -> Recipe:
-    """The recipe with the picture's caption as its prompt, and with the options of a captioned picture.
+    """The recipe with the picture's caption as its prompt, and with the options of a picture that has one.
 
     As it is without a picture, and where nothing says what the picture shows. A second call changes nothing.
     Raises `UserError` for a picture that cannot be used.
     """
-    chosen = recipe.captioned
+    chosen = recipe.caption
     if recipe.image is None or not chosen.enabled:
         return recipe
     caption = recipe.text_to_3d.prompt
@@ -77,7 +77,7 @@ def with_caption(recipe: Recipe) -> Recipe:
             return recipe
         print(
             f"the picture shows {caption}, recognised by CLIP: views are sampled by this caption "
-            "(captioned.enabled=false: by the picture itself)"
+            "(caption.enabled=false: by the picture itself)"
         )
     options = replace(
         recipe.text_to_3d,
@@ -120,8 +120,8 @@ def make_reference(recipe: TextTo3dRecipe, teacher: Teacher, cut_out: CutOut) ->
     scorer = load_clip_scorer(teacher.name_or_path, device=teacher.device)
     clip = None if scorer is None else scorer.model
     elevation, nfe = options.elevation, 0
-    if recipe.captioned.enabled and recipe.text_to_3d.prompt:
-        return ReferenceView(teacher, clip, cut_out, elevation or 0.0, options, captioned=True)
+    if recipe.caption.enabled and recipe.text_to_3d.prompt:
+        return ReferenceView(teacher, clip, cut_out, elevation or 0.0, options, has_caption=True)
     if elevation is None and options.elevation_judge is not None:
         elevation = read_elevation(options.elevation_judge, cut_out, teacher.device)
     elif elevation is None:

@@ -67,7 +67,7 @@ class ReferenceView:
         elevation: float,
         options: ImageTo3dOptions,
         nfe: int = 0,
-        captioned: bool = False,
+        has_caption: bool = False,
     ) -> None:
         """clip: the teacher's own, for its embedding of the picture; elevation in degrees, with a caption
         until it is aligned; nfe: what its estimate took. Raises `UserError` for a teacher that takes no
@@ -75,7 +75,7 @@ class ReferenceView:
         """
         check_takes_pictures(teacher)
         self.teacher, self.clip, self.options, self.nfe = teacher, clip, options, nfe
-        self.cut_out, self.captioned, self.active = cut_out, captioned, not captioned
+        self.cut_out, self.has_caption, self.active = cut_out, has_caption, not has_caption
         self.estimated = options.elevation is None
         self._set_picture(cut_out.picture(teacher.resolution), 0.0, elevation)
 
@@ -89,7 +89,7 @@ class ReferenceView:
 
     def aligned_from(self, steps: int) -> int | None:
         """The step of a run of `steps` at which it is aligned to the scene; None without a caption."""
-        return round(self.options.align_at * steps) if self.captioned else None
+        return round(self.options.align_at * steps) if self.has_caption else None
 
     def align(self, scene: Scene3D) -> None:
         """Take over the camera from which a scene looks most like the picture, and become active.
@@ -97,10 +97,10 @@ class ReferenceView:
         A scene without any opaque view leaves the camera as it is.
         """
         resolution = self.teacher.resolution
-        found = align_picture(scene, self.cut_out, resolution, self.options.elevation)
-        if found is not None:
-            picture = self.cut_out.picture(resolution, found.frame)
-            self._set_picture(picture, found.azimuth, found.elevation)
+        alignment = align_picture(scene, self.cut_out, resolution, self.options.elevation)
+        if alignment is not None:
+            picture = self.cut_out.picture(resolution, alignment.frame)
+            self._set_picture(picture, alignment.azimuth, alignment.elevation)
         self.active = True
 
     def condition(self, backgrounds: Tensor) -> PictureCondition:

@@ -17,7 +17,8 @@ def value_and_derivative(
     """A function of a module's, at inputs, and its derivative where they move along directions."""
     # Fused attention has no forward-mode derivative.
     with sdpa_kernel(SDPBackend.MATH), _contiguous_norms(module):
-        return torch.func.jvp(function, inputs, directions)
+        value, derivative = torch.func.jvp(function, inputs, directions)[:2]
+    return value, derivative
 
 
 @contextmanager

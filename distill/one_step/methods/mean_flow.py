@@ -102,8 +102,8 @@ class MeanFlow(Method):
         times = torch.sigmoid(options.logit_mean + options.logit_std * normal)
         level, start = times.amax(0), times.amin(0)
         t = schedule.sigma_to_t(level / (1 - level)).clamp_max(student.timesteps[0])
-        drawn = torch.rand(count, generator=generator)
-        point, zero = drawn >= options.intervals, drawn < options.intervals * options.from_zero
+        fraction = torch.rand(count, generator=generator)
+        point, zero = fraction >= options.intervals, fraction < options.intervals * options.from_zero
         t, start, point, zero = upload_all([t, start, point, zero], batch.real.device)
         x_t = schedule.add_noise(batch.real, batch.noise, t)
         z, s = to_flow(x_t, schedule.alpha(t), schedule.sigma(t))

@@ -39,22 +39,24 @@ def test_the_camera_of_a_picture_is_found(name: str, angles: tuple[float, float]
     """Whatever its size and place in the file; and where it lies in the scene's views."""
     scene = MeshScene(name)
     rgba = np.pad(scene.rgba(picture_camera(*angles, 160)), ((10, 50), (70, 0), (0, 0)))
-    found = align_picture(scene, CutOut(rgba[..., :3], rgba[..., 3], "x"), 64)  # type: ignore[arg-type]
-    assert found is not None
-    assert found.azimuth == pytest.approx(angles[0], abs=2)
-    assert found.elevation == pytest.approx(angles[1], abs=2)
+    alignment = align_picture(scene, CutOut(rgba[..., :3], rgba[..., 3], "x"), 64)  # type: ignore[arg-type]
+    assert alignment is not None
+    assert alignment.azimuth == pytest.approx(angles[0], abs=2)
+    assert alignment.elevation == pytest.approx(angles[1], abs=2)
     view = torch.from_numpy(scene.rgba(picture_camera(*angles, 64))[None, ..., 3])
     (centre,), (radius,) = silhouette_bounds(view)
     expected = [*(centre / 32 - 1).tolist(), float(radius) / 32]
-    assert [found.frame.right, found.frame.down, found.frame.extent] == pytest.approx(expected, abs=0.03)
+    assert [alignment.frame.right, alignment.frame.down, alignment.frame.extent] == pytest.approx(
+        expected, abs=0.03
+    )
 
 
 def test_a_given_elevation_is_kept() -> None:
     scene = MeshScene("teapot")
     rgba = scene.rgba(picture_camera(40.0, 25.0, 128))
-    found = align_picture(scene, CutOut(rgba[..., :3], rgba[..., 3], "x"), 48, elevation=20.0)  # type: ignore[arg-type]
-    assert found is not None and found.elevation == 20.0
-    assert found.azimuth == pytest.approx(40.0, abs=5)
+    alignment = align_picture(scene, CutOut(rgba[..., :3], rgba[..., 3], "x"), 48, elevation=20.0)  # type: ignore[arg-type]
+    assert alignment is not None and alignment.elevation == 20.0
+    assert alignment.azimuth == pytest.approx(40.0, abs=5)
 
 
 def test_an_empty_scene_has_no_alignment() -> None:

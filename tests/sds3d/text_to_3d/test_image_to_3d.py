@@ -194,23 +194,23 @@ def test_a_resumed_run_keeps_its_picture(tmp_path: Path, monkeypatch: pytest.Mon
 # With a caption
 
 
-def captioned(directory: Path, options: TextTo3dOptions, steps: int) -> TextTo3d:
+def with_caption(directory: Path, options: TextTo3dOptions, steps: int) -> TextTo3d:
     teacher = PictureTeacher()
-    reference = ReferenceView(teacher, None, CUT_OUT, 0.0, ImageTo3dOptions(align_at=0.5), captioned=True)
+    reference = ReferenceView(teacher, None, CUT_OUT, 0.0, ImageTo3dOptions(align_at=0.5), has_caption=True)
     run = Run(run_options(directory, steps), {}, "t")
     return TextTo3d(run, teacher, SMALL, SDS, replace(options, prompt="a thing"), reference=reference)
 
 
-def found_at(*angles: float) -> Callable[..., Alignment]:
+def alignment_at(*angles: float) -> Callable[..., Alignment]:
     return lambda *args: Alignment(*angles, Frame(0.1, 0.0, 0.5), 0.0)
 
 
-def test_a_captioned_picture_is_aligned_and_counts_from_then_on(
+def test_a_picture_with_a_caption_is_aligned_and_counts_from_then_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The teacher reads the caption with view words and absolute azimuths, and no picture."""
-    monkeypatch.setattr(reference_view, "align_picture", found_at(120.0, 30.0))
-    task = captioned(tmp_path, GROUPED, 4)
+    monkeypatch.setattr(reference_view, "align_picture", alignment_at(120.0, 30.0))
+    task = with_caption(tmp_path, GROUPED, 4)
     steps, errors = [], task.reference.errors
     monkeypatch.setattr(task.reference, "errors", lambda *a: steps.append(task.run.step) or errors(*a))
     task.train()
@@ -226,17 +226,17 @@ def test_a_captioned_picture_is_aligned_and_counts_from_then_on(
 
 
 def test_a_resumed_run_keeps_the_alignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference_view, "align_picture", found_at(120.0, 30.0))
-    captioned(tmp_path, GROUPED, 4).train()
-    monkeypatch.setattr(reference_view, "align_picture", found_at(0.0, 0.0))
-    resumed = captioned(tmp_path, GROUPED, 6)
+    monkeypatch.setattr(reference_view, "align_picture", alignment_at(120.0, 30.0))
+    with_caption(tmp_path, GROUPED, 4).train()
+    monkeypatch.setattr(reference_view, "align_picture", alignment_at(0.0, 0.0))
+    resumed = with_caption(tmp_path, GROUPED, 6)
     resumed.train()
     assert resumed.reference.active and resumed.reference.azimuth == 120.0
 
 
 def test_orientation_is_checked_until_the_picture_is_aligned(tmp_path: Path) -> None:
     checks = OrientationOptions((OrientationCheck(0.25), OrientationCheck(0.75)), views=6)
-    task = captioned(tmp_path, with_stages(GROUPED, orientation=checks), 4)
+    task = with_caption(tmp_path, with_stages(GROUPED, orientation=checks), 4)
     assert list(task.stages["orientation"].checks) == [1]
 
 

@@ -116,12 +116,12 @@ def test_the_derivative_of_a_u_net_is_its_finite_difference(tiny_teacher: Latent
     angle, step = torch.tensor([0.4, 0.9, 1.3]), 2e-4
     with torch.no_grad():
         value, derivative = velocity_and_derivative(denoiser, x, angle, conditioning, direction)
-        ahead, behind = (
+        ahead, before = (
             velocity(denoiser, x + sign * step * direction, angle + sign * step, conditioning)
             for sign in (1, -1)
         )
         torch.testing.assert_close(value, velocity(denoiser, x, angle, conditioning))
-    difference = (ahead - behind) / (2 * step)
+    difference = (ahead - before) / (2 * step)
     assert (derivative - difference).norm() < 0.03 * difference.norm()
 
 

@@ -80,8 +80,8 @@ def test_the_average_velocity_of_normal_data_fulfils_the_identity() -> None:
     torch.testing.assert_close(value, v - length * derivative, atol=1e-4, rtol=1e-4)
     assert (value - v).abs().max() > 0.1
     step = 1e-5
-    ahead, behind = (average(z + sign * step * v, s + sign * step) for sign in (1, -1))
-    torch.testing.assert_close(derivative, (ahead - behind) / (2 * step), atol=1e-3, rtol=1e-3)
+    ahead, before = (average(z + sign * step * v, s + sign * step) for sign in (1, -1))
+    torch.testing.assert_close(derivative, (ahead - before) / (2 * step), atol=1e-3, rtol=1e-3)
 
 
 def test_the_exact_average_velocity_is_a_fixed_point() -> None:

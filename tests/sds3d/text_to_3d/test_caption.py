@@ -15,7 +15,7 @@ from distill.planning.plan import make_plan
 from distill.runtime.errors import UserError
 from sds3d.planning import text_to_3d_subject
 from sds3d.text_to_3d import recipe as recipe_module
-from sds3d.text_to_3d.captioned import CaptionedOptions, recognise, world_captions
+from sds3d.text_to_3d.caption import CaptionOptions, recognise, world_captions
 from sds3d.text_to_3d.picture import CutOut
 from sds3d.text_to_3d.recipe import TextTo3dRecipe, start_text_to_3d, with_caption
 
@@ -67,7 +67,7 @@ def recipe(tmp_path: Path, multi_view_teacher_folder: Path) -> TextTo3dRecipe:
         teacher=str(multi_view_teacher_folder),
         run=run_options(tmp_path / "run", 9),
         text_to_3d=replace(OPTIONS, prompt="", views_per_group=3),
-        captioned=CaptionedOptions(steps=5, views_per_group=2),
+        caption=CaptionOptions(steps=5, views_per_group=2),
         objective=SDS,
     )
 
@@ -90,7 +90,7 @@ def test_a_prompt_is_the_caption(recipe: TextTo3dRecipe) -> None:
         recipe, prompt="a red cube", text_to_3d=replace(recipe.text_to_3d, prompt="a red cube")
     )
     trainer = start_text_to_3d(prompted)
-    assert trainer.reference is not None and trainer.reference.captioned and not trainer.reference.active
+    assert trainer.reference is not None and trainer.reference.has_caption and not trainer.reference.active
     assert trainer.run.options.steps == 5 and trainer.reference.nfe == 0
 
 
@@ -100,12 +100,12 @@ def test_without_a_caption_the_picture_is_the_condition(
     monkeypatch.setattr(recipe_module, "recognise", lambda *args: "")
     assert with_caption(recipe) == recipe
     monkeypatch.setattr(recipe_module, "recognise", lambda *args: "a red cube")
-    off = replace(recipe, captioned=CaptionedOptions(enabled=False))
-    assert with_caption(off) == off
+    disabled = replace(recipe, caption=CaptionOptions(enabled=False))
+    assert with_caption(disabled) == disabled
     assert with_caption(replace(recipe, image=None)) == replace(recipe, image=None)
 
 
-def test_a_captioned_run_is_planned(recipe: TextTo3dRecipe) -> None:
+def test_a_run_with_a_caption_is_planned(recipe: TextTo3dRecipe) -> None:
     """No row of a picture: with and without text, 20 steps of the first round and 10 of the second."""
     prompted = replace(
         recipe, prompt="a red cube", text_to_3d=replace(recipe.text_to_3d, prompt="a red cube")
@@ -116,4 +116,4 @@ def test_a_captioned_run_is_planned(recipe: TextTo3dRecipe) -> None:
 
 def test_a_cosine_out_of_range_is_refused() -> None:
     with pytest.raises(UserError, match=r"min_similarity is 2: a cosine in \[-1, 1\]"):
-        CaptionedOptions(min_similarity=2)
+        CaptionOptions(min_similarity=2)

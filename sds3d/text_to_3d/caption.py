@@ -23,7 +23,7 @@ GREYS = (0.3, 0.6, 0.9)  # backgrounds whose embeddings are averaged
 
 
 @dataclass(frozen=True)
-class CaptionedOptions:
+class CaptionOptions:
     """When a picture has a caption, and what a run then has in place of its own `run` and `text_to_3d`.
 
     A prompt is the caption. Without one, CLIP's nearest of the world's single objects in its colours is, if
@@ -40,7 +40,7 @@ class CaptionedOptions:
     def __post_init__(self) -> None:
         if not -1 <= self.min_similarity <= 1:
             raise UserError(
-                f"captioned.min_similarity is {self.min_similarity}: a cosine in [-1, 1] is expected"
+                f"caption.min_similarity is {self.min_similarity}: a cosine in [-1, 1] is expected"
             )
 
 
