@@ -12,7 +12,7 @@ from distill.one_step.methods.base import MethodOptions
 from distill.one_step.points import PointOptions
 
 METHODS = (
-    *("dmd", "dmd2", "f_distill", "diff_instruct", "sid", "consistency"),
+    *("dmd", "dmd2", "f_distill", "diff_instruct", "ladd", "sid", "consistency"),
     *("truncated_consistency", "continuous_consistency", "mean_flow"),
     *("progressive", "knowledge_distillation", "reflow"),
 )
