@@ -93,6 +93,14 @@ class Pairs:
     conditioning: Conditioning
     caption: Tensor
 
+    def sample(
+        self, count: int, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, Conditioning]:
+        """Noise, latents (count, C, h, w) and conditioning of random pairs, on a device."""
+        index = torch.randint(len(self.noise), (count,), generator=generator)
+        conditioning = self.conditioning.select(self.caption[index])
+        return self.noise[index].to(device), self.latents[index].to(device), conditioning.to(device)
+
 
 def load_pairs(folder: Path | str, teacher: Teacher) -> Pairs:
     """All finished pairs of a folder, their captions through the teacher's `encode_text`.
@@ -157,10 +165,8 @@ class Regression:
     def __call__(self, student: Student, batch: int, generator: torch.Generator) -> Tensor:
         """Weight times the mean distance of `batch_fraction * batch` pairs, with gradient."""
         count = max(round(self.options.batch_fraction * batch), 1)
-        index = torch.randint(len(self.pairs.noise), (count,), generator=generator)
         device = next(student.parameters()).device
-        noise, target = self.pairs.noise[index].to(device), self.pairs.latents[index].to(device)
-        conditioning = self.pairs.conditioning.select(self.pairs.caption[index]).to(device)
+        noise, target, conditioning = self.pairs.sample(count, generator, device)
         output = student(noise, conditioning, generator)
 
         if self.options.distance == "latents":

@@ -151,9 +151,7 @@ class AdversarialDistillation(Method):
         assert generated is not None
         real, conditioning = batch.real, batch.conditioning
         if self.pairs is not None:
-            index = torch.randint(len(self.pairs.noise), (len(generated),), generator=generator)
-            real = self.pairs.latents[index].to(generated.device)
-            conditioning = self.pairs.conditioning.select(self.pairs.caption[index]).to(generated.device)
+            _, real, conditioning = self.pairs.sample(len(generated), generator, generated.device)
         with no_param_grad(self.denoiser.network):
             of_real = self.logits(real, conditioning, generator)
             of_generated = self.logits(generated, batch.conditioning, generator)

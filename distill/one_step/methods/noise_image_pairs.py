@@ -10,8 +10,22 @@ from distill.one_step.regression import Pairs, Regression, RegressionOptions, lo
 from distill.one_step.student import Student
 
 
+class PairMethodOptions(MethodOptions):
+    """What both have in common: they learn from pairs alone, which have captions of their own."""
+
+    @property
+    def needs_real(self) -> bool:
+        """As of every method."""
+        return False
+
+    @property
+    def needs_pairs(self) -> bool:
+        """As of every method."""
+        return True
+
+
 @dataclass(frozen=True)
-class KnowledgeDistillationOptions(MethodOptions):
+class KnowledgeDistillationOptions(PairMethodOptions):
     """The student's output for a pair's noise becomes its image (Luhman & Luhman 2021, arXiv:2101.02388)."""
 
     regression: RegressionOptions
@@ -19,16 +33,6 @@ class KnowledgeDistillationOptions(MethodOptions):
     def build(self, context: MethodContext) -> "KnowledgeDistillation":
         """As of every method."""
         return KnowledgeDistillation(context, self)
-
-    @property
-    def needs_real(self) -> bool:
-        """As of every method: pairs have captions of their own."""
-        return False
-
-    @property
-    def needs_pairs(self) -> bool:
-        """As of every method."""
-        return True
 
     def unguided(
         self, critic_learning_rate: float, gan_weights: tuple[float, float]
@@ -57,7 +61,7 @@ class KnowledgeDistillation(Method):
 
 
 @dataclass(frozen=True)
-class ReflowOptions(MethodOptions):
+class ReflowOptions(PairMethodOptions):
     """Rectified flow on pairs: the student's ODE becomes straight (Liu et al. 2022, arXiv:2209.03003).
 
     Another round: make pairs with the trained student as the teacher. InstaFlow (Liu et al. 2023,
@@ -69,16 +73,6 @@ class ReflowOptions(MethodOptions):
     def build(self, context: MethodContext) -> "Reflow":
         """As of every method."""
         return Reflow(context, self)
-
-    @property
-    def needs_real(self) -> bool:
-        """As of every method: pairs have captions of their own."""
-        return False
-
-    @property
-    def needs_pairs(self) -> bool:
-        """As of every method."""
-        return True
 
     @property
     def from_last_level(self) -> bool:
@@ -95,10 +89,8 @@ class Reflow(Method):
 
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
         """Half the squared error of eps - x0 (eq. 1), at times uniform on (1 - s) x0 + s eps."""
-        pairs, count, device = self.pairs, len(batch.noise), batch.noise.device
-        index = torch.randint(len(pairs.noise), (count,), generator=generator)
-        noise, latents = pairs.noise[index].to(device), pairs.latents[index].to(device)
-        conditioning = pairs.conditioning.select(pairs.caption[index]).to(device)
+        count, device = len(batch.noise), batch.noise.device
+        noise, latents, conditioning = self.pairs.sample(count, generator, device)
 
         schedule, last = student.schedule, torch.tensor([student.timesteps[0]])
         highest = float(schedule.sigma(last) / (schedule.alpha(last) + schedule.sigma(last)))
