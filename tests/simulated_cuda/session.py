@@ -54,10 +54,12 @@ class DeviceProcess:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        command = [sys.executable, str(HERE), "serve"]
         self._errors = (folder / "device_process.log").open("w")
-        self._process = subprocess.Popen(
-            command,
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", str(HERE), "serve"],
             env=environment(),
             text=True,
             stdin=subprocess.PIPE,
@@ -66,7 +68,10 @@ class DeviceProcess:
         )
 
     def run(self, script: str, *arguments: str, memory_gib: float = 64) -> ScriptResult:
-        """Run a script to its end. Raises `RuntimeError` when the process has died of it."""
+        """Run a script to its end.
+
+        Raises `RuntimeError` when the process has died of it; the next script has a new process.
+        """
         request = {"script": script, "arguments": arguments, "folder": str(self.folder)}
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
@@ -75,6 +80,8 @@ class DeviceProcess:
         answer = stdout.readline()
         if not answer:
             log = Path(self._errors.name).read_text()[-2000:]
+            self._process.wait()
+            self._process = self._start()
             raise RuntimeError(f"{script} {' '.join(arguments)} ended the device's process:\n{log}")
         values = json.loads(answer)
         return ScriptResult(**{**values, "phases": tuple(Phase(*phase) for phase in values["phases"])})

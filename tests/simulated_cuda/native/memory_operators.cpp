@@ -32,6 +32,12 @@ Tensor empty_strided(SymIntArrayRef size, SymIntArrayRef stride, std::optional<c
                                            &device_allocator(), KEYS, c10::dtype_or_default(dtype));
 }
 
+// Forward-mode derivatives begin with zeros that no memory holds: here memory holds them.
+Tensor zeros(SymIntArrayRef size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout> layout,
+             std::optional<c10::Device> device, std::optional<bool> pinned) {
+  return empty(size, dtype, layout, device, pinned, std::nullopt).zero_();
+}
+
 // A copy between host and device waits unless it is non-blocking and the host's memory is pinned.
 void count_copy(const Tensor& to, const Tensor& from, bool non_blocking) {
   const bool up = to.is_cuda() && !from.is_cuda(), down = from.is_cuda() && !to.is_cuda();
@@ -95,6 +101,7 @@ void set_random_state(const Tensor& state) {
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("empty.memory_format", TORCH_FN(simulated_cuda::empty));
   m.impl("empty_strided", TORCH_FN(simulated_cuda::empty_strided));
+  m.impl("_efficientzerotensor", TORCH_FN(simulated_cuda::zeros));
   m.impl("copy_", TORCH_FN(simulated_cuda::copy_));
   m.impl("resize_", TORCH_FN(simulated_cuda::resize_));
   m.impl("set_.source_Storage_storage_offset", TORCH_FN(simulated_cuda::set_strided));
