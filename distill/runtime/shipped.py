@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter"]
+WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter", "autoencoder"]
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: on text alone, the
@@ -13,6 +13,7 @@ SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     "judge": {"judge64": "judge64", "pairs64": "pairs64", "elevation64": "elevation64"},
     "probe": {"probe64": "probe64"},
     "student": {"shapes64_text": "students/shapes64_text"},  # one-step, by the name of its teacher
+    "autoencoder": {"tiny64": "tiny64"},  # of shapes64, in place of its VAE
     "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by their condition
 }
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -32,6 +33,12 @@ def identify(name_or_path: str, folder: Path) -> TeacherIdentity | None:
         return None
     digest = hash_tensors(value for path in files for value in _first_values(path))
     return TeacherIdentity(display_name(name_or_path), digest)
+
+
+def identify_vae(vae: Any) -> str | None:
+    """The digest of a VAE's weights, likewise, in the file that diffusers loaded it from; None without."""
+    path = Path(vae.config.get("_name_or_path") or "") / SAFETENSORS_WEIGHTS_NAME
+    return hash_tensors(_first_values(path)) if path.is_file() else None
 
 
 def _first_values(path: Path) -> Iterator[Tensor]:

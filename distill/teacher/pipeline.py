@@ -101,7 +101,7 @@ class LatentTeacher(PipelineTeacher):
         name_or_path: str = "",
         identity: TeacherIdentity | None = None,
     ) -> None:
-        """vae: an `AutoencoderKL`."""
+        """vae: an `AutoencoderKL`, or an `AutoencoderTiny` of its latents."""
         modules = (*text_encoders, vae, denoiser.network)
         super().__init__(denoiser, scheduler, modules, name_or_path, identity)
         self.vae, self.text_encoders = vae, tuple(text_encoders)
@@ -130,8 +130,9 @@ class LatentTeacher(PipelineTeacher):
         """Latents (the posterior's mean, scaled) of images (B, 3, H, W) in [0, 1]; differentiable in the
         images.
         """
-        posterior = self.vae.encode((images * 2 - 1).to(self.vae.dtype)).latent_dist
-        return (posterior.mean.float() - self.latent_mean) * self.vae.config.scaling_factor
+        output = self.vae.encode((images * 2 - 1).to(self.vae.dtype))
+        latents = output.latents if "latents" in output else output.latent_dist.mean
+        return (latents.float() - self.latent_mean) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], clamped, of scaled latents; differentiable in the latents."""

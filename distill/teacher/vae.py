@@ -63,15 +63,22 @@ def gradient_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
+def reconstruction_loss(output: Tensor, images: Tensor, gradient_weight: float) -> tuple[Tensor, Tensor]:
+    """The loss of images (B, 3, H, W) in [-1, 1] (L1, squared error, L1 of gradients), and the mean squared
+    error in [0, 1] units for the PSNR.
+    """
+    mse = (output - images).square().mean()
+    return (output - images).abs().mean() + mse + gradient_weight * gradient_loss(output, images), mse / 4
+
+
 def vae_loss(vae: AutoencoderKL, images: Tensor, noise: Tensor, options: VaeOptions) -> tuple[Tensor, Tensor]:
     """The loss on images (B, 3, H, W) in [-1, 1], and the mean squared error in [0, 1] units for the PSNR."""
     encoded = vae.encode(images).latent_dist.parameters
     posterior = DiagonalGaussianDistribution(encoded.float())  # outside of the networks all is float32
     output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-    mse = (output - images).square().mean()
-    loss = (output - images).abs().mean() + mse + options.gradient_weight * gradient_loss(output, images)
+    loss, mse = reconstruction_loss(output, images, options.gradient_weight)
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return loss + options.kl_weight * kl, mse / 4
+    return loss + options.kl_weight * kl, mse
 
 
 def local_losses(
