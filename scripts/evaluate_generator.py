@@ -17,7 +17,17 @@ from distill.runtime.config import as_mapping
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
-QUERY = ("data", "judge", "clip", "features", "limit", "labels", "evaluation")  # what a row depends on
+# What a row depends on.
+QUERY = (
+    "data",
+    "autoencoder",
+    "judge",
+    "clip",
+    "features",
+    "limit",
+    "labels",
+    "evaluation",
+)  # what a row depends on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,7 @@ class Config:
     """Generators, a test split, and what grades samples; a row per generator, kept as JSON."""
 
     teacher: str = "shapes64_text"
+    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, or a folder
     students: tuple[str, ...] = ()  # shapes64_text, or folders of distill_one_step.py
     steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
     guidance: tuple[float, ...] = (2.0,)
@@ -43,7 +54,7 @@ class Config:
 def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
-    teacher = load_teacher(config.teacher, device, dtype)
+    teacher = load_teacher(config.teacher, device, dtype, config.autoencoder)
     students = [load_student(name, device, dtype, teacher)[0] for name in config.students]
     samplers = [student_sampler(*named) for named in zip(config.students, students, strict=True)]
     samplers += [

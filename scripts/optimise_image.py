@@ -25,6 +25,7 @@ class Config:
 
     prompt: str  # repeated as optimise_image.prompt
     teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
+    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
     run: RunOptions
     objective: ObjectiveOptions
     optimise_image: OptimiseImageOptions
@@ -33,7 +34,7 @@ class Config:
 
 def main(config: Config) -> None:
     precision = pick_precision(config.run.device, config.run.precision)
-    teacher = load_teacher(config.teacher, precision.device, precision.dtype)
+    teacher = load_teacher(config.teacher, precision.device, precision.dtype, config.autoencoder)
     run = Run(config.run, as_mapping(config), config.optimise_image.prompt)
     result = run_optimise_image(run, teacher, config.objective, config.optimise_image)
     print(f"written: {result.parent}: images.png, optimisation.mp4, result.json")

@@ -39,6 +39,7 @@ class SampleOptions(TextToImageOptions):
 
     # a shipped name, a diffusers folder, a hub id, or a YAML file
     teacher: str = "shapes64"
+    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
     student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: all its steps
     student_guidance: float | None = None  # of a student whose input it is (LCM); null: the student's own
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
@@ -84,7 +85,7 @@ def run_sample(options: SampleOptions) -> Path:
 def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     """A grid (3, H', W'), its images (N, 3, H, W) and its columns; animations go to the output folder."""
     precision = pick_precision(options.device, options.precision)
-    teacher = load_teacher(options.teacher, precision.device, precision.dtype)
+    teacher = load_teacher(options.teacher, precision.device, precision.dtype, options.autoencoder)
     controls = [control.build(teacher) for control in options.controls]
     model = controlled(teacher, controls) if controls else teacher
     columns = options.images_per_prompt * max(len(options.sweep), 1)
@@ -106,8 +107,10 @@ def sample_with_student(options: SampleOptions) -> tuple[Tensor, Tensor, int]:
     """As `sample_with_teacher`, by the student; the grid also shows the teacher where they are compared."""
     precision = pick_precision(options.device, options.precision)
     device, dtype = precision.device, precision.dtype
-    teacher = load_teacher(options.teacher, device, dtype) if options.compare else None
-    student, parts = load_student(str(options.student), device, dtype, teacher)
+    teacher = None
+    if options.compare:
+        teacher = load_teacher(options.teacher, device, dtype, options.autoencoder)
+    student, parts = load_student(str(options.student), device, dtype, teacher, options.autoencoder)
     if options.student_guidance is not None and student.guidance is None:
         raise UserError(
             f"student_guidance is {options.student_guidance:g}, but {options.student} was trained at one "

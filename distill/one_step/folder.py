@@ -22,6 +22,7 @@ from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import original_parts, save_pipeline
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.multi_view import MultiViewUNet
+from distill.teacher.tiny_autoencoder import with_autoencoder
 from distill.teacher.vocabulary import VOCABULARY
 
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
@@ -96,11 +97,13 @@ def load_student(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     teacher: Teacher | None = None,
+    autoencoder: str | None = None,
 ) -> tuple[Student, LatentDiffusionTeacher]:
     """A student by shipped name or folder, and its text encoder and VAE as a teacher of their own.
 
     `dtype` is that of their weights, by default the device's. The parts have the identity of the student's
     teacher, whose adapters they take. teacher: the one that the student is used with, where there is one.
+    autoencoder: a tiny one in place of the VAE (`load_tiny_autoencoder`).
     Raises `UserError` where there is no student, and for one that belongs to another teacher.
     """
     folder = resolve("student", name_or_path)
@@ -117,6 +120,7 @@ def load_student(
         check_teacher(f"student {name_or_path}", owner, teacher.identity, remedy)
     parts = load_latent_diffusion(str(folder), device, dtype)
     parts.identity = owner
+    parts = with_autoencoder(parts, autoencoder)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     schedule, config = NoiseSchedule(scheduler.alphas_cumprod), scheduler.config
     denoiser = UNetDenoiser(parts.unet, schedule, config.prediction_type)

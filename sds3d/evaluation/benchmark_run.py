@@ -27,6 +27,7 @@ def for_subject(recipe: TextTo3dRecipe, subject: Subject, seed: int, directory: 
         prompt=prompt,
         image=str(picture_path(Path(directory), subject)) if subject.is_picture else None,
         teacher=recipe.teacher,
+        autoencoder=recipe.autoencoder,
         run=replace(recipe.run, directory=str(directory), seed=seed),
         text_to_3d=replace(recipe.text_to_3d, prompt=prompt),
         image_to_3d=recipe.image_to_3d,

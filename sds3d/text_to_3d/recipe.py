@@ -35,6 +35,7 @@ class TextTo3dRecipe:
     prompt: str  # repeated as text_to_3d.prompt; with an image it may be empty
     image: str | None = None  # a picture of one object, cut out or on a plain background: image to 3D
     teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
+    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
     run: RunOptions
     text_to_3d: TextTo3dOptions
     image_to_3d: ImageTo3dOptions = field(default_factory=ImageTo3dOptions)
@@ -94,7 +95,7 @@ def start_text_to_3d(recipe: TextTo3dRecipe) -> TextTo3d:
     """Load the teacher, claim the run's directory and build the trainer. Raises `UserError`."""
     recipe = with_caption(recipe)
     precision = pick_precision(recipe.run.device, recipe.run.precision)
-    teacher = load_teacher(recipe.teacher, precision.device, precision.dtype)
+    teacher = load_teacher(recipe.teacher, precision.device, precision.dtype, recipe.autoencoder)
     # The inputs first: mistakes leave no directory behind.
     check_inputs(teacher, recipe.text_to_3d, recipe.image is not None, recipe.control is not None)
     control = None
