@@ -15,6 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.runtime.errors import UserError
 
@@ -137,6 +138,10 @@ class ControlledNetwork(nn.Module):
 class ControlledUnet(ControlledNetwork):
     """A U-Net whose skips and middle block adapters add to."""
 
+    def view_conditions(self, conditioning: Conditioning, dtype: torch.dtype) -> dict[str, Any]:
+        """A multi-view U-Net's arguments, and the text that its adapters, which know no cameras, read."""
+        return {**self.network.view_conditions(conditioning, dtype), "text": conditioning.embedding}
+
     def forward(
         self,
         x_t: Tensor,
@@ -144,31 +149,44 @@ class ControlledUnet(ControlledNetwork):
         encoder_hidden_states: Tensor,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        text: Tensor | None = None,
     ) -> UNet2DConditionOutput:
         """x_t (B, C, h, w), t (B,), text embeddings (B, L, D), features (B, F) of a guidance scale.
 
-        added_cond_kwargs: pooled embeddings and time ids of Stable Diffusion XL.
+        added_cond_kwargs: pooled embeddings and time ids of Stable Diffusion XL, or a pose's embedding.
+        encoder_attention_mask, cross_attention_kwargs: of a multi-view U-Net. text: the embeddings that
+        adapters read, where they are others than the U-Net's.
         """
-        inputs: dict[str, Any] = {"encoder_hidden_states": encoder_hidden_states}
+        inputs = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "timestep_cond": timestep_cond,
+            "added_cond_kwargs": added_cond_kwargs,
+            "encoder_attention_mask": encoder_attention_mask,
+            "cross_attention_kwargs": cross_attention_kwargs,
+        }
+        read_by_adapters: dict[str, Any] = {
+            "encoder_hidden_states": encoder_hidden_states if text is None else text
+        }
         if added_cond_kwargs is not None:
-            inputs["added_cond_kwargs"] = added_cond_kwargs
+            read_by_adapters["added_cond_kwargs"] = added_cond_kwargs
 
         def call(control: Control) -> list[Tensor]:
             adapter, dtype = control.adapter, control.adapter.dtype
             images = control.repeated(control.images, len(x_t)).to(x_t.device, dtype)
-            own = tree_map(partial(Tensor.to, dtype=dtype), inputs)
+            own = tree_map(partial(Tensor.to, dtype=dtype), read_by_adapters)
             output = adapter(x_t.to(dtype), t, controlnet_cond=images, **own)
             return [*output.down_block_res_samples, output.mid_block_res_sample]
 
         added = self.weighted_sum(t, call, x_t.ndim)
         if not added:
-            return self.network(x_t, t, **inputs, timestep_cond=timestep_cond)
+            return self.network(x_t, t, **inputs)
         *down, middle = added
         return self.network(
             x_t,
             t,
             **inputs,
-            timestep_cond=timestep_cond,
             down_block_additional_residuals=tuple(down),
             mid_block_additional_residual=middle,
         )

@@ -209,8 +209,8 @@ class UNetDenoiser(DiffusersDenoiser):
 
     @property
     def conditioned_on_views(self) -> bool:
-        """As of every denoiser of diffusers."""
-        return isinstance(self.network, MultiViewUNet)
+        """As of every denoiser of diffusers: true of a multi-view U-Net, with adapters too."""
+        return isinstance(getattr(self.network, "network", self.network), MultiViewUNet)
 
     @property
     def bottleneck(self) -> nn.Module:

@@ -19,6 +19,7 @@ from distill.control.train import AdapterOptions, AdapterTrainer
 from distill.core.noise import PredictionType
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
+from distill.core.views import POSE, POSE_DIM
 from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache
 from distill.evaluation.judge import Judge, JudgeOptions, save_judge
@@ -67,6 +68,33 @@ def test_untrained_adapter_leaves_the_teacher_bit_for_bit(tiny_teacher: LatentDi
         assert float((trained.predict(x_t, t, conditioning).eps - eps).abs().max()) > 1e-3
         assert torch.equal(tiny_teacher.predict(x_t, t, conditioning).eps, eps)  # not changed by its copies
     assert trained.latent_shape == tiny_teacher.latent_shape and trained.resolution == 64
+
+
+def test_a_multi_view_teacher_keeps_cameras_and_groups(multi_view_teacher_folder: Path) -> None:
+    """An adapter that knows no cameras adds to a U-Net that is conditioned on them."""
+    teacher = load_latent_diffusion(str(multi_view_teacher_folder))
+    x_t, t = random(4, *teacher.latent_shape), torch.tensor([700, 700, 20, 20])
+    text = teacher.encode_text(["a red cube", "a red cube", "a blue duck", "a blue duck"])
+    posed = text.with_extras(**{POSE: random(4, POSE_DIM, seed=2)}).grouped(2)
+    adapter = random_adapter(teacher, 1)
+    with torch.no_grad():
+        untrained = controlled(teacher, [Control(make_adapter(teacher), disc())])
+        assert untrained.conditioned_on_cameras
+        assert torch.equal(untrained.predict(x_t, t, posed).eps, teacher.predict(x_t, t, posed).eps)
+        trained = controlled(teacher, [Control(adapter, disc())])
+        eps = trained.predict(x_t, t, posed).eps
+        assert float((eps - teacher.predict(x_t, t, posed).eps).abs().max()) > 1e-3
+        assert float((eps - trained.predict(x_t, t, text).eps).abs().max()) > 1e-4  # without cameras
+
+        output = adapter(x_t, t, encoder_hidden_states=text.embedding, controlnet_cond=disc(4))
+        expected = teacher.network(
+            x_t,
+            t,
+            **teacher.network.view_conditions(posed, torch.float32),
+            down_block_additional_residuals=tuple(output.down_block_res_samples),
+            mid_block_additional_residual=output.mid_block_res_sample,
+        ).sample
+        torch.testing.assert_close(trained.denoiser.output(x_t, t, posed), expected)
 
 
 def test_only_the_adapter_is_trained(tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
