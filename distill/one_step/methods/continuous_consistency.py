@@ -19,6 +19,7 @@ from distill.core.score import Guided
 from distill.core.teacher import Denoiser
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
 from distill.one_step.methods.derivatives import value_and_derivative
+from distill.one_step.methods.trajectories import check_times_alone
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload
@@ -54,12 +55,7 @@ class ContinuousConsistencyOptions(MethodOptions):
 
     def build(self, context: MethodContext) -> "ContinuousConsistency":
         """As of every method. Raises `UserError` where the student cannot be trained so."""
-        student = context.student
-        if student.timestep_scaling is not None or student.guidance is not None:
-            raise UserError(
-                "continuous consistency has boundary conditions of its own and one guidance scale: give "
-                "distill.student.timestep_scaling=null and distill.student.guidance_embedding=null"
-            )
+        check_times_alone(context.student, "continuous consistency")
         return ContinuousConsistency(context, self)
 
     @property

@@ -18,6 +18,7 @@ from distill.core.score import Guided
 from distill.core.teacher import INTERVAL_START, Denoiser
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
 from distill.one_step.methods.derivatives import value_and_derivative
+from distill.one_step.methods.trajectories import check_times_alone
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
@@ -54,12 +55,7 @@ class MeanFlowOptions(MethodOptions):
 
     def build(self, context: MethodContext) -> "MeanFlow":
         """As of every method. Raises `UserError` where the student cannot be trained so."""
-        student = context.student
-        if student.timestep_scaling is not None or student.guidance is not None:
-            raise UserError(
-                "mean flow has one guidance scale and needs no boundary scalings: give "
-                "distill.student.timestep_scaling=null and distill.student.guidance_embedding=null"
-            )
+        check_times_alone(context.student, "mean flow")
         return MeanFlow(context, self)
 
     @property

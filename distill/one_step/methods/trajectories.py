@@ -1,9 +1,20 @@
-"""What methods on the teacher's own trajectories have in common: time grids and DDIM steps."""
+"""What methods on the teacher's own trajectories have in common: time grids, DDIM steps, a check."""
 
 import torch
 from torch import Tensor
 
 from distill.core.score import Prediction, ScoreModel
+from distill.one_step.student import Student
+from distill.runtime.errors import UserError
+
+
+def check_times_alone(student: Student, method: str) -> None:
+    """Raise `UserError` for a student with boundary scalings or a guidance scale as an input."""
+    if student.timestep_scaling is not None or student.guidance is not None:
+        raise UserError(
+            f"{method} has boundary conditions of its own and one guidance scale: give "
+            "distill.student.timestep_scaling=null and distill.student.guidance_embedding=null"
+        )
 
 
 def grid_times(last: int, count: int) -> Tensor:
