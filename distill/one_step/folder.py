@@ -5,12 +5,13 @@ scheduler.
 import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_model
 
-from distill.core.identity import check_teacher, recorded_teacher, teacher_record
+from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_record
 from distill.core.noise import NoiseSchedule
 from distill.core.teacher import Teacher
 from distill.one_step import pipeline as pipeline_file
@@ -28,6 +29,7 @@ from distill.teacher.vocabulary import VOCABULARY
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
 PIPELINE = "pipeline.py"  # its presence marks a student's folder
 FACTS = "student.json"  # its teacher; of a student that allows a choice of them, steps and guidance scale
+TEACHERS_PARTS = ("vae", "text_encoder", "tokenizer")  # which a folder that is not whole lacks
 NO_BLENDING = 1e9  # a timestep_scaling at which c_skip is 0 and c_out 1
 
 
@@ -50,11 +52,13 @@ def student_scheduler(student: Student) -> LCMScheduler:
     )
 
 
-def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None:
-    """Write the folder in fp16 safetensors, whole or not at all; an older student there is replaced.
+def save_student(folder: Path | str, student: Student, teacher: Teacher, whole: bool = True) -> None:
+    """Write the folder in fp16 safetensors, all of it or nothing; an older student there is replaced.
 
-    The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. A student
-    is conditioned on text: of a multi-view U-Net the view conditions are left out. Of a flow, and of a
+    The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. With
+    `whole` false they are left out, and loaded from the teacher by the name that is recorded; stock diffusers
+    needs a whole folder. A student is conditioned on text: of a multi-view U-Net the view conditions are left
+    out. Of a flow, and of a
     teacher of another family, only the network's weights are written, in float32. Raises `UserError` when the
     folder holds something other than a student.
     """
@@ -89,6 +93,10 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher) -> None
         if student.grid is not None or student.guidance is not None:
             facts |= {"steps": len(student.timesteps), "guidance": student.guidance}
         write_json(temporary / FACTS, facts)
+        for part in () if whole else TEACHERS_PARTS:
+            shutil.rmtree(temporary / part)
+        if not whole:
+            (temporary / "model_index.json").unlink()
         shutil.copyfile(str(pipeline_file.__file__), temporary / PIPELINE)
 
 
@@ -118,7 +126,7 @@ def load_student(
     if teacher is not None:
         remedy = "distil one (scripts/distill_one_step.py)"
         check_teacher(f"student {name_or_path}", owner, teacher.identity, remedy)
-    parts = load_latent_diffusion(str(folder), device, dtype)
+    parts = _load_parts(folder, owner, device, dtype)
     parts.identity = owner
     parts = with_autoencoder(parts, autoencoder)
     scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
@@ -131,3 +139,25 @@ def load_student(
     grid = config.original_inference_steps
     timesteps = spaced_timesteps(config.num_train_timesteps, facts["steps"], grid)
     return Student(denoiser, timesteps, grid, scaling, facts["guidance"]), parts
+
+
+def _load_parts(
+    folder: Path, owner: TeacherIdentity | None, device: torch.device | str, dtype: torch.dtype | None
+) -> LatentDiffusionTeacher:
+    """A student's folder as a teacher; what a folder that is not whole lacks is the recorded teacher's."""
+    if (folder / TEACHERS_PARTS[0]).is_dir():
+        return load_latent_diffusion(str(folder), device, dtype)
+    if owner is None:
+        raise UserError(f"the student {folder} lacks {', '.join(TEACHERS_PARTS)}: copy the whole folder")
+    teacher = load_latent_diffusion(owner.name, device, dtype)
+    remedy = "save the student whole, where that teacher is (scripts/save_student.py)"
+    check_teacher(f"student {folder}", owner, teacher.identity, remedy)
+    unet: Any = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=teacher.unet.dtype)
+    parts = {
+        "tokenizer": teacher.tokenizer,
+        "text_encoder": teacher.text_encoder,
+        "vae": teacher.vae,
+        "unet": unet.to(device),
+        "scheduler": LCMScheduler.from_pretrained(folder / "scheduler"),
+    }
+    return LatentDiffusionTeacher(parts, teacher.vocabulary, teacher.name_or_path, owner)

@@ -28,6 +28,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.help import comments, help_lines
 from distill.runtime.shipped import resolve
+from distill.teacher.tiny_autoencoder import TinyAutoencoderOptions
 from distill.teacher.train import TeacherOptions
 from sds3d.export.export import ExportOptions
 from sds3d.scene.nerf import NerfOptions
@@ -82,6 +83,7 @@ OPTIONS: dict[str, Mapping[str, object]] = {
     "train_controlnet": {"adapter": AdapterOptions()},
     "train_probe": {"probe": ProbeOptions()},
     "train_teacher": {"teacher": TeacherOptions()},
+    "train_tiny_autoencoder": {"autoencoder": TinyAutoencoderOptions()},
     "export": {"export": ExportOptions()},
     "view": {"viewer": ViewerOptions()},
 }

@@ -75,12 +75,14 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "optimise_image": [TINY, *OPTIMISE_IMAGE],
     "plan": ["experiment=tiny_dreamfusion"],
     "sample": [TINY, "prompts=[a red teapot, a blue torus]", "count=2", "steps=2", "animation=true"],
+    "save_student": ["student=shapes64_text", "output=outputs/saved_student"],
     "text_to_3d": [TINY, *TEXT_TO_3D, "run.steps=3", "run.directory=outputs/text_to_3d", "run.plan=true",
                    *ORIENTATION, *REFINEMENT],
     "train_controlnet": [*ADAPTER, "condition=depth", "run.directory=outputs/adapter"],
     "train_judge": ["data=outputs/shapes64", *RUN, "judge.batch=8", "judge.width=8"],
     "train_probe": [*RUN, "probe.batch=4", "probe.width=8"],
     "train_teacher": TEACHER,
+    "train_tiny_autoencoder": [TINY, *RUN, "autoencoder.batch=4", "autoencoder.channels=8"],
 }  # fmt: skip
 APART = {"entry", "sweep", "arguments", "view"}  # no script; a server, which has a test of its own
 TRAINED = {"distill_one_step": "outputs/one_step", "text_to_3d": "outputs/text_to_3d",

@@ -116,6 +116,43 @@ def test_a_multi_view_teachers_student_is_a_stock_unet(
     assert type(parts.unet) is UNet2DConditionModel
 
 
+def test_a_folder_without_the_teachers_parts_reads_them_from_the_teacher(
+    tiny_teacher: LatentDiffusionTeacher, multi_view_teacher_folder: Path, tmp_path: Path
+) -> None:
+    """It holds no symbolic link and little beside the U-Net; saved whole again, it is for stock diffusers."""
+    student = Student.from_teacher(tiny_teacher, StudentOptions(steps=2))
+    save_student(tmp_path / "whole", student, tiny_teacher)
+    save_student(tmp_path / "part", student, tiny_teacher, whole=False)
+    assert sorted(path.name for path in (tmp_path / "part").iterdir()) == [
+        *("pipeline.py", "scheduler", "student.json", "unet")
+    ]
+    (expected, whole), (again, parts) = (load_student(tmp_path / name) for name in ("whole", "part"))
+    prompts, x = ["a red cube", "a blue duck"], noise(tiny_teacher, 2)
+    images = []
+    for model, teacher in ((expected, whole), (again, parts)):
+        with torch.no_grad():
+            latents = model(x, teacher.encode_text(prompts), torch.Generator().manual_seed(0))
+            images.append(teacher.decode(latents))
+    assert torch.equal(*images)
+    assert parts.identity == tiny_teacher.identity and again.timesteps == student.timesteps
+    with pytest.raises(UserError, match="is not in the vocabulary|unknown"):
+        parts.encode_text(["a xylophone"])
+
+    save_student(tmp_path / "copy", again, parts)
+    names = {str(path.relative_to(tmp_path / "whole")) for path in (tmp_path / "whole").rglob("*")}
+    assert {str(path.relative_to(tmp_path / "copy")) for path in (tmp_path / "copy").rglob("*")} == names
+    StableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+
+    facts = json.loads((tmp_path / "part" / "student.json").read_text())
+    other = {**facts["teacher"], "name": str(multi_view_teacher_folder)}
+    (tmp_path / "part" / "student.json").write_text(json.dumps({"teacher": other}))
+    with pytest.raises(UserError, match="as it was before its weights changed"):
+        load_student(tmp_path / "part")
+    (tmp_path / "part" / "student.json").write_text("{}")
+    with pytest.raises(UserError, match="lacks vae, text_encoder, tokenizer: copy the whole folder"):
+        load_student(tmp_path / "part")
+
+
 def test_a_folder_of_something_else_is_left_alone(
     tiny_teacher: LatentDiffusionTeacher, tiny_teacher_folder: Path, tmp_path: Path
 ) -> None:
