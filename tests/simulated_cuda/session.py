@@ -82,7 +82,8 @@ class DeviceProcess:
             log = Path(self._errors.name).read_text()[-2000:]
             self._process.wait()
             self._process = self._start()
-            raise RuntimeError(f"{script} {' '.join(arguments)} ended the device's process:\n{log}")
+            command = " ".join([script, *arguments])
+            raise RuntimeError(f"{command} ended the device's process:\n{log}")
         values = json.loads(answer)
         return ScriptResult(**{**values, "phases": tuple(Phase(*phase) for phase in values["phases"])})
 

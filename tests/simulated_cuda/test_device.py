@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from simulated_cuda.session import HERE, ROOT, environment, run_pytest
+from simulated_cuda.session import HERE, ROOT, DeviceProcess, environment, run_pytest
 
 
 def gpu_files() -> list[str]:
@@ -25,6 +26,16 @@ def test_device_and_kernels() -> None:
 
 def test_gpu_tests_run_on_it() -> None:
     assert_all_pass(run_pytest(*gpu_files(), "-m", "gpu and not slow"))
+
+
+def test_a_process_that_dies_is_replaced_and_says_where(tmp_path: Path) -> None:
+    (tmp_path / "die.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    (tmp_path / "live.py").write_text("print('alive')")
+    process = DeviceProcess(tmp_path)
+    with pytest.raises(RuntimeError, match=r"(?s)^die.py ended .*Segmentation fault.*, line 2"):
+        process.run("die.py")
+    assert process.run("live.py").output == "alive\n"
+    process.close()
 
 
 def test_it_does_not_leak_into_other_processes() -> None:

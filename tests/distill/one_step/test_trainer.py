@@ -336,6 +336,8 @@ def test_every_method_runs(
         make_pairs(tiny_teacher, captions, tmp_path / "pairs", PairOptions(count=4, steps=1))
         folder = {"pairs": str(tmp_path / "pairs")}
         values |= folder if name == "reflow" else {"regression": values["regression"] | folder}
+    if name == "moment_matching":
+        values |= {"group": 2}
     small: dict[str, Any] = {
         "batch": 2,
         "monitor": {"captions": 2},

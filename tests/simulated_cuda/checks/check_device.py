@@ -32,6 +32,18 @@ def test_results_and_gradients_are_the_cpus() -> None:
     assert torch.equal(*gradients)
 
 
+def test_forward_mode_derivatives_are_the_cpus() -> None:
+    """They begin with zeros that no memory holds on a GPU."""
+    x, weight = torch.randn(2, 4), torch.randn(4, 4)
+
+    def derivative(device: str) -> Tensor:
+        inputs, matrix = x.to(device), weight.to(device)
+        function = lambda value: torch.nn.functional.silu(value @ matrix).sum(1)  # noqa: E731
+        return torch.func.jvp(function, (inputs,), (torch.ones_like(inputs),))[1].cpu()
+
+    torch.testing.assert_close(derivative("cuda"), derivative("cpu"))
+
+
 def test_views_write_through() -> None:
     values = cuda(4, 3)
     values[1:3].t()[0] = -1
