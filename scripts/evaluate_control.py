@@ -39,6 +39,7 @@ class Config:
 
     teacher: str = "shapes64_text"
     adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
+    condition: str | None = None  # of an adapter that reads several; null: the one it was trained on
     student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: graded too
     data: str = "outputs/shapes64"
     probe: str | None = "probe64"  # null: no figures but those of lines
@@ -55,7 +56,8 @@ def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
     teacher = require_latent(load_teacher(config.teacher, device, dtype))
-    adapter, condition = load_adapter(config.adapter, teacher)
+    adapter, trained_on = load_adapter(config.adapter, teacher)
+    condition = trained_on if config.condition is None else config.condition
     student = None if config.student is None else load_student(config.student, device, dtype, teacher)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
     conditions = split_condition_images(config.data, "test", condition, data)
@@ -68,7 +70,8 @@ def main(config: Config) -> None:
         options,
     )
     print(*map(format_row, rows), sep="\n")
-    path = Path(config.output) / f"{slug(config.adapter)}.json"
+    name = config.adapter if config.condition is None else f"{config.adapter}-{condition}"
+    path = Path(config.output) / f"{slug(name)}.json"
     facts = {"condition": condition, "samples": options.samples, "machine": machine_info()}
     write_json(path, {**facts, "rows": rows})
     columns = 1 + len(images)

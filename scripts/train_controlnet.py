@@ -60,7 +60,8 @@ def main(config: Config) -> None:
     metrics = finish(run)
     record_work(run.directory / "result.json", plan)
     if run.main:
-        save_adapter(run.directory / "adapter", adapter, condition, metrics, teacher.identity)
+        also = ("silhouette",) if config.adapter.silhouettes else ()
+        save_adapter(run.directory / "adapter", adapter, condition, metrics, teacher.identity, also)
     files = ["adapter", *(["fidelity.png"] if metrics else [])]
     if metrics:
         print(*(f"{name} {value:.3f}" for name, value in metrics.items()))

@@ -133,12 +133,13 @@ def save_adapter(
     condition: str,
     figures: dict[str, float],
     teacher: TeacherIdentity | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Write the adapter's own folder of diffusers in fp16, with its condition and its teacher's identity.
 
-    An older adapter is replaced.
+    also: further conditions that it reads. An older adapter is replaced.
     """
-    facts = {"condition": condition, "figures": figures, **teacher_record(teacher)}
+    facts = {"condition": condition, "also": list(also), "figures": figures, **teacher_record(teacher)}
     with atomic_folder(folder, CONDITION_FILE, "an adapter") as temporary:
         copy.deepcopy(adapter).half().save_pretrained(temporary)
         write_json(temporary / CONDITION_FILE, facts)
@@ -147,8 +148,8 @@ def save_adapter(
 def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tuple[AdapterNetwork, str]:
     """A shipped adapter or one of a folder, frozen, and its condition ("" where unknown).
 
-    It has the device and the precision of the teacher (or of a student's parts) that it is for, by default
-    float32 on the CPU. Raises `UserError` where there is none, and for one that belongs to another teacher.
+    Of an adapter of several conditions the one that it is named by, if it is. It has the device and the
+    precision of the teacher (or of a student's parts) that it is for, by default float32 on the CPU. Raises `UserError` where there is none, and for one that belongs to another teacher.
     """
     folder = resolve("adapter", name_or_path)
     if not (folder / "config.json").is_file():
@@ -172,4 +173,5 @@ def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tu
             "Flux that reads one condition's latents"
         )
     adapter = adapter.to(precision.device, memory_format=torch.channels_last)
-    return adapter, facts.get("condition", "")
+    condition = name_or_path if name_or_path in facts.get("also", ()) else facts.get("condition", "")
+    return adapter, str(condition)

@@ -34,6 +34,8 @@ class AdapterOptions:
     final_lr_scale: float = 0.1  # of the learning rate, at the end of a half cosine; 1: a constant rate
     # as in the paper (section 3.3): without a caption, only the condition describes the content
     caption_dropout: float = 0.5
+    # fraction of the depth images that are reduced to their silhouette: the adapter then reads either
+    silhouettes: float = 0.0
     validate_every: int = 200  # steps between two evaluations on held-out conditions
     validation: ControlEvaluationOptions = ControlEvaluationOptions(samples=48, steps=10, seed=1)
 
@@ -44,6 +46,8 @@ class AdapterOptions:
                 "batch, accumulate, validate_every and learning_rate must be positive, final_lr_scale "
                 "within (0, 1] and caption_dropout within [0, 1]"
             )
+        if not 0 <= self.silhouettes < 1:
+            raise UserError(f"silhouettes is {self.silhouettes:g}: expected a fraction in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,11 @@ class AdapterTrainer:
         """
         if len(conditions) != len(cache):
             raise UserError(f"{len(conditions)} condition images for {len(cache)} images: expected one each")
+        if options.silhouettes and condition != "depth":
+            raise UserError(
+                f"adapter.silhouettes is {options.silhouettes:g}, but images of {condition} have no "
+                "silhouette to be reduced to: give condition=depth, or leave it 0"
+            )
         self.run, self.teacher, self.options = run, teacher, options
         self.cache, self.conditions, self.condition = cache, conditions, condition
         self.adapter = make_adapter(teacher)
@@ -145,6 +154,9 @@ class AdapterTrainer:
         times = torch.randint(self.teacher.schedule.num_train_timesteps, (count,), generator=run.generator)
         noise = torch.randn((count, *self.teacher.latent_shape), generator=run.generator)
         dropped = torch.rand(count, generator=run.generator) < options.caption_dropout
+        reduced = None
+        if options.silhouettes:
+            reduced = torch.rand(count, generator=run.generator) < options.silhouettes
         for local in processes.local_rows(count, options.accumulate):
             part = local.rows
             indices = rows[part]
@@ -152,7 +164,11 @@ class AdapterTrainer:
             latents, eps, t, images = upload_all(host, run.device)
             conditioning = cache.conditioning_of(indices, dropped[part])
             conditioning = conditioning.apply(lambda value: upload(value, run.device))
-            yield AdapterBatch(latents, eps, t, adapter_input(images), conditioning, local.weight)
+            images = adapter_input(images)
+            if reduced is not None:
+                chosen = upload(reduced[part], run.device)[:, None, None, None]
+                images = torch.where(chosen, (images > 0).to(images), images)
+            yield AdapterBatch(latents, eps, t, images, conditioning, local.weight)
 
     @torch.no_grad()
     def validate(self, held_out: HeldOut | None) -> None:

@@ -30,6 +30,7 @@ from distill.one_step.student import Student, StudentOptions
 from distill.runtime.errors import UserError
 from distill.runtime.images import save_png
 from distill.runtime.run import Run, RunOptions
+from distill.runtime.shipped import SHIPPED
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.text_to_3d.prompts import VIEWS
@@ -258,7 +259,9 @@ def test_conditions_of_a_conditioning_image_column(tmp_path: Path) -> None:
         listed_images(tmp_path, CaptionedImages(images, [row]))
 
 
-def test_adapter_folders_and_their_errors(tmp_path: Path, tiny_teacher: LatentDiffusionTeacher) -> None:
+def test_adapter_folders_and_their_errors(
+    tmp_path: Path, tiny_teacher: LatentDiffusionTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="is no adapter: give silhouette, depth"):
         load_adapter(tmp_path / "none")
     (tmp_path / "thesis.txt").write_text("years of work")
@@ -266,6 +269,11 @@ def test_adapter_folders_and_their_errors(tmp_path: Path, tiny_teacher: LatentDi
         save_adapter(tmp_path, make_adapter(tiny_teacher), "depth", {})
     save_adapter(tmp_path / "a", make_adapter(tiny_teacher), "depth", {"depth_correlation": 0.5})
     assert load_adapter(tmp_path / "a")[1] == "depth"
+    monkeypatch.setitem(SHIPPED, "adapter", {name: str(tmp_path / "b") for name in ("depth", "silhouette")})
+    save_adapter(tmp_path / "b", make_adapter(tiny_teacher), "depth", {}, also=("silhouette",))
+    names = ("depth", "silhouette", tmp_path / "b")
+    assert [load_adapter(name)[1] for name in names] == ["depth", "silhouette", "depth"]
+    monkeypatch.undo()
     figures = json.loads((tmp_path / "a" / "condition.json").read_text())["figures"]
     assert figures == {"depth_correlation": 0.5}
     assert adapter_input(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)).shape == (2, 3, 4, 4)

@@ -16,6 +16,7 @@ from distill.control.adapter import load_adapter, make_adapter
 from distill.control.train import AdapterOptions, AdapterTrainer
 from distill.data.latents import LatentCache
 from distill.evaluation.fidelity import fidelity, has_figures
+from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.folder import TeacherParts, save_teacher
@@ -28,7 +29,11 @@ CAPTIONS = ["a red square", "a blue square"]
 
 
 def trainer(
-    teacher: LatentDiffusionTeacher, directory: Path, options: AdapterOptions, **run_options: object
+    teacher: LatentDiffusionTeacher,
+    directory: Path,
+    options: AdapterOptions,
+    condition: str = "silhouette",
+    **run_options: object,
 ) -> AdapterTrainer:
     """On 12 random latents with random condition images."""
     generator = torch.Generator().manual_seed(1)
@@ -37,7 +42,7 @@ def trainer(
     conditioning = teacher.encode_text(["a red cube", ""]).apply(Tensor.float)
     cache = LatentCache(latents, conditioning, torch.zeros(12, dtype=torch.long))
     settings = RunOptions(str(directory), 3, trackers=(), **run_options)  # type: ignore[arg-type]
-    return AdapterTrainer(Run(settings, {}, "adapter"), teacher, cache, conditions, "silhouette", options)
+    return AdapterTrainer(Run(settings, {}, "adapter"), teacher, cache, conditions, condition, options)
 
 
 def trained(*arguments: object, **run_options: object) -> dict[str, Tensor]:
@@ -50,6 +55,26 @@ def trained(*arguments: object, **run_options: object) -> dict[str, Tensor]:
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_silhouettes_in_place_of_depth_images(tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
+    """About half of the images are reduced, white where they were not black; the others stay."""
+    options = AdapterOptions(batch=8, accumulate=4, silhouettes=0.5)
+    task = trainer(tiny_teacher, tmp_path / "a", options, condition="depth")
+    task.conditions[:, :, :, :32] = 0
+    images = torch.cat([batch.images for batch in task.batches(0)])
+    white = ((images == 0) | (images == 1)).flatten(1).all(1)
+    assert len(images) == 32 and 8 <= int(white.sum()) <= 24
+    assert bool((images[..., :32] == 0).all()) and bool((images[white][..., 40:] == 1).float().mean() > 0.99)
+    plain = trainer(tiny_teacher, tmp_path / "b", replace(options, silhouettes=0.0), condition="depth")
+    plain.conditions[:, :, :, :32] = 0
+    unreduced = torch.cat([batch.images for batch in plain.batches(0)])
+    assert torch.equal(images[~white], unreduced[~white])
+    assert torch.equal(images[white], (unreduced[white] > 0).float())
+    with pytest.raises(UserError, match="images of silhouette have no silhouette to be reduced to"):
+        trainer(tiny_teacher, tmp_path / "c", options)
+    with pytest.raises(UserError, match="silhouettes is 1: expected a fraction"):
+        AdapterOptions(silhouettes=1.0)
 
 
 def test_accumulated_batches_are_one_batch(tiny_teacher: LatentDiffusionTeacher, tmp_path: Path) -> None:
