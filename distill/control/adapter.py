@@ -149,7 +149,8 @@ def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tu
     """A shipped adapter or one of a folder, frozen, and its condition ("" where unknown).
 
     Of an adapter of several conditions the one that it is named by, if it is. It has the device and the
-    precision of the teacher (or of a student's parts) that it is for, by default float32 on the CPU. Raises `UserError` where there is none, and for one that belongs to another teacher.
+    precision of the teacher (or of a student's parts) that it is for, by default float32 on the CPU. Raises
+    `UserError` where there is none, and for one that belongs to another teacher.
     """
     folder = resolve("adapter", name_or_path)
     if not (folder / "config.json").is_file():
