@@ -31,7 +31,7 @@ from distill.teacher.load import load_teacher
 class OneStepRecipe:
     """Everything a distillation depends on."""
 
-    teacher: str = "shapes64_text"  # a shipped name, a diffusers folder, a hub id, or a YAML file
+    teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
     # A captioned image folder (make_shapes.py), or a text file, a caption a line, where no image is needed.
     data: str = "outputs/shapes64"
     # Encode the captions of each batch anew, not all once: of 100,000 the embeddings fill 12 GB.

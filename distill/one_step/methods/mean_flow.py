@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from distill.core.conditioning import Conditioning
-from distill.core.noise import clean_and_noise, to_flow
+from distill.core.noise import clean_and_noise
 from distill.core.score import Guided
 from distill.core.teacher import INTERVAL_START, Denoiser
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
 from distill.one_step.methods.derivatives import value_and_derivative
-from distill.one_step.methods.trajectories import check_times_alone
+from distill.one_step.methods.trajectories import check_times_alone, noised_in_flow
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
@@ -101,9 +101,7 @@ class MeanFlow(Method):
         fraction = torch.rand(count, generator=generator)
         point, zero = fraction >= options.intervals, fraction < options.intervals * options.from_zero
         t, start, point, zero = upload_all([t, start, point, zero], batch.real.device)
-        x_t = schedule.add_noise(batch.real, batch.noise, t)
-        z, s = to_flow(x_t, schedule.alpha(t), schedule.sigma(t))
-        s = s.flatten()
+        x_t, z, s = noised_in_flow(schedule, batch.real, batch.noise, t)
         r = torch.where(zero, 0.0, torch.where(point, s, torch.minimum(start, s)))
 
         with torch.no_grad():

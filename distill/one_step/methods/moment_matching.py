@@ -13,11 +13,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from distill.core.noise import to_flow
 from distill.core.score import Guided
 from distill.one_step.methods.base import Batch, Method, MethodContext, MethodOptions, Outcome
 from distill.one_step.methods.mean_flow import average_velocity
-from distill.one_step.methods.trajectories import check_times_alone
+from distill.one_step.methods.trajectories import check_times_alone, noised_in_flow
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
@@ -114,9 +113,7 @@ class MomentMatching(Method):
         t, fraction = upload_all(
             [t.repeat_interleave(options.group), fraction.repeat_interleave(options.group)], batch.real.device
         )
-        x_t = schedule.add_noise(batch.real, batch.noise, t)
-        z_t, time = to_flow(x_t, schedule.alpha(t), schedule.sigma(t))
-        time = time.flatten()
+        x_t, z_t, time = noised_in_flow(schedule, batch.real, batch.noise, t)
         s = fraction * time
         r = earlier_time(time, s, options.decrement)
 

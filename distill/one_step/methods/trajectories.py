@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from distill.core.noise import NoiseSchedule, to_flow
 from distill.core.score import Prediction, ScoreModel
 from distill.one_step.student import Student
 from distill.runtime.errors import UserError
@@ -20,6 +21,15 @@ def check_times_alone(student: Student, method: str) -> None:
 def grid_times(last: int, count: int) -> Tensor:
     """Times (count + 1,) at equal distances from -1, which stands for clean, to `last`."""
     return torch.linspace(-1, last, count + 1).round().long()
+
+
+def noised_in_flow(
+    schedule: NoiseSchedule, latents: Tensor, noise: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t at times t (B,); the same point as z = (1 - s) x0 + s eps, and its time s (B,) as a flow."""
+    x_t = schedule.add_noise(latents, noise, t)
+    z, s = to_flow(x_t, schedule.alpha(t), schedule.sigma(t))
+    return x_t, z, s.flatten()
 
 
 def ddim_step(model: ScoreModel, prediction: Prediction, target_t: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from interval_network import IntervalNetwork
 from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import FlowSchedule, NoiseSchedule
-from distill.core.teacher import INTERVAL_START, Denoiser
+from distill.core.teacher import INTERVAL_START
 from distill.one_step.folder import load_student, save_student
 from distill.one_step.methods.base import Batch
 from distill.one_step.methods.derivatives import value_and_derivative
@@ -31,11 +32,8 @@ def end_of_ode(z: Tensor, s: Tensor, r: Tensor) -> Tensor:
     return (1 - r) * MEAN + std_r * (z - (1 - s) * MEAN) / std_s
 
 
-class NormalMeanFlow(Denoiser):
-    """The exact average velocity, as a network that predicts the flow."""
-
-    def __init__(self, schedule: NoiseSchedule) -> None:
-        super().__init__(None, schedule, "flow_prediction")
+class NormalMeanFlow(IntervalNetwork):
+    """The exact average velocity."""
 
     def output(self, x_t: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         s = (t + 1) / self.schedule.num_train_timesteps
@@ -44,15 +42,6 @@ class NormalMeanFlow(Denoiser):
         norm = ((1 - s).square() + s.square()).sqrt()[:, None, None, None]
         z, length = x_t * norm, (s - r)[:, None, None, None]
         return (z - end_of_ode(z, s, r)) / length.clamp_min(1e-12)
-
-    def trainable_copy(self) -> "Denoiser":
-        return self
-
-    def limit_time_frequency(self, highest: float) -> None:
-        assert highest == 0.01
-
-    def add_interval_start(self, features: int) -> None:
-        assert features == 4
 
 
 def normal_teacher(schedule: NoiseSchedule) -> MixtureTeacher:

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from interval_network import IntervalNetwork
 from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import FlowSchedule, NoiseSchedule
-from distill.core.teacher import INTERVAL_START, Denoiser
+from distill.core.teacher import INTERVAL_START
 from distill.one_step.methods.base import Batch
 from distill.one_step.methods.moment_matching import (
     MomentMatching,
@@ -25,11 +26,11 @@ TEXT = Conditioning(torch.ones(1, 1, 1, dtype=torch.float64))
 POINT = 0.4
 
 
-class PointFlow(Denoiser):
+class PointFlow(IntervalNetwork):
     """Of data in one point: its velocity (z - m) / s is the average velocity from any start."""
 
     def __init__(self, schedule: NoiseSchedule, point: float = POINT) -> None:
-        super().__init__(None, schedule, "flow_prediction")
+        super().__init__(schedule)
         self.point = point
         self.starts: list[Tensor] = []
 
@@ -39,15 +40,6 @@ class PointFlow(Denoiser):
         s = ((t + 1) / self.schedule.num_train_timesteps)[:, None, None, None]
         z = x_t * ((1 - s).square() + s.square()).sqrt()
         return (z - self.point) / s
-
-    def trainable_copy(self) -> "Denoiser":
-        return self
-
-    def limit_time_frequency(self, highest: float) -> None:
-        assert highest == 0.01
-
-    def add_interval_start(self, features: int) -> None:
-        assert features == 4
 
 
 def batch_of(count: int, spread: float) -> Batch:
