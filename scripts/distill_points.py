@@ -13,7 +13,7 @@ from distill.one_step.points import PointOptions
 
 METHODS = (
     *("dmd", "dmd2", "f_distill", "diff_instruct", "ladd", "sid", "consistency"),
-    *("truncated_consistency", "continuous_consistency", "mean_flow", "moment_matching"),
+    *("truncated_consistency", "continuous_consistency", "mean_flow", "shortcut", "moment_matching"),
     *("progressive", "knowledge_distillation", "reflow"),
 )
 

@@ -2,12 +2,13 @@
 
 In the variables of flow matching, z = (1 - s) x0 + s eps at time s in [0, 1], the ODE is dz/ds = v, and a
 network's flow eps - x0 is taken for U(z, r, s), the average of v from r to s: z_r = z - (s - r) U. So its x0
-is where the ODE from s ends at 0, in one step.
+is where the ODE from s ends at 0, in one step. Shortcut models (Frans et al. 2024, arXiv:2410.12557) learn
+the same from the two halves of an interval instead of a derivative.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ from distill.one_step.student import Student
 from distill.runtime.errors import UserError
 from distill.runtime.transfer import upload_all
 
+SHORTEST = 1 / 128  # interval that is halved, as in shortcut models
+
 
 @dataclass(frozen=True)
 class MeanFlowOptions(MethodOptions):
     """The teacher's CFG scale, the times and intervals, and the weight of a sample's loss (section 4)."""
 
     guidance: float = 2.0
+    # what U of an interval must be: by its derivative, or the mean of the two halves' U, as shortcut models
+    target: Literal["derivative", "halves"] = "derivative"
     intervals: float = 0.75  # fraction of rows with r < s; the others learn v itself (paper: 0.25)
     from_zero: float = 0.5  # of those, the fraction with r = 0, which one step asks for (paper: 0)
     logit_mean: float = -0.4  # of both times, logit-normal
@@ -82,9 +87,36 @@ def average_velocity(
     return eps - x0
 
 
+def by_derivative(
+    denoiser: Denoiser, z: Tensor, r: Tensor, s: Tensor, v: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """v - (s - r) dU/ds (B, C, h, w) of a denoiser's U where z (B, C, h, w) moves along v."""
+
+    def average(z: Tensor, s: Tensor) -> Tensor:
+        return average_velocity(denoiser, z, r, s, conditioning)
+
+    _, derivative = value_and_derivative(denoiser, average, (z, s), (v, torch.ones_like(s)))
+    return v - (s - r)[:, None, None, None] * derivative
+
+
+def mean_of_halves(
+    denoiser: Denoiser, z: Tensor, r: Tensor, s: Tensor, v: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """The mean (B, C, h, w) of a denoiser's U over the halves of intervals; v where r = s."""
+    middle = (r + s) / 2
+    first = average_velocity(denoiser, z, middle, s, conditioning)
+    z_middle = z - (s - middle)[:, None, None, None] * first
+    second = average_velocity(denoiser, z_middle, r, middle, conditioning)
+    return torch.where((r == s)[:, None, None, None], v, (first + second) / 2)
+
+
 @final
 class MeanFlow(Method):
-    """The derivative of (s - r) U along the ODE is v, so that U = v - (s - r) dU/ds (eq. 6)."""
+    """The derivative of (s - r) U along the ODE is v, so that U = v - (s - r) dU/ds (eq. 6).
+
+    By halves, U from r to s is the mean of those from r to the middle and from there to s (shortcut models,
+    eq. 4); intervals shorter than `SHORTEST` learn v there.
+    """
 
     def __init__(self, context: MethodContext, options: MeanFlowOptions) -> None:
         self.teacher, self.options = context.teacher, options
@@ -92,7 +124,7 @@ class MeanFlow(Method):
         context.student.denoiser.add_interval_start(options.features)
 
     def loss(self, student: Student, batch: Batch, progress: float, generator: torch.Generator) -> Outcome:
-        """Squared error to v - (s - r) dU/ds, v the guided teacher's; each sample weighted (eq. 22)."""
+        """Squared error to the target, by the guided teacher's v; each sample weighted (eq. 22)."""
         options, schedule, count = self.options, student.schedule, len(batch.real)
         normal = torch.randn(2, count, generator=generator)
         times = torch.sigmoid(options.logit_mean + options.logit_std * normal)
@@ -107,17 +139,18 @@ class MeanFlow(Method):
         with torch.no_grad():
             direction = Guided(self.teacher, batch.uncond, options.guidance)
             v = direction.predict(x_t, t, batch.conditioning).flow
-
-            def average(z: Tensor, s: Tensor) -> Tensor:
-                return average_velocity(student.denoiser, z, r, s, batch.conditioning)
-
-            _, derivative = value_and_derivative(student.denoiser, average, (z, s), (v, torch.ones_like(s)))
-            target = v - (s - r)[:, None, None, None] * derivative
+            if options.target == "halves":
+                r = torch.where(s - r < SHORTEST, s, r)
+                target = mean_of_halves(student.denoiser, z, r, s, v, batch.conditioning)
+            else:
+                target = by_derivative(student.denoiser, z, r, s, v, batch.conditioning)
         error = average_velocity(student.denoiser, z, r, s, batch.conditioning) - target
         squared = error.square().sum((1, 2, 3))
         weight = (squared.detach() + options.weight_constant) ** -options.weight_power
         return Outcome((weight * squared).mean(), None, {"mean_flow": squared.detach().mean()})
 
     def cost(self, progress: float) -> float:
-        """As of every method: student forward and backward, a Jacobian-vector product (2), the teacher."""
+        """As of every method: student forward and backward, a Jacobian-vector product or two halves (2), the
+        teacher.
+        """
         return 5 + (1 if math.isclose(self.options.guidance, 1) else 2)

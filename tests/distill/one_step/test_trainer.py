@@ -211,7 +211,7 @@ def test_a_run_that_keeps_diverging_stops(study: MixtureStudy, tmp_path: Path) -
 
 COVERING = (
     *("dmd2", "sid", "consistency", "truncated_consistency", "continuous_consistency", "progressive"),
-    *("mean_flow", "moment_matching", "knowledge_distillation", "ladd"),
+    *("mean_flow", "shortcut", "moment_matching", "knowledge_distillation", "ladd"),
 )
 
 
