@@ -32,17 +32,26 @@ def read_pixels(path: Path | str, resolution: int) -> np.ndarray:
 
     Raises `UserError` for a file that is no image.
     """
+    return np.asarray(square(read_image(path), resolution))
+
+
+def read_image(path: Path | str) -> Image.Image:
+    """An image file in RGBA where it has transparency, else RGB. Raises `UserError` for another file."""
     try:
         image: Image.Image = Image.open(path)
-        image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+        return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from None
-    if image.size != (resolution, resolution):
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        image = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return np.asarray(image)
+
+
+def square(image: Image.Image, resolution: int) -> Image.Image:
+    """The centre square, resampled by Lanczos; an image of that size as it is."""
+    if image.size == (resolution, resolution):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    centre = image.crop((left, top, left + side, top + side))
+    return centre.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
 def image_files(folder: Path) -> list[Path]:

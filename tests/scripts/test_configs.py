@@ -60,10 +60,15 @@ CHOICES = [  # every config of every group, on a script that chooses from it
         ("text_to_3d", "recipe"),
         ("distill_one_step", "method"),
         ("evaluate_teacher", "labels"),
+        ("make_dataset", "source"),
         ("train_judge", "attributes"),
     ]
     for name in entry.groups()[group]
 ]
+NEEDED = dict.fromkeys(("control=depth", "control=silhouette"), ("control.mesh=x.obj",)) | {
+    "source=sprites": ("source.images=x.npy", "source.contexts=y.npy"),
+    "source=attributes": ("source.table=x.csv", "source.images=y"),
+}
 PROMPT = "a red teapot"
 OPTIONS: dict[str, Mapping[str, object]] = {
     "text_to_3d": {
@@ -182,8 +187,7 @@ def test_control_chooses_the_teacher_of_its_adapter(adapter: str) -> None:
 
 @pytest.mark.parametrize(("script", "choice"), CHOICES)
 def test_every_group_builds(script: str, choice: str) -> None:
-    mesh = ["control.mesh=x.obj"] if choice in ("control=depth", "control=silhouette") else []
-    config = options_of(script, choice, *mesh)
+    config = options_of(script, choice, *NEEDED.get(choice, ()))
     assert build(type(config), as_mapping(config)) == config  # the snapshot restores it
 
 
@@ -300,7 +304,12 @@ def test_lines_of_a_file_are_the_values_of_a_sweep(tmp_path: Path) -> None:
         words.quoted(f"prompt=@{tmp_path / 'other'}", sweep=True)
 
 
-NO_NETWORK = {"make_shapes", "plan"}  # nothing is computed on a device, or on one that its options describe
+NO_NETWORK = {
+    "make_dataset",
+    "make_shapes",
+    "plan",
+    "save_student",
+}  # nothing is computed on a device, or on one that its options describe
 ON_CPU = {"distill_points"}  # in float64
 SCENES_ONLY = {"export"}  # scenes compute in float32
 

@@ -67,6 +67,7 @@ def prepare(folder: Path, process: DeviceProcess) -> None:
         assert result.code == 0, f"{script}: {result.errors}"
     (image,) = (folder / cases.SCENE / "previews").glob("views_*.png")
     shutil.copy(image, folder / "image.png")
+    (folder / "table.csv").write_text("file,Red\n000000.png,1\n000001.png,-1\n")
     picture = Image.new("RGB", (128, 128), (190, 190, 190))
     picture.paste((200, 30, 30), (36, 44, 92, 100))
     picture.save(folder / "picture.png")

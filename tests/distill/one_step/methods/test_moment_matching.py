@@ -42,9 +42,9 @@ class PointFlow(IntervalNetwork):
         return (z - self.point) / s
 
 
-def batch_of(count: int, spread: float) -> Batch:
+def batch_of(count: int, std: float) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    real = POINT + spread * torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
+    real = POINT + std * torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
     noise = torch.randn(count, 1, 2, 2, generator=generator, dtype=torch.float64)
     return Batch(TEXT.expand(count), TEXT, real, noise)
 
