@@ -17,7 +17,7 @@ from distill.teacher.flow import FluxTeacher, StableDiffusion3Teacher
 from distill.teacher.identity import identify
 from distill.teacher.latent import find_folder, load_latent_diffusion, loading_error
 from distill.teacher.pipeline import LatentTeacher
-from distill.teacher.pixels import ClassTeacher, IFTeacher
+from distill.teacher.pixels import CLASSES, ClassTeacher, IFTeacher
 from distill.teacher.sdxl import StableDiffusionXLTeacher
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
@@ -84,7 +84,10 @@ def build_teacher(
     """The teacher of a pipeline of the class `name`, with the options of its source. Raises `UserError`."""
     _check_source(name, source)
     if FAMILIES[name] is ClassTeacher:
-        return ClassTeacher(pipeline, path, identity, None if source is None else source.null_class)
+        file = Path(path) / CLASSES
+        facts = read_json(file) if file.is_file() else {"names": [], "null_class": None}
+        null_class = facts["null_class"] if source is None else source.null_class
+        return ClassTeacher(pipeline, path, identity, null_class, facts["names"])
     if source is not None and source.resolution is not None:
         factor = pipeline.vae_scale_factor
         if source.resolution % (2 * factor):

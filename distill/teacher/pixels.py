@@ -3,6 +3,7 @@
 Their latents are images scaled to [-1, 1].
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -15,6 +16,19 @@ from distill.core.identity import TeacherIdentity
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
+
+CLASSES = "classes.json"  # of a folder: the classes' names, and which of them stands for no label
+
+
+def encode_pixels(images: Tensor, channels: int) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as latents in [-1, 1] of 3 channels, or of 1: their mean."""
+    values = images * 2 - 1
+    return values if channels == 3 else values.mean(1, keepdim=True)
+
+
+def decode_pixels(latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], clamped, of latents (B, 1 or 3, H, W)."""
+    return (latents / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 class PixelTeacher(PipelineTeacher):
@@ -33,12 +47,11 @@ class PixelTeacher(PipelineTeacher):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], scaled to [-1, 1]; their mean where the network is grey."""
-        values = images * 2 - 1
-        return values if self.network.config.in_channels == 3 else values.mean(1, keepdim=True)
+        return encode_pixels(images, self.network.config.in_channels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], clamped."""
-        return (latents / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+        return decode_pixels(latents)
 
 
 @final
@@ -85,7 +98,8 @@ class ClassDenoiser(DiffusersDenoiser):
 class ClassTeacher(PixelTeacher):
     """A `DDPMPipeline` or `DDIMPipeline`: a U-Net on pixels that knows classes, or no condition at all.
 
-    Prompts are numbers of classes; the only one of an unconditional network is 0.
+    Prompts are numbers of classes, or their names where they have some (`CLASSES`); the only one of an
+    unconditional network is 0.
     """
 
     def __init__(
@@ -94,11 +108,13 @@ class ClassTeacher(PixelTeacher):
         name_or_path: str = "",
         identity: TeacherIdentity | None = None,
         null_class: int | None = None,
+        names: Sequence[str] = (),
     ) -> None:
-        """null_class: the one that stands for no label, which guidance needs."""
+        """null_class: the one that stands for no label, which guidance needs. names: of the first classes."""
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
         denoiser = ClassDenoiser(pipeline.unet, *parameterisation(scheduler))
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        self.names = list(names)
         self.classes = pipeline.unet.config.num_class_embeds or 1
         self.null_class = 0 if self.classes == 1 else null_class
         if null_class is not None and not 0 <= null_class < self.classes:
@@ -106,11 +122,13 @@ class ClassTeacher(PixelTeacher):
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no class."""
-        if not prompt.strip().isdecimal() or int(prompt) >= self.classes:
-            raise UserError(
-                f"the prompt is {prompt!r}, but the teacher {self.name_or_path} takes numbers of classes: "
-                f"give one from 0 to {self.classes - 1}"
-            )
+        if prompt in self.names or (prompt.strip().isdecimal() and int(prompt) < self.classes):
+            return
+        names = f", or a name: {', '.join(self.names[:20])}" if self.names else ""
+        raise UserError(
+            f"the prompt is {prompt!r}, but the teacher {self.name_or_path} takes numbers of classes: "
+            f"give one from 0 to {self.classes - 1}{names}"
+        )
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
         """Numbers of classes (B, 1, 1). Raises `UserError` for the empty prompt where no class is null."""
@@ -118,6 +136,8 @@ class ClassTeacher(PixelTeacher):
         return Conditioning(torch.tensor(numbers, dtype=torch.float32, device=self.device)[:, None, None])
 
     def _number(self, prompt: str) -> int:
+        if prompt in self.names:
+            return self.names.index(prompt)
         if prompt:
             return int(prompt)
         if self.null_class is None:

@@ -20,7 +20,6 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.optim import one_cycle, optimizer_step
 from distill.runtime.run import Run
-from distill.runtime.shipped import names, resolve
 from distill.runtime.transfer import upload
 from distill.teacher.identity import identify_vae
 from distill.teacher.pipeline import LatentTeacher
@@ -149,12 +148,12 @@ def save_tiny_autoencoder(
 
 
 def load_tiny_autoencoder(name_or_path: Path | str, teacher: LatentTeacher) -> AutoencoderTiny:
-    """A shipped one (`tiny64`), a folder, or a hub id such as `madebyollin/taesd`; frozen, on the teacher's
-    device and in its VAE's dtype.
+    """One of a folder, or of a hub id such as `madebyollin/taesd`; frozen, on the teacher's device and in
+    its VAE's dtype.
 
     Raises `UserError` where there is none, and for one that stands for another VAE.
     """
-    folder = resolve("autoencoder", name_or_path)
+    folder = Path(name_or_path)
     local = folder.is_dir()
     try:
         tiny = AutoencoderTiny.from_pretrained(
@@ -163,8 +162,8 @@ def load_tiny_autoencoder(name_or_path: Path | str, teacher: LatentTeacher) -> A
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"autoencoder {str(name_or_path)!r} cannot be loaded ({reason}): give {names('autoencoder')}, "
-            "a folder of train_tiny_autoencoder.py, or a hub id such as madebyollin/taesd"
+            f"autoencoder {str(name_or_path)!r} cannot be loaded ({reason}): give a folder of "
+            "train_tiny_autoencoder.py, or a hub id such as madebyollin/taesd"
         ) from None
     own, vae = tiny.config, teacher.vae.config
     if (own.latent_channels, len(own.block_out_channels)) != (

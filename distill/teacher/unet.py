@@ -1,6 +1,6 @@
 """The denoiser: `diffusers.UNet2DConditionModel`, trained on cached latents and text embeddings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distill.core.flow_scheduler import ode_scheduler, parameterisation
@@ -22,7 +22,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.muon import Muon
 from distill.runtime.optim import accumulated_step, warmup_constant_decay
 from distill.runtime.run import Run
-from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.folder import load_initial
 from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
 from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
@@ -121,19 +121,39 @@ def train_unet(
     scheduler = ode_scheduler(make_scheduler(options))
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
     image_dim = None if labels is None else labels.image_embedding.shape[-1]
-    device, generator = run.data_device(cache.latents.nbytes)
-    batches = make_batches(
-        cache.to(device), None if labels is None else labels.to(device), options, run.options.seed
-    )
 
     def build() -> UNetDenoiser:
         unet = build_unet(options, shape[0], shape[-1], width, image_dim).to(run.device)
         return UNetDenoiser(unet, *parameterisation(scheduler))
 
-    denoiser, averaged = build(), build()
-    unet = denoiser.network
+    denoiser = build()
     if initial is not None:
-        load_initial(unet, initial, "U-Net")
+        load_initial(denoiser.network, initial, "U-Net")
+    averaged = build()
+    train_denoiser(run, cache, options, denoiser, averaged, lambda latents: decode(vae, latents), labels)
+    return averaged.network
+
+
+def train_denoiser(
+    run: Run,
+    cache: LatentCache,
+    options: UnetOptions,
+    denoiser: DiffusersDenoiser,
+    averaged: DiffusersDenoiser,
+    decode_latents: Callable[[Tensor], Tensor],
+    labels: ViewLabels | None = None,
+) -> None:
+    """Train a denoiser of any family on cached latents; `averaged`, of the same size, takes its EMA weights.
+
+    decode_latents: to images (B, 3, H, W) in [0, 1], of previews.
+    """
+    scheduler = ode_scheduler(make_scheduler(options))
+    device, generator = run.data_device(cache.latents.nbytes)
+    batches = make_batches(
+        cache.to(device), None if labels is None else labels.to(device), options, run.options.seed
+    )
+
+    unet = denoiser.network
     averaged.eval().requires_grad_(False)
     if run.options.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
@@ -145,7 +165,8 @@ def train_unet(
     run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
 
     previewed = cache.conditioning.select(torch.arange(32) * cache.num_captions // 32).to(run.device)
-    preview_noise = torch.randn(len(previewed), *shape, generator=torch.Generator().manual_seed(1))
+    shape = len(previewed), *cache.latents.shape[1:]
+    preview_noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
         parts = batches.draw(step, generator, times, options.caption_dropout)
@@ -160,12 +181,11 @@ def train_unet(
             model = Guided(averaged, cache.uncond.to(run.device), options.preview_guidance)
             with run.precision.autocast():
                 samples = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
-            run.preview("samples", decode(vae, samples))
+            run.preview("samples", decode_latents(samples))
     ema.copy_to(averaged.network)
-    return averaged.network
 
 
-def compile_blocks(unet: UNet2DConditionModel) -> None:
+def compile_blocks(unet: nn.Module) -> None:
     """Compile the residual and the transformer blocks, of which all of one kind share their code.
 
     Faster to compile than the whole network, once for each of the shapes of a batch's parts.
@@ -176,7 +196,7 @@ def compile_blocks(unet: UNet2DConditionModel) -> None:
             module.compile(dynamic=False)
 
 
-def make_optimizer(unet: UNet2DConditionModel, options: UnetOptions) -> Optimizer:
+def make_optimizer(unet: nn.Module, options: UnetOptions) -> Optimizer:
     """The optimizer that `options` name, over all parameters."""
     if options.optimizer == "muon":
         return Muon(unet.parameters(), options.learning_rate)
@@ -195,7 +215,7 @@ def make_batches(
 
 
 def local_losses(
-    run: Run, denoiser: UNetDenoiser, parts: Sequence[DenoisingBatch], accumulate: int
+    run: Run, denoiser: DiffusersDenoiser, parts: Sequence[DenoisingBatch], accumulate: int
 ) -> Iterator[Tensor]:
     """The weighted losses of this process's rows of a batch, all parts of it in each of `accumulate`."""
     total = sum(len(part.t) for part in parts)
@@ -211,7 +231,7 @@ def local_losses(
             yield torch.stack(losses).sum()
 
 
-def denoising_loss(denoiser: UNetDenoiser, batch: DenoisingBatch, device: torch.device) -> Tensor:
+def denoising_loss(denoiser: DiffusersDenoiser, batch: DenoisingBatch, device: torch.device) -> Tensor:
     """The mean squared error of a part of a batch, on a device."""
     latents, noise, t = (value.to(device) for value in batch[:3])
     return denoiser.denoising_loss(latents, noise, t, batch.conditioning.to(device))

@@ -28,6 +28,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.help import comments, help_lines
 from distill.runtime.shipped import resolve
+from distill.teacher.class_training import ClassTeacherOptions
 from distill.teacher.tiny_autoencoder import TinyAutoencoderOptions
 from distill.teacher.train import TeacherOptions
 from sds3d.export.export import ExportOptions
@@ -85,6 +86,7 @@ OPTIONS: dict[str, Mapping[str, object]] = {
     "evaluate_teacher": {"evaluation": EvaluationOptions()},
     "evaluate_generator": {"evaluation": GeneratorEvaluationOptions()},
     "evaluate_control": {"evaluation": ControlEvaluationOptions()},
+    "train_class_teacher": {"teacher": ClassTeacherOptions()},
     "train_controlnet": {"adapter": AdapterOptions()},
     "train_probe": {"probe": ProbeOptions()},
     "train_teacher": {"teacher": TeacherOptions()},

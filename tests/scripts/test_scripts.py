@@ -162,9 +162,9 @@ def test_a_mistake_is_one_sentence(tiny_teacher_folder, tmp_path, arguments, mes
         ("sampler=ddpm steps=1001", "steps is 1001: expected 1 to 1000"),
         ("sampler=dpm steps=1001", "steps is 1001: expected 1 to 1000"),
         ("count=1000000000000", "not enough memory"),
-        ("student=shapes64_text sweep=[1]", "sweep: a student"),
+        ("student=shapes64 sweep=[1]", "sweep: a student"),
         ("student_guidance=2", "student_guidance is of a student"),
-        ("student=shapes64_text student_guidance=2", "shapes64_text was trained at one"),
+        ("student=shapes64 student_guidance=2", "shapes64 was trained at one"),
         ("compare_samplers=[euler]", "compare_samplers has 'euler'"),
     ],
 )

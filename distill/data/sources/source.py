@@ -133,7 +133,7 @@ def _write_split(folder: Path, items: Sequence[Item], options: FolderOptions, da
             continue
         name = f"{len(rows):06d}.png"
         image.save(folder / name)
-        rows.append({"file_name": name, **item.row})
+        rows.append({**item.row, "file_name": name})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
     return len(rows)

@@ -26,7 +26,7 @@ from distill.teacher.identity import identify
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-SHIPPED_PARTS = {"student": "student.json", "adapter": "condition.json", "probe": "probe.json"}
+SHIPPED_PARTS = {"student": "student.json", "adapter": "condition.json"}
 
 
 def changed(folder: Path, file: str, change: Callable[[Tensor], Tensor], target: Path) -> Path:

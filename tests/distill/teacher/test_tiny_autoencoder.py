@@ -113,14 +113,16 @@ def test_a_stock_pipeline_takes_it(tiny_teacher_folder: Path, untrained: str) ->
 
 
 def test_refuses_what_does_not_fit(
-    schedule: NoiseSchedule, tiny_teacher: LatentDiffusionTeacher, untrained: str
+    schedule: NoiseSchedule, tiny_teacher: LatentDiffusionTeacher, untrained: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="'nowhere' cannot be loaded.*give tiny64, a folder"):
+    with pytest.raises(UserError, match="'nowhere' cannot be loaded.*give a folder"):
         with_autoencoder(tiny_teacher, "nowhere")
     with pytest.raises(UserError, match="3 levels, and the VAE has 4"):
         build_tiny_autoencoder(tiny_teacher, replace(SMALL, blocks=(1, 0, 0)))
-    with pytest.raises(UserError, match="16 channels at 4 levels.* has 8 and 4"):
-        with_autoencoder(tiny_teacher, "tiny64")
+    stock = AutoencoderTiny(latent_channels=4, encoder_block_out_channels=(8,) * 4)
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(UserError, match="4 channels at 4 levels.* has 8 and 4"):
+        with_autoencoder(tiny_teacher, str(tmp_path / "stock"))
     facts = read_json(Path(untrained) / FACTS)
     facts["vae"] = "0" * 16
     (Path(untrained) / FACTS).write_text(str(facts).replace("'", '"'))
