@@ -1,6 +1,6 @@
 """Grade an adapter on held-out conditions.
 
-python scripts/evaluate_control.py adapter=silhouette student=shapes64_text
+python scripts/evaluate_control.py adapter=silhouette student=shapes64
 """
 
 from dataclasses import dataclass, field
@@ -37,10 +37,10 @@ from sds3d.world.conditions import split_condition_images
 class Config:
     """An adapter, the conditions of a test split, and the same samples without the adapter."""
 
-    teacher: str = "shapes64_text"
+    teacher: str = "shapes64"
     adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
     condition: str | None = None  # of an adapter that reads several; null: the one it was trained on
-    student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: graded too
+    student: str | None = None  # shapes64, or a folder of distill_one_step.py: graded too
     data: str = "outputs/shapes64"
     probe: str | None = "probe64"  # null: no figures but those of lines
     judge: str | None = "judge64"  # null: no accuracy

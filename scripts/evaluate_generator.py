@@ -34,9 +34,9 @@ QUERY = (
 class Config:
     """Generators, a test split, and what grades samples; a row per generator, kept as JSON."""
 
-    teacher: str = "shapes64_text"
-    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, or a folder
-    students: tuple[str, ...] = ()  # shapes64_text, or folders of distill_one_step.py
+    teacher: str = "shapes64"
+    autoencoder: str | None = None  # a tiny one in place of the VAE: a folder, madebyollin/taesd
+    students: tuple[str, ...] = ()  # shapes64, or folders of distill_one_step.py
     steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
     guidance: tuple[float, ...] = (2.0,)
     judge: str | None = "judge64"  # null: no accuracy

@@ -17,7 +17,7 @@ from distill.teacher.load import load_teacher
 class Config:
     """Shards of pairs, caption by caption; shards that exist are kept."""
 
-    teacher: str = "shapes64_text"
+    teacher: str = "shapes64"
     data: str = "outputs/shapes64"  # whose training captions are used
     output: str = "outputs/pairs"
     device: str = "auto"  # auto: cuda when there is one

@@ -25,7 +25,7 @@ class Config:
 
     prompt: str  # repeated as optimise_image.prompt
     teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
-    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
+    autoencoder: str | None = None  # a tiny one in place of the VAE: a folder, madebyollin/taesd
     run: RunOptions
     objective: ObjectiveOptions
     optimise_image: OptimiseImageOptions

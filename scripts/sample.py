@@ -1,6 +1,6 @@
 """Images from a teacher or a student, one row a prompt.
 
-python scripts/sample.py "a red teapot" "a blue torus" (student=shapes64_text)
+python scripts/sample.py "a red teapot" "a blue torus" (student=shapes64)
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Copy a student to a folder of its own, whole: with its teacher's VAE, text encoder and tokenizer.
 
-python scripts/save_student.py student=shapes64_text output=outputs/student
+python scripts/save_student.py student=shapes64 output=outputs/student
 Stock diffusers loads the result (docs/one_step.md).
 """
 
@@ -16,7 +16,7 @@ from distill.one_step.folder import load_student, save_student
 class Config:
     """A student by shipped name or folder, and where to."""
 
-    student: str = "shapes64_text"  # a shipped name, or a folder of distill_one_step.py
+    student: str = "shapes64"  # a shipped name, or a folder of distill_one_step.py
     output: str = "outputs/student"  # a new folder, or one that holds a student, which is replaced
     # false: without its teacher's parts, which are then read from the teacher by name: the size of the U-Net
     whole: bool = True

@@ -33,7 +33,7 @@ class Config:
     # silhouette; depth and normals need world.geometry=true; edges and scribble suit any images; folder reads
     # a conditioning_image column
     condition: str = "silhouette"
-    teacher: str = "shapes64_text"
+    teacher: str = "shapes64"
     data: str = (
         "outputs/shapes64"  # a captioned image folder; its validation split, where it has one, is held out
     )

@@ -39,8 +39,8 @@ class SampleOptions(TextToImageOptions):
 
     # a shipped name, a diffusers folder, a hub id, or a YAML file
     teacher: str = "shapes64"
-    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
-    student: str | None = None  # shapes64_text, or a folder of distill_one_step.py: all its steps
+    autoencoder: str | None = None  # a tiny one in place of the VAE: a folder, madebyollin/taesd
+    student: str | None = None  # shapes64, or a folder of distill_one_step.py: all its steps
     student_guidance: float | None = None  # of a student whose input it is (LCM); null: the student's own
     compare: tuple[int, ...] = ()  # with a student: the teacher in so many steps each, [1, 4, 25, 50], timed
     # the same images by each sampler, timed: [ddim, dpm], or each in steps of its own, [ddim:25, ddpm:500]

@@ -3,18 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter", "autoencoder"]
+WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter"]
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
-    # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: on text alone, the
-    # teacher of the shipped students and adapters
+    # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: older, on text alone
     "teacher": {"shapes64": "shapes64", "shapes64_text": "shapes64_text"},
     # of single objects; of pairs and azimuths; of elevations, for image to 3D
     "judge": {"judge64": "judge64", "pairs64": "pairs64", "elevation64": "elevation64"},
     "probe": {"probe64": "probe64"},
-    "student": {"shapes64_text": "students/shapes64_text"},  # one-step, by the name of its teacher
-    "autoencoder": {"tiny64": "tiny64"},  # of shapes64, in place of its VAE
-    "adapter": {"silhouette": "adapters/silhouette", "depth": "adapters/depth"},  # by their condition
+    "student": {"shapes64": "students/shapes64"},  # one-step, by the name of its teacher
+    "adapter": {"silhouette": "adapters/geometry", "depth": "adapters/geometry"},  # by their condition
 }
 
 

@@ -35,7 +35,7 @@ class TextTo3dRecipe:
     prompt: str  # repeated as text_to_3d.prompt; with an image it may be empty
     image: str | None = None  # a picture of one object, cut out or on a plain background: image to 3D
     teacher: str = "shapes64"  # a shipped name, a diffusers folder, a hub id, or a YAML file
-    autoencoder: str | None = None  # a tiny one in place of the VAE: tiny64, a folder, madebyollin/taesd
+    autoencoder: str | None = None  # a tiny one in place of the VAE: a folder, madebyollin/taesd
     run: RunOptions
     text_to_3d: TextTo3dOptions
     image_to_3d: ImageTo3dOptions = field(default_factory=ImageTo3dOptions)
