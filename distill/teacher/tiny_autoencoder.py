@@ -76,9 +76,9 @@ def train_tiny_autoencoder(
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=options.learning_rate, weight_decay=0.0)
     schedule = one_cycle(optimizer, run.options.steps, warmup=0.1)
     run.track(model=tiny, optimizer=optimizer, schedule=schedule)
+    preview = data.composite(slice(0, 16))
     device, generator = run.data_device(data.images.nbytes)
     data = data.to(device)
-    preview = data.composite(slice(0, 16))
     for step in run.steps():
         index = upload(batch_indices(len(data), options.batch, step, run.options.seed), device)
         images = data.composite(index, grey_levels(len(index), generator)).to(run.device)
