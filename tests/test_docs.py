@@ -207,6 +207,10 @@ def test_options_exist(page: Path) -> None:
         if path.stem not in ("entry", "sweep", "arguments")
     ]
     classes = [arguments[1] for arguments in scripts if arguments is not None]
+    for path in (ROOT / "configs").rglob("*.yaml"):  # the subclasses that groups choose from are imported
+        target = (yaml.safe_load(path.read_text()) or {}).get("_target_")
+        if target is not None:
+            importlib.import_module(target.rpartition(".")[0])
     groups = {key for cls in classes for key, hint in typing.get_type_hints(cls).items() if _nested(hint)}
     mentioned = {name for name in option_mentions(page.read_text()) if name.split(".")[0] in groups}
     # The stages of a recipe that is no default are options where it is chosen.
