@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 from entry import entry
 
+from distill.data.folders import load_split
 from distill.runtime.config import as_mapping
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.class_training import ClassTeacherOptions, train_class_teacher
+from distill.teacher.class_training import ClassTeacherOptions, class_names, train_class_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,11 @@ class Config:
 
 
 def main(config: Config) -> None:
+    options = config.teacher
+    data = load_split(options.data, "train", options.resolution)
+    names = class_names(data, options.label)  # raises before a directory is claimed
     run = Run(config.run, as_mapping(config), "class teacher")
-    folder = train_class_teacher(run, config.teacher)
+    folder = train_class_teacher(run, options, data, names)
     run.finish({})
     print(f"written: {folder}")
 

@@ -58,9 +58,8 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher, whole: 
     The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. With
     `whole` false they are left out, and loaded from the teacher by the name that is recorded; stock diffusers
     needs a whole folder. A student is conditioned on text: of a multi-view U-Net the view conditions are left
-    out. Of a flow, and of a
-    teacher of another family, only the network's weights are written, in float32. Raises `UserError` when the
-    folder holds something other than a student.
+    out. Of a flow, and of a teacher of another family, only the network's weights are written, in float32.
+    Raises `UserError` when the folder holds something other than a student.
     """
     is_flow = student.denoiser.prediction_type == "flow_prediction"  # LCMScheduler has none
     if not isinstance(teacher, LatentDiffusionTeacher) or is_flow:

@@ -10,7 +10,7 @@ from diffusers import DDIMPipeline, UNet2DModel
 
 from distill.core.conditioning import Conditioning
 from distill.core.flow_scheduler import ode_scheduler, parameterisation
-from distill.data.folders import CaptionedImages, load_split
+from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, write_json
@@ -94,13 +94,14 @@ def build_class_unet(options: UnetOptions, classes: int, channels: int, side: in
     return unet.to(memory_format=torch.channels_last)
 
 
-def train_class_teacher(run: Run, options: ClassTeacherOptions) -> Path:
-    """Train on the training split and save `<run.directory>/teacher`, a `DDIMPipeline`; returns its path.
+def train_class_teacher(
+    run: Run, options: ClassTeacherOptions, data: CaptionedImages, names: list[str]
+) -> Path:
+    """Train on a split and save `<run.directory>/teacher`, a `DDIMPipeline`; returns its path.
 
-    The class after the data's is that of no label. Raises `UserError` for data that cannot be used.
+    names: of the data's classes (`class_names`); the class after them is that of no label.
     """
-    data = load_split(options.data, "train", options.resolution)
-    names, channels = class_names(data, options.label), 3 if options.colour else 1
+    channels = 3 if options.colour else 1
     cache = pixel_cache(data, options.label, len(names), channels)
     scheduler = ode_scheduler(make_scheduler(options.unet))
 

@@ -29,7 +29,7 @@ class MomentMatchingOptions(MethodOptions):
     # of the teacher's step from t to r; null: by the data instead, as in the paper, without guidance
     guidance: float | None = 2.0
     group: int = 4  # samples whose distributions are compared [M]
-    # of sigma / alpha, from t to r (paper: 160 / 2^12, from scratch, in 200 times as many steps)
+    # of sigma / alpha, from t to r (paper: 160 / 2^12)
     decrement: float = 0.05
     from_zero: float = 0.5  # fraction of groups with s = 0, which one step asks for (paper: s is uniform)
     weight_shift: float = 5.0  # of the log signal-to-noise ratio [b]

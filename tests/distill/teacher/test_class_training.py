@@ -9,7 +9,7 @@ from diffusers import DDIMPipeline
 
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
-from distill.data.folders import CaptionedImages
+from distill.data.folders import CaptionedImages, load_split
 from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
 from distill.one_step.student import Student, StudentOptions
 from distill.runtime.errors import UserError
@@ -51,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("classes")
     write_dataset(ShadesSource(), base / "data", FolderOptions(), base)
     options = ClassTeacherOptions(str(base / "data"), 8, unet=SMALL)
-    return train_class_teacher(Run(RunOptions(str(base / "run"), 150, trackers=()), {}, "classes"), options)
+    run = Run(RunOptions(str(base / "run"), 150, trackers=()), {}, "classes")
+    return train_class_teacher(run, options, load_split(options.data, "train", 8), list(SHADES))
 
 
 def test_names_are_captions_that_all_images_of_a_class_share() -> None:
