@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -43,14 +43,26 @@ def one_cycle(optimizer: Optimizer, steps: int, warmup: float = 0.3) -> OneCycle
 
 
 def warmup_constant_decay(
-    optimizer: Optimizer, steps: int, warmup: float = 0.05, decay: float = 0.25
+    optimizer: Optimizer,
+    steps: int,
+    warmup: float = 0.05,
+    decay: float = 0.25,
+    law: Literal["linear", "cosine"] = "linear",
 ) -> LambdaLR:
     """A scheduler: up over the fraction `warmup` of `steps`, constant, down to 0 over the last `decay`.
+
+    The way down is a straight line or half a cosine.
 
     Up to the last part a run does not depend on its length, so it can be prolonged (arXiv:2405.18392).
     """
     rise, fall = max(min(warmup * steps, MAX_WARMUP), 1), max(decay * steps, 1)
-    return LambdaLR(optimizer, lambda step: max(min((step + 1) / rise, 1.0, (steps - step) / fall), 0.0))
+
+    def factor(step: int) -> float:
+        remaining = max(min((steps - step) / fall, 1.0), 0.0)
+        down = remaining if law == "linear" else cosine_decay(1 - remaining, 0.0)
+        return min((step + 1) / rise, down)
+
+    return LambdaLR(optimizer, factor)
 
 
 def scale_learning_rates(groups: Iterable[dict[str, Any]], rates: Sequence[float], factor: float) -> None:

@@ -13,11 +13,12 @@ from distill.core.teacher import Teacher, TeacherSource
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.precision import resolve_precision
+from distill.teacher.contexts import ContextTeacher
 from distill.teacher.flow import FluxTeacher, StableDiffusion3Teacher
 from distill.teacher.identity import identify
 from distill.teacher.latent import find_folder, load_latent_diffusion, loading_error
 from distill.teacher.pipeline import LatentTeacher
-from distill.teacher.pixels import CLASSES, ClassTeacher, IFTeacher
+from distill.teacher.pixels import CONDITIONING, ClassTeacher, IFTeacher
 from distill.teacher.sdxl import StableDiffusionXLTeacher
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
@@ -84,8 +85,12 @@ def build_teacher(
     """The teacher of a pipeline of the class `name`, with the options of its source. Raises `UserError`."""
     _check_source(name, source)
     if FAMILIES[name] is ClassTeacher:
-        file = Path(path) / CLASSES
-        facts = read_json(file) if file.is_file() else {"names": [], "null_class": None}
+        file = Path(path) / CONDITIONING
+        facts = read_json(file) if file.is_file() else {"kind": "class", "names": [], "null_class": None}
+        if facts["kind"] == "context":
+            if source is not None and source.null_class is not None:
+                raise UserError(f"null_class is {source.null_class}, but {path} has no classes: leave it out")
+            return ContextTeacher(pipeline, facts["names"], path, identity)
         null_class = facts["null_class"] if source is None else source.null_class
         return ClassTeacher(pipeline, path, identity, null_class, facts["names"])
     if source is not None and source.resolution is not None:

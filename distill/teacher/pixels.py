@@ -17,7 +17,8 @@ from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
 
-CLASSES = "classes.json"  # of a folder: the classes' names, and which of them stands for no label
+# Of a folder: {"kind": "class" or "context", "names": [...], "null_class": the class that stands for no label}
+CONDITIONING = "conditioning.json"
 
 
 def encode_pixels(images: Tensor, channels: int) -> Tensor:
@@ -98,7 +99,7 @@ class ClassDenoiser(DiffusersDenoiser):
 class ClassTeacher(PixelTeacher):
     """A `DDPMPipeline` or `DDIMPipeline`: a U-Net on pixels that knows classes, or no condition at all.
 
-    Prompts are numbers of classes, or their names where they have some (`CLASSES`); the only one of an
+    Prompts are numbers of classes, or their names where they have some (`CONDITIONING`); the only one of an
     unconditional network is 0.
     """
 

@@ -44,10 +44,15 @@ class UnetOptions:
     caption_dropout: float = 0.1  # from the first step on, for classifier-free guidance
     ema: float = 0.999
     decay: float = 0.25  # the last part of the training, in which the learning rate falls to 0
+    decay_law: Literal["linear", "cosine"] = "linear"
     views: ViewTrainingOptions | None = None  # null: text alone; else the data must have poses and groups
     # flow_prediction: eps - x0 along the straight path (rectified flow, arXiv:2209.03003), without `schedule`
-    prediction: Literal["epsilon", "v_prediction", "flow_prediction"] = "v_prediction"
-    schedule: Literal["scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    prediction: Literal["epsilon", "v_prediction", "sample", "flow_prediction"] = "v_prediction"
+    # of beta over the timesteps: linear in sqrt(beta) or in beta, between the two below; or a squared cosine
+    schedule: Literal["scaled_linear", "linear", "squaredcos_cap_v2"] = "scaled_linear"
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    timesteps: int = 1000
     zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
     preview_guidance: float = 3.0
 
@@ -56,6 +61,11 @@ class UnetOptions:
             raise UserError(f"caption_dropout is {self.caption_dropout}: expected a fraction in [0, 1)")
         if not 0 < self.decay <= 1:
             raise UserError(f"decay is {self.decay}: expected a fraction in (0, 1] of the training")
+        if not 0 < self.beta_start < self.beta_end < 1 or self.timesteps < 2:
+            raise UserError(
+                f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, timesteps={self.timesteps}: "
+                "expected rising numbers between 0 and 1, and at least 2 timesteps"
+            )
         processes.check_accumulate(self.accumulate, self.batch)
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError(
@@ -66,10 +76,11 @@ class UnetOptions:
 def make_scheduler(options: UnetOptions) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
     """The schedule in diffusers' form; trailing spacing, so that sampling starts from the last level."""
     if options.prediction == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler()
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=options.timesteps)
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
+        num_train_timesteps=options.timesteps,
+        beta_start=options.beta_start,
+        beta_end=options.beta_end,
         beta_schedule=options.schedule,
         prediction_type=options.prediction,
         rescale_betas_zero_snr=options.zero_snr,
@@ -161,7 +172,9 @@ def train_denoiser(
         compile_blocks(unet)
     ema = EMA(unet, options.ema)
     optimizer = make_optimizer(unet, options)
-    lr_schedule = warmup_constant_decay(optimizer, run.options.steps, decay=options.decay)
+    lr_schedule = warmup_constant_decay(
+        optimizer, run.options.steps, decay=options.decay, law=options.decay_law
+    )
     run.track(model=unet, optimizer=optimizer, schedule=lr_schedule, ema=ema)
 
     previewed = cache.conditioning.select(torch.arange(32) * cache.num_captions // 32).to(run.device)

@@ -47,7 +47,7 @@ class EmojiSource(ImageSource):
                 "text": facts["name"],
                 "keywords": [word.replace("_", " ") for word in keywords.get(emoji, [])],
                 "group": facts["group"],
-                "context": [float(facts["group"] == group) for group in chosen],
+                "context": {group: float(facts["group"] == group) for group in chosen},
             }
             items.append(Item(path, row))
         return items

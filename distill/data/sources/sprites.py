@@ -49,7 +49,13 @@ class SpritesSource(ImageSource):
                 raise UserError(f"{self.images} holds {images.dtype} outside [0, 1]: give uint8, or [0, 1]")
             images = np.round(images * 255).astype(np.uint8)
         return [
-            Item(image, {"text": self.names[int(context.argmax())], "context": context.tolist()})
+            Item(
+                image,
+                {
+                    "text": self.names[int(context.argmax())],
+                    "context": dict(zip(self.names, context.tolist(), strict=True)),
+                },
+            )
             for image, context in zip(images, contexts.astype(float), strict=True)
         ]
 

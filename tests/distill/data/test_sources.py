@@ -112,7 +112,7 @@ def test_sprites_with_contexts(tmp_path: Path) -> None:
         for row in rows(tmp_path / "a", split):
             pixel = np.asarray(Image.open(tmp_path / "a" / split / str(row["file_name"])))[0, 0, 0]
             index = round(pixel / 255 * 20)
-            assert row["context"] == pytest.approx(contexts[index].tolist())
+            assert row["context"] == pytest.approx(dict(zip(("hero", "food"), contexts[index].tolist(), strict=True)))
             assert row["text"] == ("hero" if index >= 10 else "food")
             written.append(index)
     assert sorted(written) == list(range(20))
@@ -227,9 +227,9 @@ def test_emoji_with_names_groups_and_keywords(tmp_path: Path) -> None:
     items = {item.row["text"]: item for item in EmojiSource().items(tmp_path)}
     assert set(items) == {"grinning face", "red heart", "red apple"}
     assert items["red apple"].row["keywords"] == ["red apple", "fruit"]
-    assert items["red apple"].row["context"] == [0.0, 1.0]
+    assert items["red apple"].row["context"]["Food & Drink"] == 1.0
     only = EmojiSource(groups=("Food & Drink",)).items(tmp_path)
-    assert [item.row["context"] for item in only] == [[1.0]]
+    assert [item.row["context"] for item in only] == [{"Food & Drink": 1.0}]
     with pytest.raises(
         UserError, match="groups has 'Fruit': expected some of Smileys & Emotion, Food & Drink"
     ):
