@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.evaluation.judge import Judge, counts, read_directions
+from distill.evaluation.judge import Judge, read_directions
+from distill.evaluation.judge_columns import counts
 
 NEAR = 15.0  # degrees within which a direction is right
 FLIP = 135.0  # degrees of error from which it is taken for its opposite

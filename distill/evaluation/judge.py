@@ -4,9 +4,8 @@ Its features also serve for Frechet distances (`distill.evaluation.metrics`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +15,13 @@ from torch.nn import functional as F
 
 from distill.data.augmentation import add_noise, blur_sharpen, color_jitter, random_affine, random_erasing
 from distill.data.folders import CaptionedImages, batch_indices, grey_levels
+from distill.evaluation.judge_columns import (
+    IGNORE,
+    JudgeOptions,
+    collect_labels,
+    direction_table,
+    label_table,
+)
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path, read_json, write_json
 from distill.runtime.optim import one_cycle, optimizer_step
@@ -28,42 +34,6 @@ FORMAT = "distill-judge-1"
 FEATURES = 128
 GRID = 4  # positions a side that a hidden layer tells apart
 LENGTH_WEIGHT = 0.05  # of the lengths of direction vectors in the loss
-IGNORE = -100  # the label of a row that does not count, the default of `F.cross_entropy`
-
-
-@dataclass(frozen=True)
-class JudgeOptions:
-    """The metadata columns that are read, size and training.
-
-    A row counts for a column where its value is neither null nor empty and, for each pair (column,
-    condition) in `only_if`, its column `condition` is True.
-    """
-
-    attributes: tuple[str, ...]  # classified
-    only_if: tuple[tuple[str, str], ...] = ()
-    directions: tuple[str, ...] = ()  # angles in degrees, read as unit vectors
-    width: int = 48
-    hidden: int | None = None  # units of a layer that reads where in the image features are; null: their mean
-    batch: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.05
-    direction_weight: float = 1.0  # of the directions' loss beside that of the attributes
-
-    def __post_init__(self) -> None:
-        if not self.attributes and not self.directions:
-            raise UserError(
-                "the judge has neither attributes nor directions; expected the name of a metadata column"
-            )
-        if self.width < 1 or self.batch < 2 or (self.hidden is not None and self.hidden < 1):
-            raise UserError(
-                f"judge width {self.width}, hidden {self.hidden}, batch {self.batch}; expected at least 1, 1 "
-                "and 2"
-            )
-        if self.direction_weight <= 0:
-            raise UserError(
-                f"judge direction_weight is {self.direction_weight:g}: a positive one is expected"
-            )
 
 
 class Block(nn.Sequential):
@@ -104,7 +74,8 @@ class Judge(nn.Module):
             size = options.hidden
             layers = nn.Linear(FEATURES * GRID**2, size), nn.BatchNorm1d(size), nn.ReLU()
             self.hidden = nn.Sequential(nn.AdaptiveAvgPool2d(GRID), nn.Flatten(), *layers)
-        heads = {name: nn.Linear(size, len(values)) for name, values in self.labels.items()}
+        # torch allows no dots in the names of modules
+        heads = {name.replace(".", "/"): nn.Linear(size, len(v)) for name, v in self.labels.items()}
         self.heads = nn.ModuleDict(heads)
         self.direction_heads = nn.ModuleDict({name: nn.Linear(size, 2) for name in options.directions})
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
@@ -129,66 +100,9 @@ class Judge(nn.Module):
     def outputs(self, images: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Logits (N, number of labels) of each attribute, and vectors (N, 2) along each direction."""
         features = self.features(images)
-        logits = {name: head(features) for name, head in self.heads.items()}
+        heads = zip(self.labels, self.heads.values(), strict=True)
+        logits = {name: head(features) for name, head in heads}
         return logits, {name: head(features) for name, head in self.direction_heads.items()}
-
-
-def collect_labels(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> dict[str, tuple[str, ...]]:
-    """The values of each attribute in the rows that count, sorted. Raises `UserError` for fewer than two."""
-    labels = {}
-    for name in options.attributes:
-        labels[name] = tuple(
-            sorted({value for row in rows if (value := label_of(row, name, options.only_if)) is not None})
-        )
-        if len(labels[name]) < 2:
-            raise UserError(f"the column '{name}' has the values {list(labels[name])}; expected at least two")
-    return labels
-
-
-def label_table(
-    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, Sequence[str]], options: JudgeOptions
-) -> Tensor:
-    """Label indices (N, attributes), `IGNORE` where a row does not count.
-
-    Raises `UserError` for a value not in `labels`.
-    """
-    table = torch.full((len(rows), len(labels)), IGNORE)
-    for column, (name, values) in enumerate(labels.items()):
-        indices = {value: index for index, value in enumerate(values)}
-        for index, row in enumerate(rows):
-            value = label_of(row, name, options.only_if)
-            if value is not None and value not in indices:
-                raise UserError(f"row {index} has the {name} '{value}'; expected one of {', '.join(values)}")
-            table[index, column] = IGNORE if value is None else indices[value]
-    return table
-
-
-def direction_table(rows: Sequence[Mapping[str, Any]], options: JudgeOptions) -> Tensor:
-    """Cosines and sines (N, directions, 2) of the angles; NaN where a row does not count.
-
-    Raises `UserError` for a value that is no number, and where no row counts.
-    """
-    angles = torch.full((len(rows), len(options.directions)), torch.nan)
-    for column, name in enumerate(options.directions):
-        for index, row in enumerate(rows):
-            value = row.get(name) if counts(row, name, options.only_if) else None
-            if value is not None and not isinstance(value, int | float):
-                raise UserError(f"row {index} has the {name} {value!r}; expected degrees")
-            angles[index, column] = torch.nan if value is None else value
-        if angles[:, column].isnan().all():
-            raise UserError(f"no row counts for the direction '{name}'; expected a column of degrees")
-    radians = torch.deg2rad(angles)
-    return torch.stack([radians.cos(), radians.sin()], -1)
-
-
-def counts(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str]]) -> bool:
-    """Whether a row's conditions for the column `name` hold (`JudgeOptions`)."""
-    return all(row.get(condition) is True for column, condition in only_if if column == name)
-
-
-def label_of(row: Mapping[str, Any], name: str, only_if: Sequence[tuple[str, str]]) -> str | None:
-    """The label of a row in the column `name`; None where the row does not count (`JudgeOptions`)."""
-    return (row.get(name) or None) if counts(row, name, only_if) else None
 
 
 def judge_loss(logits: Mapping[str, Tensor], targets: Tensor, smoothing: float) -> Tensor:
@@ -278,8 +192,10 @@ def judge_features(judge: Judge, images: Tensor, batch: int = 256) -> Tensor:
 def predict(judge: Judge, images: Tensor) -> dict[str, list[str]]:
     """The most probable value of each attribute for each of the images (N, 3, H, W) in [0, 1]."""
     features = judge_features(judge, images).to(next(judge.parameters()).device)
-    argmax = {name: head(features).argmax(1).tolist() for name, head in judge.heads.items()}
-    return {name: [judge.labels[name][index] for index in indices] for name, indices in argmax.items()}
+    predictions = {}
+    for (name, labels), head in zip(judge.labels.items(), judge.heads.values(), strict=True):
+        predictions[name] = [labels[index] for index in head(features).argmax(1).tolist()]
+    return predictions
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ import torch
 
 from distill.data.folders import CaptionedImages, load_split
 from distill.evaluation.directions import direction_accuracy
-from distill.evaluation.judge import Judge, JudgeOptions, load_judge, predict, save_judge, train_judge
+from distill.evaluation.judge import Judge, load_judge, predict, save_judge, train_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.evaluation.labels import LabelOptions, prediction_accuracy
 from distill.evaluation.pairs import pair_accuracy
 from distill.runtime.config import as_mapping
@@ -21,14 +22,16 @@ class JudgeRecipe:
 
     run: RunOptions
     data: str | tuple[str, ...] = "outputs/judge_world"  # one captioned folder, or several
+    resolution: int = 64  # image side in pixels, at least 16
     judge: JudgeOptions
     initial: str | None = None  # a judge of the same width whose convolutions training starts from
     labels: LabelOptions = field(default_factory=LabelOptions)  # which columns pairs have
 
 
-def load_splits(folders: str | Sequence[str], split: str) -> CaptionedImages:
+def load_splits(folders: str | Sequence[str], split: str, resolution: int) -> CaptionedImages:
     """The same split of one or several captioned folders, one after the other."""
-    parts = [load_split(folder, split) for folder in ([folders] if isinstance(folders, str) else folders)]
+    folders = [folders] if isinstance(folders, str) else folders
+    parts = [load_split(folder, split, resolution) for folder in folders]
     rows = [row for part in parts for row in part.rows]
     return CaptionedImages(torch.cat([part.images for part in parts]), rows)
 
@@ -52,7 +55,8 @@ def judge_metrics(judge: Judge, data: CaptionedImages, labels: LabelOptions) -> 
 def run_judge(recipe: JudgeRecipe) -> dict[str, Any]:
     """Train, grade on the test split and save to `judge` in the run's directory; returns the metrics."""
     train, test = (
-        with_pair_columns(load_splits(recipe.data, split), recipe.labels) for split in ("train", "test")
+        with_pair_columns(load_splits(recipe.data, split, recipe.resolution), recipe.labels)
+        for split in ("train", "test")
     )
     initial = None if recipe.initial is None else load_judge(recipe.initial)
     run = Run(recipe.run, as_mapping(recipe), "judge")

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.evaluation.judge import Judge, label_of, predict
+from distill.evaluation.judge import Judge, predict
+from distill.evaluation.judge_columns import label_of
 from distill.runtime.errors import UserError
 
 Row = Mapping[str, Any]

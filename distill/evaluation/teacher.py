@@ -15,7 +15,7 @@ from distill.evaluation.clip import ClipScorer
 from distill.evaluation.denoising import denoising_figures, poses_of
 from distill.evaluation.evaluation_set import EvaluationSet
 from distill.evaluation.generate import generate_batches, teacher_sampler
-from distill.evaluation.judge import label_of
+from distill.evaluation.judge_columns import label_of
 from distill.evaluation.labels import LabelOptions, Row, fill_caption, fractions, template_columns
 from distill.evaluation.readings import PREVIEW, image_batches, read_images
 from distill.evaluation.rows import cached_row

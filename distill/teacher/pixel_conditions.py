@@ -73,9 +73,7 @@ class NoCondition(PixelCondition):
 
     def build(self, options: UnetOptions, channels: int, side: int, table: ConditionTable) -> nn.Module:
         """As of every condition: a `UNet2DModel`."""
-        return UNet2DModel(
-            sample_size=side, in_channels=channels, out_channels=channels, **_blocks(options)
-        )
+        return UNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, **_blocks(options))
 
 
 @final
@@ -103,11 +101,7 @@ class ClassCondition(PixelCondition):
         if self.channels is not None:
             return ClassChannelsUnet(side, channels, classes, self.channels, blocks)
         return UNet2DModel(
-            sample_size=side,
-            in_channels=channels,
-            out_channels=channels,
-            num_class_embeds=classes,
-            **blocks,
+            sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=classes, **blocks
         )
 
 

@@ -43,8 +43,8 @@ class PixelTeacherOptions:
     def __post_init__(self) -> None:
         if self.unet.views is not None or self.unet.prediction == "flow_prediction":
             raise UserError(
-                "a teacher of pixels has no views and predicts eps, v or x0: give teacher.unet.views=null and "
-                "another teacher.unet.prediction"
+                "a teacher of pixels has no views and predicts eps, v or x0: give "
+                "teacher.unet.views=null and another teacher.unet.prediction"
             )
         multiple = 2 ** (len(self.unet.channels) - 1)
         if self.resolution % multiple:
@@ -97,6 +97,4 @@ def save_pixel_teacher(
         DDIMPipeline(unet=network.half(), scheduler=make_scheduler(options)).save_pretrained(temporary)
         network.float()
         null_class = len(table.names) if kind == "class" else None
-        write_json(
-            temporary / CONDITIONING, {"kind": kind, "names": table.names, "null_class": null_class}
-        )
+        write_json(temporary / CONDITIONING, {"kind": kind, "names": table.names, "null_class": null_class})

@@ -17,7 +17,7 @@ from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
 
-# Of a folder: {"kind": "class" or "context", "names": [...], "null_class": the class that stands for no label}
+# Of a folder: {"kind": class, context or none, "names": [...], "null_class": the class of no label}
 CONDITIONING = "conditioning.json"
 
 

@@ -22,7 +22,8 @@ from distill.core.score import Guided
 from distill.core.views import POSE, POSE_DIM
 from distill.data.folders import CaptionedImages
 from distill.data.latents import LatentCache
-from distill.evaluation.judge import Judge, JudgeOptions, save_judge
+from distill.evaluation.judge import Judge, save_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions
 from distill.one_step.folder import load_student, save_student

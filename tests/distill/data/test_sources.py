@@ -112,7 +112,9 @@ def test_sprites_with_contexts(tmp_path: Path) -> None:
         for row in rows(tmp_path / "a", split):
             pixel = np.asarray(Image.open(tmp_path / "a" / split / str(row["file_name"])))[0, 0, 0]
             index = round(pixel / 255 * 20)
-            assert row["context"] == pytest.approx(dict(zip(("hero", "food"), contexts[index].tolist(), strict=True)))
+            assert row["context"] == pytest.approx(
+                dict(zip(("hero", "food"), contexts[index].tolist(), strict=True))
+            )
             assert row["text"] == ("hero" if index >= 10 else "food")
             written.append(index)
     assert sorted(written) == list(range(20))

@@ -14,14 +14,13 @@ from distill.data.folders import CaptionedImages
 from distill.evaluation.directions import angular_error, direction_accuracy, error_figures
 from distill.evaluation.judge import (
     Judge,
-    JudgeOptions,
     direction_loss,
-    direction_table,
     load_judge,
     read_directions,
     save_judge,
     train_judge,
 )
+from distill.evaluation.judge_columns import JudgeOptions, direction_table
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 

@@ -7,7 +7,8 @@ import torch
 
 from distill.evaluation.clip import load_clip_scorer
 from distill.evaluation.graders import Graders, grade_images, load_graders, target_labels
-from distill.evaluation.judge import Judge, JudgeOptions, judge_features, load_judge
+from distill.evaluation.judge import Judge, judge_features, load_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.runtime.errors import UserError
 from distill.teacher.latent import LatentDiffusionTeacher
 

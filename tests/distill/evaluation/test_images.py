@@ -14,7 +14,8 @@ from distill.evaluation.ablation.images import preview_path, run_images
 from distill.evaluation.ablation.plan import AblationOptions, Cell, plan, run_cells
 from distill.evaluation.clip import load_clip_scorer
 from distill.evaluation.graders import Graders
-from distill.evaluation.judge import Judge, JudgeOptions
+from distill.evaluation.judge import Judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.objectives.options import ObjectiveOptions
 from distill.runtime.config import build
 from distill.teacher.latent import LatentDiffusionTeacher

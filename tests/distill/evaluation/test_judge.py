@@ -12,19 +12,16 @@ from torch import Tensor
 
 from distill.data.folders import CaptionedImages
 from distill.evaluation.judge import (
-    IGNORE,
     Judge,
-    JudgeOptions,
     augment,
-    collect_labels,
     judge_features,
     judge_loss,
-    label_table,
     load_judge,
     predict,
     save_judge,
     train_judge,
 )
+from distill.evaluation.judge_columns import IGNORE, JudgeOptions, collect_labels, label_table
 from distill.evaluation.labels import judge_accuracy
 from distill.runtime.errors import UserError
 from distill.runtime.precision import PrecisionName
@@ -198,3 +195,21 @@ def test_foreign_folders_and_bad_values_are_refused(trained: Judge, tmp_path: Pa
         collect_labels([row()], TINY)
     with pytest.raises(UserError, match="neither attributes nor directions"):
         JudgeOptions(attributes=())
+
+
+def test_numbers_truth_values_and_entries_of_columns_are_labels(tmp_path: Path) -> None:
+    """The digit 0 and what is False count; null and the empty text do not."""
+    options = JudgeOptions(("label", "attributes.Smiling"), width=8)
+    rows = [
+        {"label": 0, "attributes": {"Smiling": False}},
+        {"label": 10, "attributes": {"Smiling": True}},
+        {"label": None, "attributes": {"Smiling": ""}},
+        {"label": "", "attributes": {}},
+    ]
+    labels = collect_labels(rows, options)
+    assert labels == {"label": ("0", "10"), "attributes.Smiling": ("false", "true")}
+    assert label_table(rows, labels, options).tolist() == [[0, 0], [1, 1], [IGNORE] * 2, [IGNORE] * 2]
+    judge = Judge(labels, options, 16).eval()
+    save_judge(judge, tmp_path, {})
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert predict(load_judge(tmp_path), images).keys() == labels.keys()

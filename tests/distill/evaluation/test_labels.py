@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distill.evaluation import labels as module
-from distill.evaluation.judge import Judge, JudgeOptions
+from distill.evaluation.judge import Judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.evaluation.labels import LabelOptions, fill_caption, judge_accuracy, template_columns
 from distill.runtime.errors import UserError
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from distill.evaluation.judge import Judge, JudgeOptions
+from distill.evaluation.judge import Judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.evaluation.judge_run import judge_metrics, load_splits, with_pair_columns
 from distill.evaluation.labels import LabelOptions, PairLabels
 from distill.evaluation.pairs import pair_accuracy
@@ -94,9 +95,9 @@ def test_a_judge_of_pairs_reports_them_and_joins_folders(tmp_path: Path) -> None
     for name, pairs in (("pairs", 1.0), ("single", 0.0)):
         options = WorldOptions(train=2, validation=0, test=6, pairs=pairs, supersample=1, hold_out=False)
         make_world(tmp_path / name, options, workers=1)
-    data = load_splits((str(tmp_path / "pairs"), str(tmp_path / "single")), "test")
+    data = load_splits((str(tmp_path / "pairs"), str(tmp_path / "single")), "test", 64)
     assert len(data) == 12 and sum(bool(row["relation"]) for row in data.rows) == 6
-    assert len(load_splits(str(tmp_path / "single"), "test")) == 6
+    assert len(load_splits(str(tmp_path / "single"), "test", 64)) == 6
     labels = LabelOptions(pair=PAIR)
     data = with_pair_columns(data, labels)
     values = {name: tuple(sorted({row[name] for row in data.rows if row[name]})) for name in PAIR.visible}

@@ -20,7 +20,8 @@ from distill.evaluation.evaluation_set import EvaluationSet, SetGraders, make_ev
 from distill.evaluation.features import judge_extractor
 from distill.evaluation.generate import generate, teacher_sampler
 from distill.evaluation.graders import Graders, load_graders
-from distill.evaluation.judge import Judge, JudgeOptions
+from distill.evaluation.judge import Judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.evaluation.labels import LabelOptions, PairLabels, fill_caption
 from distill.evaluation.metrics import frechet_distance, moments
 from distill.evaluation.teacher import EvaluationOptions, evaluate_teacher, zero_shot

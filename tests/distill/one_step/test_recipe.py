@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distill.data.latents import load_latents
 from distill.data.prompts import load_prompts
-from distill.evaluation.judge import Judge, JudgeOptions, save_judge
+from distill.evaluation.judge import Judge, save_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.recipe import OneStepRecipe, build_trainer, run_one_step
 from distill.one_step.trainer import OneStep, OneStepOptions

@@ -25,7 +25,8 @@ from distill.core.sampling import sample_ode
 from distill.core.score import Guided
 from distill.data.folders import load_split
 from distill.data.latents import load_latents
-from distill.evaluation.judge import Judge, JudgeOptions, save_judge
+from distill.evaluation.judge import Judge, save_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.methods.sid import SiDOptions
 from distill.one_step.points import MixtureStudy, grade_points, mixture_cache, point_monitor, point_pairs

@@ -213,7 +213,7 @@ def test_stock_diffusers_loads_the_folders(trained: Callable[..., Path]) -> None
 
 
 def test_a_context_multiplies_features_and_time_is_added() -> None:
-    """With a context embedding of 1 at both levels and a time embedding of 0 the features are as they were."""
+    """With a context embedding of 1 and a time embedding of 0 at both levels features are unchanged."""
     network = ContextUnet(sample_size=8, in_channels=1, out_channels=1, width=8, context_size=2).eval()
     x, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 900])
     with torch.no_grad():

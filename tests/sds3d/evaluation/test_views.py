@@ -16,7 +16,8 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.score import Prediction
 from distill.core.views import POSE, REFERENCE
-from distill.evaluation.judge import Judge, JudgeOptions, save_judge
+from distill.evaluation.judge import Judge, save_judge
+from distill.evaluation.judge_columns import JudgeOptions
 from distill.runtime.errors import UserError
 from sds3d.evaluation.views.azimuth import AzimuthOptions, evaluate_azimuths, view_figures
 from sds3d.evaluation.views.multi_view import MultiViewOptions, evaluate_multi_view
