@@ -4,9 +4,11 @@ python scripts/evaluate_generator.py "students=[outputs/one_step/dmd2-seed0/stud
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from entry import entry
 
+from distill.core.samplers import SamplerName
 from distill.data.folders import load_split
 from distill.evaluation.generate import student_sampler, teacher_sampler
 from distill.evaluation.generator import GeneratorEvaluationOptions, cached_rows, format_row, reference
@@ -18,16 +20,7 @@ from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
 # What a row depends on.
-QUERY = (
-    "data",
-    "autoencoder",
-    "judge",
-    "clip",
-    "features",
-    "limit",
-    "labels",
-    "evaluation",
-)  # what a row depends on
+QUERY = ("data", "split", "autoencoder", "judge", "clip", "features", "limit", "labels", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +32,12 @@ class Config:
     students: tuple[str, ...] = ()  # shapes64, or folders of distill_one_step.py
     steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
     guidance: tuple[float, ...] = (2.0,)
+    sampler: SamplerName = "ddim"  # of the teacher
     judge: str | None = "judge64"  # null: no accuracy
     clip: str | None = None  # a CLIP model of transformers; null: the teacher's own, where it has one
     features: str | None = None  # a TorchScript Inception, an image model of transformers; null: the judge's
-    data: str = "outputs/shapes64"  # a captioned folder, whose test split is used
+    data: str = "outputs/shapes64"  # a captioned folder
+    split: Literal["train", "validation", "test"] = "test"  # whose captions and images are used
     output: str = "outputs/evaluate_generator"
     limit: int | None = None  # test images used; null: all
     device: str = "auto"  # auto: cuda when there is one
@@ -58,9 +53,11 @@ def main(config: Config) -> None:
     students = [load_student(name, device, dtype, teacher)[0] for name in config.students]
     samplers = [student_sampler(*named) for named in zip(config.students, students, strict=True)]
     samplers += [
-        teacher_sampler(teacher, steps, scale) for steps in config.steps for scale in config.guidance
+        teacher_sampler(teacher, steps, scale, sampler=config.sampler)
+        for steps in config.steps
+        for scale in config.guidance
     ]
-    data = load_split(config.data, "test", teacher.resolution, config.limit)
+    data = load_split(config.data, config.split, teacher.resolution, config.limit)
     graders = load_graders(config.teacher, config.judge, config.clip, config.features, device)
     query = {name: as_mapping(config)[name] for name in QUERY}
     real = reference(data, graders, config.labels)

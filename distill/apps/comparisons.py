@@ -5,27 +5,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
-from distill.apps.text_to_image import SamplerName, TextToImageOptions, initial_batch, text_to_image
+from distill.apps.text_to_image import TextToImageOptions, initial_batch, text_to_image
+from distill.core.samplers import parse_sampler
 from distill.core.sampling import Formulation, sample_heun
 from distill.core.score import Guided
 from distill.core.teacher import Teacher
-from distill.runtime.errors import UserError
-
-
-def parse_sampler(text: str, steps: int) -> tuple[SamplerName, int]:
-    """`ddpm:500` as a sampler and its steps; `ddpm` has `steps`. Raises `UserError` for anything else."""
-    name, colon, number = text.partition(":")
-    if name not in get_args(SamplerName) or (colon and (not number.strip().isdecimal() or int(number) < 1)):
-        raise UserError(
-            f"compare_samplers has {text!r}: expected {', '.join(get_args(SamplerName))}, "
-            "each with its number of steps or without, for example ddpm:500"
-        )
-    return cast(SamplerName, name), int(number) if colon else steps
 
 
 def compare_samplers(
@@ -35,7 +23,7 @@ def compare_samplers(
 
     Each sampler runs once before it is timed. Raises `UserError` for more steps than the schedule has.
     """
-    images, lines = [], [f"{'sampler':8} {'steps':>6} {'NFE':>6} {'ms an image':>12}"]
+    images, lines = [], [f"{'sampler':9} {'steps':>6} {'NFE':>6} {'ms an image':>12}"]
     for text in samplers:
         name, steps = parse_sampler(text, options.steps)
         chosen = replace(options, sampler=name, steps=steps)
@@ -43,7 +31,7 @@ def compare_samplers(
         start = time.perf_counter()
         images.append(text_to_image(teacher, chosen).images)
         milliseconds = 1e3 * (time.perf_counter() - start) / len(images[-1])
-        lines.append(f"{name:8} {steps:6} {chosen.nfe:6} {milliseconds:12.1f}")
+        lines.append(f"{name:9} {steps:6} {chosen.nfe:6} {milliseconds:12.1f}")
     return images, "\n".join(lines)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.apps.comparisons import compare_formulations, compare_samplers, parse_sampler
+from distill.apps.comparisons import compare_formulations, compare_samplers
 from distill.apps.text_to_image import TextToImageOptions, text_to_image
 from distill.control.adapter import ControlOptions, controlled, controlled_student
+from distill.core.samplers import parse_sampler
 from distill.core.sampling import Formulation
 from distill.one_step.comparison import StudentSampleOptions, comparison_grid, sample_student, timing_table
 from distill.one_step.folder import load_student

@@ -4,25 +4,22 @@ sweeps, ranking by CLIP.
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
 from distill.core.conditioning import Conditioning
-from distill.core.flow_scheduler import FlowScheduler
-from distill.core.sampling import Callback, Img2ImgInit, sample_ddpm, sample_ode
-from distill.core.score import Guided, Prediction, ScoreModel
+from distill.core.samplers import SamplerName, sample_by_name
+from distill.core.sampling import Img2ImgInit
+from distill.core.score import Guided, Prediction
 from distill.core.teacher import Teacher
 from distill.core.views import POSE
 from distill.data.images import load_image
 from distill.evaluation.clip import load_clip_scorer
 from distill.runtime.errors import UserError
 from distill.runtime.images import image_grid
-
-SamplerName = Literal["ddim", "ddpm", "dpm"]
 
 
 @dataclass(frozen=True)
@@ -169,31 +166,6 @@ def load_init(teacher: Teacher, options: TextToImageOptions, count: int) -> Img2
     return Img2ImgInit(clean, options.strength, mask.to(teacher.device))
 
 
-def sample_latents(
-    model: ScoreModel,
-    teacher: Teacher,
-    conditioning: Conditioning,
-    noise: Tensor,
-    options: TextToImageOptions,
-    callback: Callback | None = None,
-    init: Img2ImgInit | None = None,
-) -> Tensor:
-    """Latents (B, C, h, w) by the options' sampler, on the teacher's schedule."""
-    config, steps = teacher.scheduler.config, options.steps
-    if isinstance(teacher.scheduler, FlowScheduler) and options.sampler != "ddim":
-        raise UserError(
-            f"sampler is {options.sampler}, but the teacher {teacher.name_or_path} is a flow: give "
-            "sampler=ddim, which is Euler's method there"
-        )
-    if options.sampler == "ddpm":
-        scheduler = DDPMScheduler.from_config(config)
-        generator = torch.Generator().manual_seed(options.seed)
-        return sample_ddpm(model, scheduler, conditioning, noise, steps, generator, callback, init)
-    ddim = options.sampler == "ddim"
-    solver = teacher.scheduler if ddim else DPMSolverMultistepScheduler.from_config(config)
-    return sample_ode(model, solver, conditioning, noise, steps, callback, init)
-
-
 @torch.no_grad()
 def text_to_image(teacher: Teacher, options: TextToImageOptions) -> TextToImageOutput:
     """Sample all images of the options in one batch, or in one for each scale of a sweep."""
@@ -210,7 +182,18 @@ def text_to_image(teacher: Teacher, options: TextToImageOptions) -> TextToImageO
     samples = []
     for scale in options.sweep or (options.guidance,):
         model = Guided(teacher, uncond, scale)
-        latents = sample_latents(model, teacher, conditioning, noise, options, callback, init)
+        generator = torch.Generator().manual_seed(options.seed)
+        latents = sample_by_name(
+            options.sampler,
+            model,
+            teacher.scheduler,
+            conditioning,
+            noise,
+            options.steps,
+            generator,
+            callback,
+            init,
+        )
         per_prompt = options.images_per_prompt * options.candidates
         samples.append(teacher.decode(latents).cpu().unflatten(0, (-1, per_prompt)))
 

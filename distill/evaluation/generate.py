@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
-from distill.core.sampling import sample_ode
+from distill.core.samplers import SamplerName, sample_by_name
 from distill.core.score import Guided
 from distill.core.teacher import Teacher
 from distill.core.views import POSE
@@ -41,17 +41,22 @@ class Sampler:
     network: Any  # an nn.Module; diffusers' classes are untyped
 
 
-def teacher_sampler(teacher: Teacher, steps: int, guidance: float, poses: Tensor | None = None) -> Sampler:
-    """DDIM with classifier-free guidance, conditioned on the poses (N, 5) of the N captions where given."""
+def teacher_sampler(
+    teacher: Teacher, steps: int, guidance: float, poses: Tensor | None = None, sampler: SamplerName = "ddim"
+) -> Sampler:
+    """A sampler with classifier-free guidance, conditioned on the poses (N, 5) of the N captions if given."""
     model = Guided(teacher, teacher.encode_text([""]), guidance)
 
     def sample(batch: SamplingBatch) -> Tensor:
         conditioning = batch.conditioning
         if poses is not None:
             conditioning = conditioning.with_extras(**{POSE: poses[batch.indices].to(batch.noise)})
-        return sample_ode(model, teacher.scheduler, conditioning, batch.noise, steps)
+        return sample_by_name(
+            sampler, model, teacher.scheduler, conditioning, batch.noise, steps, batch.generator
+        )
 
-    name = f"teacher, {steps} steps, guidance {guidance:g}{'' if poses is None else ', camera'}"
+    further = ["camera"] * (poses is not None) + [sampler] * (sampler != "ddim")
+    name = ", ".join(["teacher", f"{steps} steps", f"guidance {guidance:g}", *further])
     return Sampler(name, sample, steps * (1 if guidance == 1 else 2), teacher.denoiser.network)
 
 

@@ -52,6 +52,7 @@ class FolderOptions:
     """How a source is divided and written."""
 
     resolution: int | None = None  # image side in pixels, of the centre square; null: as the images are
+    background: float | None = None  # grey level in [0, 1] behind transparent images; null: none
     # of the images of a source without splits, drawn by `seed`
     validation: float = 0.02
     test: float = 0.05
@@ -65,6 +66,8 @@ class FolderOptions:
                 f"validation={self.validation:g} and test={self.test:g}: "
                 "fractions that are below 1 together are expected"
             )
+        if self.background is not None and not 0 <= self.background <= 1:
+            raise UserError(f"background is {self.background:g}: expected a grey level in [0, 1], or null")
         for name in ("resolution", "limit"):
             value = vars(self)[name]
             if value is not None and value < 1:
@@ -123,7 +126,7 @@ def _write_split(folder: Path, items: Sequence[Item], options: FolderOptions, da
     rows: list[dict[str, Any]] = []
     for item in tqdm(items, desc=folder.name, unit="image", delay=2):
         try:
-            image = _load(item.image, options.resolution)
+            image = _load(item.image, options)
         except UserError as error:
             damaged.append(str(item.image))
             if len(damaged) > options.max_damaged:
@@ -139,6 +142,10 @@ def _write_split(folder: Path, items: Sequence[Item], options: FolderOptions, da
     return len(rows)
 
 
-def _load(image: np.ndarray | Path, resolution: int | None) -> Image.Image:
+def _load(image: np.ndarray | Path, options: FolderOptions) -> Image.Image:
     loaded = Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
-    return loaded if resolution is None else square(loaded, resolution)
+    if options.background is not None and loaded.mode == "RGBA":
+        grey = round(255 * options.background)
+        behind = Image.new("RGBA", loaded.size, (grey, grey, grey, 255))
+        loaded = Image.alpha_composite(behind, loaded).convert("RGB")
+    return loaded if options.resolution is None else square(loaded, options.resolution)

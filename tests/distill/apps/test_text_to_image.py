@@ -22,7 +22,7 @@ from diffusers.pipelines.stable_diffusion import (
 from PIL import Image
 from torch import Tensor
 
-from distill.apps.comparisons import compare_formulations, compare_samplers, parse_sampler
+from distill.apps.comparisons import compare_formulations, compare_samplers
 from distill.apps.sample import SampleOptions
 from distill.apps.text_to_image import (
     TextToImageOptions,
@@ -33,6 +33,7 @@ from distill.apps.text_to_image import (
     text_to_image,
 )
 from distill.control.adapter import make_adapter, save_adapter
+from distill.core.samplers import parse_sampler
 from distill.core.sampling import sample_heun, sample_ode
 from distill.core.score import Guided
 from distill.core.views import POSE
@@ -283,7 +284,7 @@ def test_sample_script_takes_images_adapters_and_comparisons(
 
     output = f"output={tmp_path / 'three'}"
     table = script("sample", *arguments, "compare_samplers=[ddim, ddpm:3]", output)
-    assert "ms an image" in table and "ddpm          3" in table
+    assert "ms an image" in table and "ddpm           3" in table
     assert Image.open(tmp_path / "three" / "samples.png").size == (64, 130)
     table = script("sample", *arguments, "formulations=[vp, ve, flow]", output)
     assert "vp, flow" in table

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
+from distill.core.samplers import sample_by_name
 from distill.core.sampling import Formulation, sample_ddpm, sample_heun, sample_ode
 from distill.core.score import Prediction
 from distill.runtime.errors import UserError
@@ -89,3 +90,38 @@ def test_heun_follows_the_probability_flow_in_every_formulation(
 def test_more_steps_than_the_schedule_has_raise(steps: int, gaussian: Any) -> None:
     with pytest.raises(UserError, match=f"steps is {steps}: expected 1 to 1000"):
         sample_ode(gaussian(STD), DDIMScheduler(**SHARED), mean(1), randn(1, 1), steps)
+
+
+def test_ddpm_without_its_noise_follows_the_means_and_collapses(
+    gaussian: Any, schedule: NoiseSchedule
+) -> None:
+    """From the same noise it makes the same image, near the mean: every step narrows the distribution."""
+    scheduler, conditioning, noise = DDIMScheduler(**SHARED), mean(64), randn(64, 2)
+    arguments = gaussian(STD), scheduler, conditioning, noise, 100
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    first, second = (sample_by_name("ddpm_mean", *arguments, seed) for seed in seeds)
+    assert torch.equal(first, second)
+    assert float((first.mean() - MEAN).abs()) < 0.05 and float(first.std()) < 0.3 * STD
+    noisy = sample_by_name("ddpm", *arguments, seeds[0])
+    assert float((noisy.std() - STD).abs()) < 0.1
+    assert torch.equal(
+        sample_by_name("ddim", *arguments, seeds[0]),
+        sample_ode(*arguments),  # type: ignore[arg-type]
+    )
+
+
+def test_each_step_without_noise_is_the_posterior_mean(gaussian: Any, schedule: NoiseSchedule) -> None:
+    """Ho et al. 2020, eq. 7, of a step from 999 to 499."""
+    states: list[Tensor] = []
+    scheduler = DDIMScheduler(timestep_spacing="trailing", **SHARED)
+    model, noise = gaussian(STD), randn(2, 2)
+    generator = torch.Generator()
+    sample_by_name(
+        "ddpm_mean", model, scheduler, mean(2), noise, 2, generator, lambda step, x, _: states.append(x)
+    )
+    x0 = model.predict(noise, torch.full((2,), 999), mean(2)).x0
+    product = schedule.alpha(torch.tensor([999, 499])).flatten().square()
+    ratio = product[0] / product[1]
+    first = product[1].sqrt() * (1 - ratio) / (1 - product[0])
+    second = ratio.sqrt() * (1 - product[1]) / (1 - product[0])
+    torch.testing.assert_close(states[1], first * x0 + second * noise, atol=1e-4, rtol=1e-4)

@@ -17,7 +17,7 @@ from distill.data.sources.attributes import AttributesSource
 from distill.data.sources.digits import DigitsSource, read_idx
 from distill.data.sources.emoji import IMAGES, KEYWORDS, NAMES, EmojiSource
 from distill.data.sources.npm import fetch_package
-from distill.data.sources.source import FolderOptions, ImageSource, write_dataset
+from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
 from distill.data.sources.sprites import SpritesSource
 from distill.runtime.errors import UserError
 
@@ -297,3 +297,21 @@ def test_splits_below_one_image_are_refused() -> None:
     with pytest.raises(UserError, match="limit is 0: expected at least 1"):
         FolderOptions(limit=0)
     assert ImageSource.__abstractmethods__ == {"items", "licence"}
+
+
+def test_a_background_is_put_behind_transparent_images(tmp_path: Path) -> None:
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[0] = (200, 0, 0, 255)
+
+    class Pictures(ImageSource):
+        licence = "none"
+
+        def items(self, cache: Path) -> list[Item]:
+            return [Item(clear, {"text": "a bar"}, "train")]
+
+    write_dataset(Pictures(), tmp_path / "out", FolderOptions(background=0.5), tmp_path)
+    pixels = np.asarray(Image.open(tmp_path / "out" / "train" / "000000.png"))
+    assert pixels.shape == (4, 4, 3) and pixels[0, 0].tolist() == [200, 0, 0]
+    assert pixels[1, 1].tolist() == [128, 128, 128]
+    with pytest.raises(UserError, match="background is 2: expected a grey level"):
+        FolderOptions(background=2)
