@@ -18,6 +18,7 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.runtime.video import save_animation
 from distill.teacher.load import load_teacher
+from distill.upscaler.network import load_upscaler, upscale
 
 TEACHER_OPTIONS = (  # disabled while empty
     "negative_prompt",
@@ -50,6 +51,8 @@ class SampleOptions(TextToImageOptions):
     formulations: tuple[Formulation, ...] = ()
     # adapters: [{adapter: silhouette, image: outline.png, weight: 1.0, start: 0.0, end: 1.0}]
     controls: tuple[ControlOptions, ...] = ()
+    upscale: int | None = None  # also write the images so many pixels a side, by the upscaler
+    upscaler: str = "renders512"  # a shipped name, or a folder of train_upscaler.py
     output: str = "outputs/samples"
     device: str = "auto"  # auto: cuda when there is one
     precision: PrecisionName = "auto"  # of the networks; auto: bfloat16 on CUDA, float32 on a CPU
@@ -73,14 +76,28 @@ class SampleOptions(TextToImageOptions):
 
 
 def run_sample(options: SampleOptions) -> Path:
-    """Sample, print the tables of comparisons, and write samples.png and a file for each image."""
+    """Sample, print the tables of comparisons, and write samples.png and a file for each image.
+
+    With `upscale` also upscaled.png, and the large images in upscaled/.
+    """
     sample = sample_with_teacher if options.student is None else sample_with_student
     folder = Path(options.output)
+    upscaler = None
+    if options.upscale is not None:  # a mistake in its name is reported before the sampling
+        upscaler = load_upscaler(options.upscaler, pick_precision(options.device, "float32").device)
     grid, images, columns = sample(options)
     save_png(folder / "samples.png", grid)
+    _save_images(folder, images, columns)
+    if upscaler is not None and options.upscale is not None:
+        large = upscale(upscaler, images, options.upscale)
+        save_png(folder / "upscaled.png", image_grid(large, columns))
+        _save_images(folder / "upscaled", large, columns)
+    return folder / "samples.png"
+
+
+def _save_images(folder: Path, images: Tensor, columns: int) -> None:
     for index, image in enumerate(images):
         save_png(folder / f"{index // columns:03d}_{index % columns:02d}.png", image)
-    return folder / "samples.png"
 
 
 def sample_with_teacher(options: SampleOptions) -> tuple[Tensor, Tensor, int]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter"]
+WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter", "upscaler"]
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: older, on text alone
@@ -13,6 +13,7 @@ SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
     "probe": {"probe64": "probe64"},
     "student": {"shapes64": "students/shapes64"},  # one-step, by the name of its teacher
     "adapter": {"silhouette": "adapters/geometry", "depth": "adapters/geometry"},  # by their condition
+    "upscaler": {"renders512": "upscalers/renders512"},  # by the data set of its training
 }
 
 

@@ -25,12 +25,12 @@ class ConditionTable(NamedTuple):
     """What the images of a split are conditioned on.
 
     names: of classes, or of a context's numbers; rows (K + 1, 1, D): distinct conditions and, last, none at
-    all; index (N,): the row of each image.
+    all; indices (N,): the row of each image.
     """
 
     names: list[str]
     rows: Tensor
-    index: Tensor
+    indices: Tensor
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def pixel_cache(data: CaptionedImages, table: ConditionTable, channels: int) -> 
     """Images as latents, and their conditions."""
     parts = torch.arange(len(data)).split(1024)
     pixels = torch.cat([encode_pixels(data.composite(part), channels).half() for part in parts])
-    return LatentCache(pixels, Conditioning(table.rows), table.index)
+    return LatentCache(pixels, Conditioning(table.rows), table.indices)
 
 
 def train_pixel_teacher(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from distill.core.teacher import Teacher
 from distill.evaluation.clip import clip_score, load_clip_scorer
@@ -16,6 +17,7 @@ from distill.runtime.files import read_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import pick_device
 from distill.runtime.video import save_animation, save_video
+from distill.upscaler.network import load_upscaler, upscale
 from sds3d.export.files import save_mesh
 from sds3d.export.texture import TextureOptions, bake
 from sds3d.export.turntable import GREY, Layer, contact_sheet, render_layers, render_mesh, render_views
@@ -40,6 +42,8 @@ class ExportOptions:
     fps: int = 24
     layers: tuple[Layer, ...] = ("rgb",)  # of the turntable, side by side: rgb, depth, normals
     videos: tuple[Literal["mp4", "gif", "webp"], ...] = ("mp4", "gif")
+    upscale: int | None = None  # turntable and renders so many pixels a side, by the upscaler
+    upscaler: str = "renders512"  # a shipped name, or a folder of train_upscaler.py
     # a CLIP model of transformers for the CLIP score; null: the teacher's own, where it has one
     clip: str | None = None
 
@@ -121,6 +125,12 @@ def scene_clip_score(
     return clip_score(clip, render_views(scene, cameras, GREY).rgb, prompts)
 
 
+def upscale_layers(images: Tensor, upscaler: str, side: int) -> Tensor:
+    """Layers side by side (N, 3, H, L H), each upscaled to `side` pixels a side. Raises `UserError`."""
+    loaded = load_upscaler(upscaler)
+    return torch.cat([upscale(loaded, layer, side) for layer in images.split(images.shape[-2], -1)], -1)
+
+
 def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
     """Write scene/, mesh.glb, .obj and .ply, turntable.*, contact_sheet.png and renders.png.
 
@@ -131,6 +141,8 @@ def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> 
     scene.save(folder / "scene")
     cameras = ring(options.frames, options.elevation, options.resolution)
     frames = render_layers(scene, cameras, options.layers, GREY)
+    if options.upscale is not None:
+        frames = upscale_layers(frames, options.upscaler, options.upscale)
     for kind in options.videos:
         (save_video if kind == "mp4" else save_animation)(frames, folder / f"turntable.{kind}", options.fps)
     layers = len(options.layers)
@@ -150,7 +162,10 @@ def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> 
     save_mesh(extracted.mesh, folder, textured=textured)
 
     mesh_renders = render_mesh(textured or extracted.mesh, cameras, GREY).rgb
-    save_png(folder / "renders.png", image_grid(torch.cat([renders, mesh_renders]), 8))
+    rows = torch.cat([renders, mesh_renders])
+    if options.upscale is not None:
+        rows = upscale_layers(rows, options.upscaler, options.upscale)
+    save_png(folder / "renders.png", image_grid(rows, 8))
     difference = (renders - mesh_renders).square().mean()
     return {
         "mesh": {

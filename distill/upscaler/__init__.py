@@ -1,0 +1,1 @@
+"""Super-resolution of small images: SRResNet, its training and its use."""
