@@ -28,9 +28,10 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.help import comments, help_lines
 from distill.runtime.shipped import resolve
-from distill.teacher.class_training import ClassTeacherOptions
+from distill.teacher.pixel_training import PixelTeacherOptions
 from distill.teacher.tiny_autoencoder import TinyAutoencoderOptions
 from distill.teacher.train import TeacherOptions
+from distill.upscaler.network import UpscalerOptions
 from sds3d.export.export import ExportOptions
 from sds3d.scene.nerf import NerfOptions
 from sds3d.text_to_3d.trainer import TextTo3dOptions
@@ -62,6 +63,7 @@ CHOICES = [  # every config of every group, on a script that chooses from it
         ("distill_one_step", "method"),
         ("evaluate_teacher", "labels"),
         ("make_dataset", "source"),
+        ("train_pixel_teacher", "conditioning"),
         ("train_judge", "attributes"),
     ]
     for name in entry.groups()[group]
@@ -86,7 +88,8 @@ OPTIONS: dict[str, Mapping[str, object]] = {
     "evaluate_teacher": {"evaluation": EvaluationOptions()},
     "evaluate_generator": {"evaluation": GeneratorEvaluationOptions()},
     "evaluate_control": {"evaluation": ControlEvaluationOptions()},
-    "train_class_teacher": {"teacher": ClassTeacherOptions()},
+    "train_pixel_teacher": {"teacher": PixelTeacherOptions()},
+    "train_upscaler": {"upscaler": UpscalerOptions()},
     "train_controlnet": {"adapter": AdapterOptions()},
     "train_probe": {"probe": ProbeOptions()},
     "train_teacher": {"teacher": TeacherOptions()},

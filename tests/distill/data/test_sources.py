@@ -1,7 +1,10 @@
 """Data sets as captioned folders: formats by hand, splits, and bad data in one sentence each."""
 
+import base64
 import gzip
+import io
 import json
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -16,6 +19,7 @@ from distill.data.sources import npm
 from distill.data.sources.attributes import AttributesSource
 from distill.data.sources.digits import DigitsSource, read_idx
 from distill.data.sources.emoji import IMAGES, KEYWORDS, NAMES, EmojiSource
+from distill.data.sources.faces import CORE, RENDERER, STYLE, FacesSource
 from distill.data.sources.npm import fetch_package
 from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
 from distill.data.sources.sprites import SpritesSource
@@ -315,3 +319,63 @@ def test_a_background_is_put_behind_transparent_images(tmp_path: Path) -> None:
     assert pixels[1, 1].tolist() == [128, 128, 128]
     with pytest.raises(UserError, match="background is 2: expected a grey level"):
         FolderOptions(background=2)
+
+
+def package(cache: Path, package: tuple[str, str], files: dict[str, str]) -> None:
+    """A package of npm with these files, as if it had been fetched."""
+    folder = cached(cache, package)
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
+def test_faces_are_drawn_with_the_attributes_of_their_table(tmp_path: Path) -> None:
+    """With stand-ins of the packages: a style that draws nothing, and a renderer of one white pixel."""
+    module = json.dumps({"type": "module", "exports": "./lib/index.js"})
+    core = "export const createAvatar = (style, options) => ({ toString: () => JSON.stringify(options) });"
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1), "white").save(pixel, "png")
+    renderer = f"""
+        import {{ appendFileSync }} from 'node:fs';
+        const png = Buffer.from('{base64.b64encode(pixel.getvalue()).decode()}', 'base64');
+        export const initWasm = async () => {{}};
+        export class Resvg {{
+            constructor(svg) {{ appendFileSync({json.dumps(str(tmp_path / "options.jsonl"))}, svg + '\\n'); }}
+            render() {{ return {{ asPng: () => png, free: () => {{}} }}; }}
+        }}"""
+    package(tmp_path, CORE, {"package.json": module, "lib/index.js": core})
+    package(tmp_path, STYLE, {"package.json": module, "lib/index.js": "import '@dicebear/core';"})
+    package(tmp_path, RENDERER, {"package.json": "{}", "index.mjs": renderer, "index_bg.wasm": ""})
+
+    items = FacesSource(count=200).items(tmp_path)
+    options = [json.loads(line) for line in (tmp_path / "options.jsonl").read_text().splitlines()]
+    assert len(items) == len(options) == 200
+    for item, chosen in zip(items, options, strict=True):
+        has = item.row["attributes"]
+        assert (chosen["topProbability"] == 0) == has["Bald"]
+        assert (chosen["mouth"][0] in ("smile", "twinkle")) == has["Smiling"]
+        assert (chosen["facialHairProbability"] == 100) == (has["Beard"] or has["Mustache"])
+        assert (chosen["accessoriesProbability"] == 100) == (has["Eyeglasses"] or has["Sunglasses"])
+        assert not (has["Beard"] and has["Mustache"]) and not (has["Eyeglasses"] and has["Sunglasses"])
+        hair = [name for name in has if name.endswith("_Hair") and name != "Long_Hair" and has[name]]
+        assert len(hair) == (0 if has["Bald"] or has["Wearing_Hat"] else 1)
+        text = item.row["text"]
+        assert text.startswith("Photo of person") and ("smiling" in text) == has["Smiling"]
+    assert 60 < sum(item.row["attributes"]["Smiling"] for item in items) < 140
+
+    again = FacesSource(count=200).items(tmp_path)  # from the table, without drawing
+    assert again == items and len((tmp_path / "options.jsonl").read_text().splitlines()) == 200
+    fewer = FacesSource(count=3).items(tmp_path)  # a face depends on the seed and its number alone
+    assert [item.row for item in fewer] == [item.row for item in items[:3]]
+    other = FacesSource(count=3, seed=1).items(tmp_path)
+    assert [item.row for item in other] != [item.row for item in fewer]
+
+
+def test_faces_without_node_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"faces are drawn by Node.js, which is not installed"):
+        FacesSource().items(tmp_path)
+    with pytest.raises(UserError, match="count=0 and side=64"):
+        FacesSource(count=0)
