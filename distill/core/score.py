@@ -53,6 +53,10 @@ class Prediction:
         fields = (self.x0, self.eps, self.alpha, self.sigma)
         return [Prediction(*part) for part in zip(*(value.chunk(count) for value in fields), strict=True)]
 
+    def detach(self) -> "Prediction":
+        """The same values without their graph."""
+        return Prediction(self.x0.detach(), self.eps.detach(), self.alpha, self.sigma)
+
     def with_eps(self, eps: Tensor) -> "Prediction":
         """The prediction at the same x_t with another eps."""
         return Prediction((self.x_t - self.sigma * eps) / self.alpha, eps, self.alpha, self.sigma)

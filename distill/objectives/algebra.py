@@ -114,9 +114,11 @@ class ScoreDistillation:
         if self.options.needs_reference and reference is None:
             raise UserError("the objective has a term at the reference: give the reference's latents")
         clean, nfe_before = latents.detach(), self.nfe
-        components = self.options.components
+        components, jacobian = self.options.components, self.options.jacobian
+        if jacobian:
+            clean = clean.clone().requires_grad_()
 
-        with torch.no_grad():
+        with torch.set_grad_enabled(jacobian):
             draws = [self._draw(c, clean, conditionings, progress, generator, reference) for c in components]
             predictions = self._predict(self.model, "teacher", draws, conditionings, progress)
             critic_predictions: list[Predictions] = [{} for _ in draws]
@@ -125,7 +127,9 @@ class ScoreDistillation:
             terms: list[Tensor] = []
             for args in zip(components, draws, predictions, critic_predictions, strict=True):
                 terms += self._terms(*args, clean, progress)
-            gradient = _clip(sum(terms, torch.zeros_like(clean)), self.options)
+        if jacobian:
+            terms, clean = [self._denoising_gradient(terms, draws[0], clean)], clean.detach()
+        gradient = _clip(sum(terms, torch.zeros_like(clean)), self.options)
         self._check_nfe((self.nfe - nfe_before) / len(clean), progress)
 
         loss = surrogate_loss(latents, gradient)
@@ -136,12 +140,21 @@ class ScoreDistillation:
             gradient=gradient,
             t=draws[0].t,
             noise=draws[0].noise,
-            x_t=draws[0].inputs["now"][0],
-            predictions={name: value for (point, name), value in predictions[0].items() if point == "now"},
+            x_t=draws[0].inputs["now"][0].detach(),
+            predictions={
+                name: value.detach() for (point, name), value in predictions[0].items() if point == "now"
+            },
             terms=tuple(terms),
             clean=clean,
             conditionings=conditionings,
         )
+
+    def _denoising_gradient(self, terms: Sequence[Tensor], draw: NoisyDraw, clean: Tensor) -> Tensor:
+        """The gradient (B, C, h, w) of w / 2 |sum of terms / w|^2 on the clean latents, with the Jacobian."""
+        schedule = self.model.schedule
+        weight = time_weight(self.options.weight, schedule.alpha(draw.t), schedule.sigma(draw.t))
+        residual = sum(terms[1:], terms[0])
+        return torch.autograd.grad(0.5 * (residual.square() / weight).sum(), clean)[0]
 
     def _check_nfe(self, counted: float, progress: float) -> None:
         """Comparisons at equal compute rely on the stated NFE, so a mismatch is a defect and stops the

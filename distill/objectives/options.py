@@ -261,13 +261,15 @@ class ObjectiveOptions(LossComponent):
     `prompts` are further prompts for the terms, made from the sample's own: {low_quality: "{prompt},
     blurry"}. `image` weighs the same residual in pixels, through the decoder (HiFA, arXiv:2305.18766, eq. 9),
     at a CFG scale of its own where `image_guidance` gives one: the scale that shapes best oversaturates
-    colours.
+    colours. `jacobian` differentiates w / 2 |sum of terms|^2 through the network, as in the denoising loss
+    L_diff (DreamFusion, arXiv:2209.14988, eq. 2), of which score distillation leaves the Jacobian out.
     """
 
     clip: float = 0.0
     clamp: float = 0.0
     image: float = 0.0
     image_guidance: float | LinearSchedule | None = None
+    jacobian: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     critic: CriticOptions | None = None
     second: LossComponent | None = None
@@ -282,6 +284,13 @@ class ObjectiveOptions(LossComponent):
                 "whose two predictions it mixes"
             )
 
+        simple = self.second is None and self.noise.kind != "inversion" and not self.normalise
+        if self.jacobian and (not simple or self.image or self.needs_critic):
+            raise UserError(
+                "jacobian is of a loss of the teacher alone: leave second, critic, image, normalise and "
+                "noise.kind=inversion out"
+            )
+
     @property
     def needs_teacher(self) -> bool:
         """As of the component, and for the residual in pixels."""
@@ -293,9 +302,13 @@ class ObjectiveOptions(LossComponent):
         return (self,) if self.second is None else (self, self.second)
 
     def cost(self, progress: float = 0.0) -> int:
-        """U-Net work a sample and step in F, one forward pass: NFE, and 3 F an update of the critic."""
+        """U-Net work a sample and step in F, one forward pass: NFE, and 3 F an update of the critic.
+
+        A backward pass to the input alone, of `jacobian`, counts as much as the forward pass.
+        """
         updates = 0 if self.critic is None else 3 * self.critic.updates
-        return sum(component.nfe(progress) for component in self.components) + updates
+        passes = 2 if self.jacobian else 1
+        return passes * sum(component.nfe(progress) for component in self.components) + updates
 
     def total_cost(self, steps: int) -> int:
         """Of a whole run, a sample, in F."""

@@ -14,6 +14,7 @@ from command_line import ROOT
 from omegaconf import OmegaConf
 
 from distill.apps.optimise_image import OptimiseImageOptions
+from distill.apps.score_field import ScoreFieldOptions
 from distill.apps.text_to_image import TextToImageOptions
 from distill.control.train import AdapterOptions
 from distill.evaluation.control import ControlEvaluationOptions
@@ -83,6 +84,7 @@ OPTIONS: dict[str, Mapping[str, object]] = {
     "optimise_image": {"optimise_image": OptimiseImageOptions(PROMPT)},
     "distill_one_step": {"distill": OneStepOptions()},
     "distill_points": {"points": PointOptions()},
+    "draw_scores": {"scores": ScoreFieldOptions()},
     "make_pairs": {"pairs": PairOptions()},
     "make_shapes": {"world": WorldOptions()},
     "evaluate_teacher": {"evaluation": EvaluationOptions()},
@@ -310,6 +312,7 @@ def test_lines_of_a_file_are_the_values_of_a_sweep(tmp_path: Path) -> None:
 
 
 NO_NETWORK = {
+    "draw_scores",
     "make_dataset",
     "make_shapes",
     "plan",

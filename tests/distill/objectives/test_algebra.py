@@ -20,6 +20,7 @@ from distill.objectives.options import (
 )
 from distill.objectives.prompts import PromptConditionings, encode_prompts
 from distill.runtime.errors import UserError
+from distill.teacher.mixture import MixtureTeacher, ring
 
 WEIGHTS: tuple[Weight, ...] = ("sigma_squared", "one", "alpha_sigma_squared", "sigma_over_alpha")
 
@@ -265,3 +266,51 @@ def test_clamp_bounds_each_element_before_the_norm(gaussian: Any) -> None:
         gaussian(0.1), replace(options, clamp=0.3, clip=0.01), latents, means(0, 0, 2)
     ).gradient
     torch.testing.assert_close(clipped.square().mean((1, 2, 3)).sqrt(), torch.full((2,), 0.01))
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_jacobian_of_a_gaussian_is_its_closed_form(
+    scale: float, gaussian: Any, schedule: NoiseSchedule
+) -> None:
+    """d eps / d x_t is sigma / (alpha^2 s^2 + sigma^2), at any guidance: both predictions share it."""
+    latents, conditionings = torch.randn(3, 2, 4, 4), means(0.5, -0.2, 3)
+    for weight in WEIGHTS:
+        plain = sds(scale, weight, 0.4)
+        first = distill_step(gaussian(0.7), plain, latents, conditionings)
+        second = distill_step(gaussian(0.7), replace(plain, jacobian=True), latents, conditionings)
+        alpha, sigma = schedule.alpha(first.t), schedule.sigma(first.t)
+        factor = alpha * sigma / (alpha.square() * 0.49 + sigma.square())
+        torch.testing.assert_close(second.gradient, factor * first.gradient, atol=1e-5, rtol=1e-4)
+        assert torch.equal(second.x_t, first.x_t) and not second.x_t.requires_grad
+        assert not second.predictions["conditional"].eps.requires_grad
+
+
+def test_the_jacobian_of_a_mixture_is_that_of_finite_differences(schedule: NoiseSchedule) -> None:
+    teacher = MixtureTeacher(ring(), schedule)
+    options = replace(sds(2.0, "sigma_squared", 0.3), jacobian=True)
+    conditionings = encode_prompts(teacher.encode_text, ["c1", "c2"], options)
+    points = torch.tensor([[0.4, 0.3], [-0.6, 0.1]])[:, :, None, None]
+    output = distill_step(teacher, options, points, conditionings)
+
+    def loss(values: Tensor) -> Tensor:
+        x_t = schedule.add_noise(values, output.noise, output.t)
+        cond, uncond = (
+            teacher.predict(x_t, output.t, conditionings.select(name, 2)).eps
+            for name in ("conditional", "unconditional")
+        )
+        residual = uncond + 2.0 * (cond - uncond) - output.noise
+        return 0.5 * (schedule.sigma(output.t).square() * residual.square()).sum().double()
+
+    for index in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        step = torch.zeros_like(points)
+        step[index] = 1e-2
+        slope = (loss(points + step) - loss(points - step)) / 2e-2
+        assert float(slope) == pytest.approx(float(output.gradient[index]), abs=2e-3, rel=2e-2)
+
+
+def test_the_jacobian_is_of_a_plain_loss_and_costs_twice_as_much() -> None:
+    plain = sds(2.0)
+    assert replace(plain, jacobian=True).cost() == 2 * plain.cost() == 4
+    for change in ({"normalise": True}, {"image": 1.0}, {"noise": NoiseSource("inversion")}):
+        with pytest.raises(UserError, match="jacobian is of a loss of the teacher alone"):
+            replace(plain, jacobian=True, **change)  # type: ignore[arg-type]
