@@ -1,5 +1,6 @@
 """Captioned image folders: images beside a metadata.jsonl (the imagefolder convention of `datasets`)."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distill.data.images import BACKGROUND, read_pixels
 from distill.runtime.errors import UserError
+from distill.runtime.files import atomic_path
+
+MAPPED_BYTES = 4 * 2**30  # of a split's images, above which they are mapped from a file
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,39 @@ def load_split(
 
 
 def load_rows(folder: Path, rows: list[dict[str, Any]], resolution: int) -> CaptionedImages:
-    """The images of some rows of a folder's metadata. Raises `UserError` for unreadable ones."""
+    """The images of some rows of a folder's metadata. Raises `UserError` for unreadable ones.
+
+    Beyond `MAPPED_BYTES` they are decoded once, into a file in `<folder>/.pixels`, and mapped from there.
+    """
+    if len(rows) * 4 * resolution**2 > MAPPED_BYTES:
+        return CaptionedImages(_mapped_pixels(folder, rows, resolution), rows)
     images = [read_pixels(folder / row["file_name"], resolution) for row in rows]
     if len({image.shape[2] for image in images}) > 1:  # some have transparency: add it to the others
         opaque = np.full((resolution, resolution), 255, np.uint8)
         images = [image if image.shape[2] == 4 else np.dstack([image, opaque]) for image in images]
     return CaptionedImages(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), rows)
+
+
+def _mapped_pixels(folder: Path, rows: list[dict[str, Any]], resolution: int) -> Tensor:
+    """The images (N, 4, H, W), which stay on the disk until they are indexed."""
+    files = [folder / row["file_name"] for row in rows]
+    digest = hashlib.sha256()
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: {folder}/metadata.jsonl names it")
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    path = folder / ".pixels" / f"{resolution}-{digest.hexdigest()[:16]}.npy"
+    if not path.is_file():
+        shape = len(files), 4, resolution, resolution
+        with atomic_path(path) as temporary:
+            pixels = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            for index, file in enumerate(tqdm(files, f"{folder.name}, once", unit="image", mininterval=5)):
+                image = read_pixels(file, resolution).transpose(2, 0, 1)
+                pixels[index, : len(image)] = image
+                pixels[index, len(image) :] = 255  # opaque
+            pixels.flush()
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # c: torch expects writable memory
 
 
 def batch_indices(count: int, size: int, step: int, seed: int) -> Tensor:

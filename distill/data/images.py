@@ -1,6 +1,7 @@
 """Image files to arrays and tensors."""
 
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -37,11 +38,20 @@ def read_pixels(path: Path | str, resolution: int) -> np.ndarray:
 
 def read_image(path: Path | str) -> Image.Image:
     """An image file in RGBA where it has transparency, else RGB. Raises `UserError` for another file."""
+    return decode_image(path, str(path))
+
+
+def decode_image(file: Path | str | IO[bytes], name: str) -> Image.Image:
+    """The same of a path or an open file, which is called `name` in errors."""
     try:
-        image: Image.Image = Image.open(path)
-        return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+        return as_rgb(Image.open(file))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}): give a PNG or JPEG file") from None
+        raise UserError(f"{name} cannot be read as an image ({error}): give a PNG or JPEG file") from None
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGBA where it has transparency, else RGB."""
+    return image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
 
 
 def square(image: Image.Image, resolution: int) -> Image.Image:

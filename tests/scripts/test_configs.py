@@ -72,6 +72,8 @@ CHOICES = [  # every config of every group, on a script that chooses from it
 NEEDED = dict.fromkeys(("control=depth", "control=silhouette"), ("control.mesh=x.obj",)) | {
     "source=sprites": ("source.images=x.npy", "source.contexts=y.npy"),
     "source=attributes": ("source.table=x.csv", "source.images=y"),
+    "source=shards": ("source.shards=x.tar",),
+    "source=huggingface": ("source.path=x",),
 }
 PROMPT = "a red teapot"
 OPTIONS: dict[str, Mapping[str, object]] = {

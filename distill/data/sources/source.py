@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -21,6 +21,30 @@ SPLITS = ("train", "validation", "test")
 FACTS = "dataset.json"  # of a finished folder: its source, licence and counts
 
 
+class LazyImage(ABC):
+    """An image that is read when it is written; its text is its name in messages."""
+
+    @abstractmethod
+    def load(self) -> Image.Image:
+        """The image in RGB or RGBA. Raises `UserError` for a damaged one."""
+
+
+@final
+@dataclass(frozen=True)
+class DamagedImage(LazyImage):
+    """What could not even be listed, such as the rest of a shard."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def load(self) -> Image.Image:
+        """Raises `UserError`."""
+        raise UserError(f"{self.name} cannot be read ({self.reason})")
+
+
 @dataclass(frozen=True)
 class Item:
     """An image, an array (H, W, 3 or 4) uint8 or a file, and what is known of it: its `text`, labels.
@@ -28,7 +52,7 @@ class Item:
     split: one of `SPLITS` where the source has them, else "".
     """
 
-    image: np.ndarray | Path
+    image: np.ndarray | Path | LazyImage
     row: Mapping[str, Any]
     split: str = ""
 
@@ -142,8 +166,11 @@ def _write_split(folder: Path, items: Sequence[Item], options: FolderOptions, da
     return len(rows)
 
 
-def _load(image: np.ndarray | Path, options: FolderOptions) -> Image.Image:
-    loaded = Image.fromarray(image) if isinstance(image, np.ndarray) else read_image(image)
+def _load(image: np.ndarray | Path | LazyImage, options: FolderOptions) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        loaded = Image.fromarray(image)
+    else:
+        loaded = image.load() if isinstance(image, LazyImage) else read_image(image)
     if options.background is not None and loaded.mode == "RGBA":
         grey = round(255 * options.background)
         behind = Image.new("RGBA", loaded.size, (grey, grey, grey, 255))

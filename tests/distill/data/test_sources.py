@@ -7,20 +7,25 @@ import json
 import shutil
 import struct
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import script
 from PIL import Image
 
-from distill.data.folders import load_split
+from distill.data import folders
+from distill.data.folders import load_rows, load_split
 from distill.data.sources import npm
 from distill.data.sources.attributes import AttributesSource
 from distill.data.sources.digits import DigitsSource, read_idx
 from distill.data.sources.emoji import IMAGES, KEYWORDS, NAMES, EmojiSource
 from distill.data.sources.faces import CORE, RENDERER, STYLE, FacesSource
+from distill.data.sources.huggingface import HuggingFaceSource
 from distill.data.sources.npm import fetch_package
+from distill.data.sources.shards import ShardsSource
 from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
 from distill.data.sources.sprites import SpritesSource
 from distill.runtime.errors import UserError
@@ -379,3 +384,110 @@ def test_faces_without_node_are_one_sentence(tmp_path: Path, monkeypatch: pytest
         FacesSource().items(tmp_path)
     with pytest.raises(UserError, match="count=0 and side=64"):
         FacesSource(count=0)
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A shard with these members in their order."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def encoded(level: int, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (level,) * 3).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_shards_hold_images_captions_and_columns(tmp_path: Path) -> None:
+    shape = json.dumps({"caption": "a square", "side": 4}).encode()
+    tar(
+        tmp_path / "a-00.tar",
+        {"x/0.png": encoded(10), "x/0.txt": b"a dot\n", "x/1.json": shape, "x/1.jpg": encoded(200, "jpeg")},
+    )
+    tar(tmp_path / "a-01.tar", {"2.cls": b"3", "3.webp": encoded(90, "webp"), "3.txt": b"a line"})
+    for pattern in ("a-{00..01}.tar", "a-*.tar"):
+        items = ShardsSource(str(tmp_path / pattern)).items(tmp_path)
+        assert [item.row for item in items] == [
+            {"text": "a dot"},
+            {"text": "a square", "caption": "a square", "side": 4},
+            {"text": "a line"},
+        ]
+        levels = [np.asarray(item.image.load()).mean() for item in items]  # type: ignore[union-attr]
+        assert levels == pytest.approx([10, 200, 90], abs=2)
+    with pytest.raises(UserError, match=r"other-\*.tar names no file: expected tar files"):
+        ShardsSource(str(tmp_path / "other-*.tar")).items(tmp_path)
+
+
+def test_damaged_shards_and_members_are_named_and_counted(tmp_path: Path) -> None:
+    """The rest of a truncated shard, one that is missing, an image and a sample without a caption."""
+    whole = tar(
+        tmp_path / "s-0.tar",
+        {f"{i}.{kind}": encoded(i) if kind == "png" else b"a" for i in range(4) for kind in ("png", "txt")},
+    )
+    (tmp_path / "s-1.tar").write_bytes(whole.read_bytes()[: 512 * 9 + 100])
+    tar(tmp_path / "s-3.tar", {"0.png": b"no image", "0.txt": b"a", "1.png": encoded(7), "1.json": b"{}"})
+    source = ShardsSource(str(tmp_path / "s-{0..3}.tar"))
+    everything = FolderOptions(validation=0, test=0, max_damaged=4)
+    facts = write_dataset(source, tmp_path / "out", everything, tmp_path)
+    names = [Path(name).name for name in facts["damaged"]]
+    assert names == ["s-1.tar", "s-2.tar", "s-3.tar:0.png", "s-3.tar:1"]
+    assert facts["counts"]["train"] == 4 + 2
+    with pytest.raises(UserError, match=r"s-1.tar cannot be read .*1 damaged: to leave out so many"):
+        write_dataset(source, tmp_path / "out", FolderOptions(validation=0, test=0), tmp_path)
+
+
+def test_local_data_sets_of_hugging_face(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.ClassLabel(names=["dot", "bar"]),
+            "side": datasets.Value("int32"),
+        }
+    )
+    pictures = [Image.new("RGB", (8, 8), (40 * i,) * 3) for i in range(4)]
+    rows = datasets.Dataset.from_dict(
+        {"image": pictures, "text": [0, 1, 0, 1], "side": [1, 2, 3, 4]}, features
+    )
+    rows.save_to_disk(tmp_path / "one")
+    items = HuggingFaceSource(str(tmp_path / "one")).items(tmp_path)
+    assert [item.row for item in items][1] == {"text": "bar", "side": 2}
+    assert [int(np.asarray(item.image.load()).mean()) for item in items] == [0, 40, 80, 120]  # type: ignore[union-attr]
+
+    datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
+    facts = write_dataset(
+        HuggingFaceSource(str(tmp_path / "two")), tmp_path / "out", FolderOptions(), tmp_path
+    )
+    assert facts["counts"] == {"train": 4, "validation": 0, "test": 1}
+    with pytest.raises(UserError, match="has no column 'caption': its columns are image, text, side"):
+        HuggingFaceSource(str(tmp_path / "one"), text="caption").items(tmp_path)
+    with pytest.raises(UserError, match="is no folder: give one that save_to_disk wrote"):
+        HuggingFaceSource(str(tmp_path / "none")).items(tmp_path)
+
+
+def test_large_folders_are_mapped_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same images as in memory; a changed image is decoded again."""
+    rows = []
+    for index in range(5):
+        mode, colour = ("RGBA", (40 * index, 0, 0, 100)) if index % 2 else ("RGB", (40 * index, 0, 0))
+        Image.new(mode, (8, 8), colour).save(tmp_path / f"{index}.png")
+        rows.append({"file_name": f"{index}.png", "text": "a"})
+    in_memory = load_rows(tmp_path, rows, 8)
+    assert not (tmp_path / ".pixels").exists()
+    monkeypatch.setattr(folders, "MAPPED_BYTES", 100)
+    for _ in range(2):
+        mapped = load_rows(tmp_path, rows, 8)
+        assert mapped.images.shape == in_memory.images.shape and bool(
+            (mapped.images == in_memory.images).all()
+        )
+        assert len(list((tmp_path / ".pixels").iterdir())) == 1
+    assert torch.equal(mapped.composite([3, 1]), in_memory.composite([3, 1]))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "4.png")
+    assert load_rows(tmp_path, rows, 8).images[4, :, 0, 0].tolist() == [1, 2, 3, 255]
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(UserError, match="0.png does not exist"):
+        load_rows(tmp_path, rows, 8)
