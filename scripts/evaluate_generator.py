@@ -58,6 +58,7 @@ def main(config: Config) -> None:
         for scale in config.guidance
     ]
     data = load_split(config.data, config.split, teacher.resolution, config.limit)
+    data = data.with_prompts(teacher.prompt_of)
     graders = load_graders(config.teacher, config.judge, config.clip, config.features, device)
     query = {name: as_mapping(config)[name] for name in QUERY}
     real = reference(data, graders, config.labels)

@@ -4,7 +4,7 @@ one.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -167,6 +167,10 @@ class Teacher(ScoreModel):
         """Raise `UserError` for an empty prompt, or one that the teacher cannot encode."""
         if not prompt.strip():
             raise UserError("the prompt is empty: describe the object, for example 'a red teapot'")
+
+    def prompt_of(self, row: Mapping[str, Any]) -> str:
+        """The prompt that stands for a row of a data set's metadata: its caption."""
+        return str(row["text"])
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Conditioning:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +49,10 @@ class CaptionedImages:
     def to(self, device: torch.device) -> "CaptionedImages":
         """The same images on another device."""
         return CaptionedImages(self.images.to(device), self.rows)
+
+    def with_prompts(self, prompt_of: Callable[[dict[str, Any]], str]) -> "CaptionedImages":
+        """The same images, with the prompt of each row as its text (`Teacher.prompt_of`)."""
+        return CaptionedImages(self.images, [{**row, "text": prompt_of(row)} for row in self.rows])
 
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images at these indices."""

@@ -99,7 +99,7 @@ def load_latents(teacher: Teacher, folder: Path | str, split: str = "train") -> 
 
 
 def _encode_split(teacher: Teacher, folder: Path | str, split: str) -> LatentCache:
-    data = load_split(folder, split, teacher.resolution)
+    data = load_split(folder, split, teacher.resolution).with_prompts(teacher.prompt_of)
     captions = sorted(set(data.texts))
     prompts = [*captions, ""]
     batches = [prompts[first : first + 256] for first in range(0, len(prompts), 256)]

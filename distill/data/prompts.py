@@ -75,9 +75,9 @@ def load_prompts(teacher: Teacher, data: Path | str, images: bool, split: str = 
     """
     path = Path(data)
     if path.suffix != ".txt":
-        rows = read_rows(path / split, ("text",))
+        captions = [teacher.prompt_of(row) for row in read_rows(path / split, ("text",))]
         latents = stream_latents(teacher, path, split) if images else None
-        return StreamedPrompts(teacher, [row["text"] for row in rows], latents)
+        return StreamedPrompts(teacher, captions, latents)
     if images:
         raise UserError(
             f"{path} holds captions alone, and the discriminator and the monitor need real images: give a "

@@ -1,6 +1,7 @@
 """CLIP as a grader: unit features of images and captions, and the CLIP score between them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -12,7 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from distill.evaluation.features import load_pretrained, pixel_preprocessing
 from distill.runtime.errors import UserError
 from distill.runtime.shipped import resolve
-from distill.teacher.clip import caption_features, normalise
+from distill.teacher.clip import caption_features, pixel_values
 from distill.teacher.folder import CLIP, load_clip
 
 
@@ -21,14 +22,14 @@ class ClipScorer:
     """CLIP (Radford et al. 2021, arXiv:2103.00020) with its tokenizer and the preprocessing of its images."""
 
     def __init__(
-        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Callable[[Tensor], Tensor] = normalise
+        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Callable[[Tensor], Tensor] | None = None
     ) -> None:
-        """preprocess: images (B, 3, H, W) in [0, 1] to the pixel values that the vision tower expects."""
-        self.model, self.tokenizer, self.preprocess = (
-            model.eval().requires_grad_(False),
-            tokenizer,
-            preprocess,
-        )
+        """preprocess: images (B, 3, H, W) in [0, 1] to the pixel values that the vision tower expects.
+
+        None: those of a CLIP trained here.
+        """
+        self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
+        self.preprocess = partial(pixel_values, self.model) if preprocess is None else preprocess
 
     @torch.no_grad()
     def image_features(self, images: Tensor, batch: int = 250) -> Tensor:

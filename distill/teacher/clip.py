@@ -69,15 +69,18 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
     return tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
-def normalise(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] in the normalisation of the vision tower."""
+def pixel_values(model: CLIPModel, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as the vision tower takes them: resized where they differ, normalised."""
+    side = model.config.vision_config.image_size
+    if images.shape[-2:] != (side, side):
+        images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
     mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
     return (images - mean) / std
 
 
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
-    """Unit features (B, D) of images (B, 3, H, W) in [0, 1] at the model's resolution."""
-    pooled = model.vision_model(pixel_values=normalise(images)).pooler_output
+    """Unit features (B, D) of images (B, 3, H, W) in [0, 1] of any size."""
+    pooled = model.vision_model(pixel_values=pixel_values(model, images)).pooler_output
     return F.normalize(model.visual_projection(pooled).float(), dim=-1)
 
 

@@ -1,7 +1,7 @@
 """Teachers of pixels that read a context: a number for each of some names, such as the parts of a mixture."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -44,12 +44,20 @@ class ContextTeacher(PixelTeacher):
         names: Sequence[str],
         name_or_path: str = "",
         identity: TeacherIdentity | None = None,
+        column: str = "context",
     ) -> None:
-        """names: of the numbers of a context, in their order."""
+        """names: of the numbers of a context, in their order; column: of contexts in the rows of its data."""
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         denoiser = ContextDenoiser(pipeline.unet, *parameterisation(scheduler))
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
-        self.names = list(names)
+        self.names, self.column = list(names), column
+
+    def prompt_of(self, row: Mapping[str, Any]) -> str:
+        """As of every teacher: the names and weights of the row's context, or its caption without one."""
+        context = row.get(self.column)
+        if not isinstance(context, Mapping):
+            return str(row["text"])
+        return ", ".join(f"{float(weight):g} {name}" for name, weight in context.items() if weight)
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no list of names."""

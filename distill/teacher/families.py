@@ -90,9 +90,9 @@ def build_teacher(
         if facts["kind"] == "context":
             if source is not None and source.null_class is not None:
                 raise UserError(f"null_class is {source.null_class}, but {path} has no classes: leave it out")
-            return ContextTeacher(pipeline, facts["names"], path, identity)
+            return ContextTeacher(pipeline, facts["names"], path, identity, facts["column"])
         null_class = facts["null_class"] if source is None else source.null_class
-        return ClassTeacher(pipeline, path, identity, null_class, facts["names"])
+        return ClassTeacher(pipeline, path, identity, null_class, facts["names"], facts.get("column"))
     if source is not None and source.resolution is not None:
         factor = pipeline.vae_scale_factor
         if source.resolution % (2 * factor):

@@ -37,6 +37,8 @@ class ConditionTable(NamedTuple):
 class PixelCondition(ABC):
     """A kind of condition, the network that reads it, and how its teacher takes prompts."""
 
+    column: str | None  # of the data's rows
+
     @property
     @abstractmethod
     def kind(self) -> str:
@@ -61,6 +63,8 @@ class PixelCondition(ABC):
 @dataclass(frozen=True)
 class NoCondition(PixelCondition):
     """An unconditional model."""
+
+    column: None = None
 
     @property
     def kind(self) -> str:
@@ -180,7 +184,10 @@ def class_names(data: CaptionedImages, column: str) -> list[str]:
 
 
 def context_names(data: CaptionedImages, column: str) -> list[str]:
-    """The names in the first row's context. Raises `UserError` for a row with others, or without numbers."""
+    """The names in the first row's context, which commas separate in prompts.
+
+    Raises `UserError` for a row with other names, for values that are no numbers, and names with commas.
+    """
     names: Sequence[str] = ()
     for row in data.rows:
         value = row.get(column)
@@ -194,6 +201,9 @@ def context_names(data: CaptionedImages, column: str) -> list[str]:
                 f"{row['file_name']} has the {column} of {', '.join(value)}: expected {', '.join(names)}, as "
                 "the first row"
             )
+        comma = next((name for name in value if "," in name), None)
+        if comma is not None:
+            raise UserError(f"{row['file_name']}: {column} has the name {comma!r}: names are without commas")
         wrong = next((name for name, number in value.items() if not isinstance(number, int | float)), None)
         if wrong is not None:
             raise UserError(f"{row['file_name']}: {column}.{wrong} is {value[wrong]!r}: expected a number")

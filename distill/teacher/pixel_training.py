@@ -82,12 +82,12 @@ def train_pixel_teacher(
     train_denoiser(run, cache, options.unet, denoiser, averaged, decode_pixels)
     folder = run.directory / "teacher"
     if run.main:
-        save_pixel_teacher(folder, averaged.network, options.unet, condition.kind, table)
+        save_pixel_teacher(folder, averaged.network, options.unet, condition, table)
     return folder
 
 
 def save_pixel_teacher(
-    folder: Path, network: nn.Module, options: UnetOptions, kind: str, table: ConditionTable
+    folder: Path, network: nn.Module, options: UnetOptions, condition: PixelCondition, table: ConditionTable
 ) -> None:
     """Write a folder that diffusers loads as a `DDIMPipeline`, in fp16, and what its prompts mean.
 
@@ -96,5 +96,10 @@ def save_pixel_teacher(
     with atomic_folder(folder, "model_index.json", "a teacher") as temporary:
         DDIMPipeline(unet=network.half(), scheduler=make_scheduler(options)).save_pretrained(temporary)
         network.float()
-        null_class = len(table.names) if kind == "class" else None
-        write_json(temporary / CONDITIONING, {"kind": kind, "names": table.names, "null_class": null_class})
+        facts = {
+            "kind": condition.kind,
+            "names": table.names,
+            "column": condition.column,
+            "null_class": len(table.names) if condition.kind == "class" else None,
+        }
+        write_json(temporary / CONDITIONING, facts)

@@ -3,7 +3,7 @@
 Their latents are images scaled to [-1, 1].
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -17,7 +17,8 @@ from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
 
-# Of a folder: {"kind": class, context or none, "names": [...], "null_class": the class of no label}
+# Of a folder: {"kind": class, context or none, "names": [...], "column": of the data's rows,
+# "null_class": the class of no label}
 CONDITIONING = "conditioning.json"
 
 
@@ -110,16 +111,26 @@ class ClassTeacher(PixelTeacher):
         identity: TeacherIdentity | None = None,
         null_class: int | None = None,
         names: Sequence[str] = (),
+        column: str | None = None,
     ) -> None:
-        """null_class: the one that stands for no label, which guidance needs. names: of the first classes."""
+        """null_class: the one that stands for no label, which guidance needs. names: of the first classes.
+
+        column: of the classes in the rows of its data.
+        """
         scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
         denoiser = ClassDenoiser(pipeline.unet, *parameterisation(scheduler))
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
-        self.names = list(names)
+        self.names, self.column = list(names), column
         self.classes = pipeline.unet.config.num_class_embeds or 1
         self.null_class = 0 if self.classes == 1 else null_class
         if null_class is not None and not 0 <= null_class < self.classes:
             raise UserError(f"null_class is {null_class}: expected a class from 0 to {self.classes - 1}")
+
+    def prompt_of(self, row: Mapping[str, Any]) -> str:
+        """As of every teacher: the number of the row's class, or its caption where it has none."""
+        if self.classes == 1:
+            return "0"
+        return str(row.get(self.column or "", row["text"]))
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no class."""

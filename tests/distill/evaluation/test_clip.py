@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import CLIPModel
 
 from distill.evaluation.clip import ClipScorer, clip_score, load_clip_scorer
@@ -87,3 +88,13 @@ def test_without_clip_there_is_no_scorer_and_a_wrong_name_is_one_sentence(
     assert load_clip_scorer(str(teacher), tiny_teacher.name_or_path) is not None  # another teacher's CLIP
     with pytest.raises(UserError, match="cannot be loaded .* expected a teacher trained here or a CLIP"):
         load_clip_scorer(str(teacher), str(tmp_path))
+
+
+def test_images_of_other_sizes_are_resized_for_a_clip_trained_here() -> None:
+    clip = load_clip_scorer("shapes64")
+    assert clip is not None
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    smooth = F.interpolate(F.avg_pool2d(images, 16), (64, 64), mode="bicubic")
+    small = F.interpolate(smooth, (28, 28), mode="bicubic", antialias=True)
+    cosines = (clip.image_features(small) * clip.image_features(smooth)).sum(1)
+    assert bool((cosines > 0.9).all()), cosines

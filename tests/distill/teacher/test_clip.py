@@ -19,7 +19,7 @@ from distill.teacher.clip import (
     contrastive_loss,
     hard_negative_stage,
     image_features,
-    normalise,
+    pixel_values,
     text_features,
     tokenize,
     train_clip,
@@ -83,7 +83,7 @@ def test_features_equal_those_of_transformers() -> None:
     model = build_clip(TINY, tokenizer, 16).eval()
     images, ids = torch.rand(3, 3, 16, 16), tokenize(tokenizer, PROMPTS)
     with torch.no_grad():
-        output = model(input_ids=ids, pixel_values=normalise(images))
+        output = model(input_ids=ids, pixel_values=pixel_values(model, images))
         logits = text_features(model, ids) @ image_features(model, images).T * model.logit_scale.exp()
         torch.testing.assert_close(output.logits_per_text, logits, atol=1e-4, rtol=1e-4)
         states = text_encoder_of(model)(ids).last_hidden_state

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import script
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DConditionModel, UNet2DModel
 
 from distill.core.sampling import sample_ode
@@ -117,6 +118,7 @@ def test_contexts_have_the_same_names_in_every_row() -> None:
         ([1.0, 0.0], r"2.png has the context \[1.0, 0.0\]: expected a mapping from names to numbers"),
         ({"dark": 1.0}, "2.png has the context of dark: expected dark, middle, bright, as the first row"),
         (dict.fromkeys(SHADES, "no"), "2.png: context.dark is 'no': expected a number"),
+        ({"a, b": 1.0}, "2.png has the context of a, b: expected dark"),
     ):
         data.rows[2]["context"] = wrong
         with pytest.raises(UserError, match=message):
@@ -259,3 +261,35 @@ def test_options_that_do_not_fit_are_refused() -> None:
             PixelTeacherOptions(unet=replace(UnetOptions(), **change))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="beta_start=0.5, beta_end=0.1, timesteps=1000: expected rising"):
         UnetOptions(beta_start=0.5, beta_end=0.1)
+
+
+def test_rows_of_data_stand_for_prompts(trained: Callable[..., Path]) -> None:
+    """Of classes their numbers, of contexts names with weights; captions where the column is missing."""
+    row = {"text": "anything", "label": 2, "context": {"dark": 0.5, "middle": 0.0, "bright": True}}
+    for name, expected in {"class": "2", "context": "0.5 dark, 1 bright"}.items():
+        teacher = load_teacher(str(trained(name, CONDITIONS[name])))
+        assert teacher.prompt_of(row) == expected
+        assert teacher.prompt_of({"text": "dark"}) == "dark"
+    vector = teacher.encode_text([teacher.prompt_of(row)]).embedding
+    assert vector.tolist() == [[[0.5, 0.0, 1.0]]]
+    assert load_teacher(str(trained("none", NoCondition()))).prompt_of(row) == "0"
+
+
+@pytest.mark.parametrize("name", ["class", "context"])
+def test_losses_students_and_evaluations_run_on_it(
+    name: str, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Two steps of score distillation, two cycles of DMD2, and samples of the classes that rows name."""
+    folder = trained(name, CONDITIONS[name])
+    data, teacher = f"data={folder.parents[1] / 'data'}", f"teacher={folder}"
+    script("optimise_image", teacher, "prompt=bright", "run.steps=2", f"run.directory={tmp_path / 'image'}")
+    assert (tmp_path / "image" / "result.json").is_file()
+    small = ["run.steps=2", "distill.batch=4", "judge=null", "distill.monitor.every=0"]
+    script("distill_one_step", teacher, data, *small, f"run.directory={tmp_path / 'student'}")
+    assert (tmp_path / "student" / "student").is_dir()
+    sizes = [f"evaluation.{key}=4" for key in ("samples", "captions", "each", "batch")]
+    figures = script(
+        "evaluate_generator", teacher, data, "split=train", "steps=[4]", "judge=null", "labels=none",
+        "features=shapes64", "evaluation.neighbours=1", *sizes, f"output={tmp_path / 'figures'}",
+    )  # fmt: skip
+    assert "frechet" in figures
