@@ -1,7 +1,7 @@
 """Train a teacher from a captioned image folder.
 
 python scripts/train_teacher.py teacher.data=outputs/shapes64
-On several processes: torchrun --nproc-per-node 2 scripts/train_teacher.py teacher.reuse=shapes64_text
+On several processes: torchrun --nproc-per-node 2 scripts/train_teacher.py teacher.reuse=shapes64
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,6 @@
 """Samplers by name, on the noise schedule of any teacher."""
 
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
@@ -19,8 +19,10 @@ SamplerName = Literal["ddim", "ddpm", "dpm", "ddpm_mean"]
 class MeanDDPMScheduler(DDPMScheduler):
     """DDPM whose every step is the mean of the step's distribution."""
 
-    def _get_variance(self, *args: Any, **kwargs: Any) -> Tensor:
-        return super()._get_variance(*args, **kwargs) * 0
+    def _get_variance(
+        self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        return super()._get_variance(t, predicted_variance, variance_type) * 0
 
 
 def parse_sampler(text: str, steps: int) -> tuple[SamplerName, int]:

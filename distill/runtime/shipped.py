@@ -6,8 +6,7 @@ from typing import Literal
 WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter", "upscaler"]
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
-    # shapes64: conditioned on cameras, several views and pictures too; shapes64_text: older, on text alone
-    "teacher": {"shapes64": "shapes64", "shapes64_text": "shapes64_text"},
+    "teacher": {"shapes64": "shapes64"},  # conditioned on text, cameras, several views and pictures
     # of single objects; of pairs and azimuths; of elevations, for image to 3D
     "judge": {"judge64": "judge64", "pairs64": "pairs64", "elevation64": "elevation64"},
     "probe": {"probe64": "probe64"},

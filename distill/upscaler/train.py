@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,6 +114,8 @@ def upscaler_figures(upscaler: Upscaler, data: CaptionedImages, sides: tuple[int
 
 def ssim(image: Tensor, target: Tensor) -> float:
     """Structural similarity of two images (3, H, W) in [0, 1]."""
+    from skimage.metrics import structural_similarity
+
     a, b = (value.permute(1, 2, 0).cpu().numpy() for value in (image, target))
     return float(
         structural_similarity(

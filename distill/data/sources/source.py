@@ -173,6 +173,6 @@ def _load(image: np.ndarray | Path | LazyImage, options: FolderOptions) -> Image
         loaded = image.load() if isinstance(image, LazyImage) else read_image(image)
     if options.background is not None and loaded.mode == "RGBA":
         grey = round(255 * options.background)
-        behind = Image.new("RGBA", loaded.size, (grey, grey, grey, 255))
-        loaded = Image.alpha_composite(behind, loaded).convert("RGB")
+        canvas = Image.new("RGBA", loaded.size, (grey, grey, grey, 255))
+        loaded = Image.alpha_composite(canvas, loaded).convert("RGB")
     return loaded if options.resolution is None else square(loaded, options.resolution)
