@@ -15,11 +15,11 @@ dataset outputs/mnist source=mnist
   run.directory=outputs/judge_digits run.steps=4000
 "$python" scripts/train_pixel_teacher.py run.directory=outputs/digits
 "$python" scripts/evaluate_generator.py teacher=outputs/digits/teacher judge=outputs/judge_digits/judge labels=none \
-  data=outputs/mnist "guidance=[1, 1.5, 2]" evaluation.samples=2000 output=outputs/evaluate_digits
+  data=outputs/mnist "guidance=[1, 1.5]" "steps=[25]" evaluation.samples=1000 output=outputs/evaluate_digits
 "$python" scripts/distill_one_step.py teacher=outputs/digits/teacher data=outputs/mnist judge=outputs/judge_digits/judge \
   run.directory=outputs/digits_student run.steps=400
 "$python" scripts/evaluate_generator.py teacher=outputs/digits/teacher "students=[outputs/digits_student/student]" \
-  "steps=[]" judge=outputs/judge_digits/judge labels=none data=outputs/mnist evaluation.samples=2000 \
+  "steps=[]" judge=outputs/judge_digits/judge labels=none data=outputs/mnist evaluation.samples=1000 \
   output=outputs/evaluate_digits
 
 # Sprites

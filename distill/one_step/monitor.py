@@ -39,6 +39,9 @@ class MonitorOptions:
             )
 
 
+LEAST_SATURATION = 0.01  # of real images: grey ones have 0
+
+
 @dataclass
 class Monitor:
     """Compares samples with real latents in the features of a network."""
@@ -60,7 +63,7 @@ class Monitor:
         return {
             "frechet": frechet_distance(moments(features), self.real),
             "diversity": sample_diversity(features, self.options.samples_per_caption),
-            "saturation": float(saturations.mean()) / self.real_saturation,
+            "saturation": float(saturations.mean()) / max(self.real_saturation, LEAST_SATURATION),
         }
 
     def check_divergence(self, metrics: dict[str, float]) -> str | None:

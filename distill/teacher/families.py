@@ -1,5 +1,6 @@
 """The families of teachers in diffusers folders, by the pipeline class that model_index.json names."""
 
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def _load_pipeline(name: str, name_or_path: str, folder: Path | None, dtype: tor
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging
 
+    importlib.import_module("distill.teacher.pixel_networks")  # diffusers loads imported modules' classes
     logging.disable_progress_bar()
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": folder is not None}
     if name == "IFPipeline":

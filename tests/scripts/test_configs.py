@@ -51,6 +51,7 @@ REQUIRED = {  # what a user must give
     "export": ["run_directory=x"],
     "view": ["run_directory=x"],
     "label_images": ["folder=x", "captions=[a]"],
+    "draw_curves": ["runs=[x]"],
     "evaluate_views": ["teacher=x"],
 }
 CHOICES = [  # every config of every group, on a script that chooses from it
@@ -314,6 +315,7 @@ def test_lines_of_a_file_are_the_values_of_a_sweep(tmp_path: Path) -> None:
 
 
 NO_NETWORK = {
+    "draw_curves",
     "draw_scores",
     "make_dataset",
     "make_shapes",

@@ -60,6 +60,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "distill_points": ["seeds=[0]", "points.budget=64", "points.init_steps=2", "points.pairs=16",
                        "methods=[dmd2]"],
     "doctor": [],
+    "draw_curves": [f"runs=[{SCENE}]"],
     "draw_scores": ["scores.arrows=3"],
     "evaluate_control": [*CONTROL, "student=shapes64"],
     "evaluate_generator": ["students=[shapes64]", "steps=[2]", "limit=8", "evaluation.samples=8",

@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.core.score import Guided, Prediction, ScoreModel
-from distill.evaluation.metrics import kernel_distance, precision_recall
+from distill.evaluation.metrics import kernel_distance, moments, precision_recall
 from distill.objectives.algebra import ScoreDistillation
 from distill.objectives.critic import Critic
 from distill.objectives.options import CriticOptions, ObjectiveOptions, Term, TimestepSampler
@@ -279,6 +279,19 @@ def test_divergence_is_detected() -> None:
     again = Monitor(None, 1.0, None, MonitorOptions())  # type: ignore[arg-type]
     again.load_state_dict(monitor.state_dict())
     assert again.best == {"frechet": 2.0, "diversity": 3.0} and again.warnings == monitor.warnings
+
+
+def test_grey_images_have_a_finite_saturation() -> None:
+    """Of digits the real ones have 0, and a student's too."""
+    features = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    monitor = Monitor(
+        moments(features),
+        0.0,
+        lambda latents: (features, torch.zeros(8)),
+        MonitorOptions(samples_per_caption=2),
+    )
+    metrics = monitor.evaluate(torch.zeros(8, 1, 2, 2))
+    assert metrics["saturation"] == 0 and monitor.check_divergence(metrics) is None
 
 
 def test_impossible_method_options_raise() -> None:

@@ -214,6 +214,15 @@ def test_stock_diffusers_loads_the_folders(trained: Callable[..., Path]) -> None
         assert type(stock.unet) is (plain | own)[name]
 
 
+@pytest.mark.parametrize("name", ["class_channels", "context_unet"])
+def test_networks_of_our_own_are_loaded_in_a_new_process(
+    name: str, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = trained(name, CONDITIONS[name])
+    script("sample", f"teacher={folder}", "prompts=[dark]", "count=1", "steps=1", f"output={tmp_path}")
+    assert (tmp_path / "samples.png").is_file()
+
+
 def test_a_context_multiplies_features_and_time_is_added() -> None:
     """With a context embedding of 1 and a time embedding of 0 at both levels features are unchanged."""
     network = ContextUnet(sample_size=8, in_channels=1, out_channels=1, width=8, context_size=2).eval()
