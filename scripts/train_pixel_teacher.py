@@ -2,7 +2,7 @@
 
 python scripts/make_dataset.py source=mnist output=outputs/mnist
 python scripts/train_pixel_teacher.py
-python scripts/sample.py "prompts=[0, 1, 2, 3]" teacher=outputs/pixel_teacher/teacher guidance=1.5 steps=25
+python scripts/sample.py 0 1 2 3 teacher=outputs/pixel_teacher/teacher guidance=1.5 steps=25
 """
 
 from dataclasses import dataclass, field

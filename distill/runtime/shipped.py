@@ -6,9 +6,15 @@ from typing import Literal
 WeightsKind = Literal["teacher", "judge", "probe", "student", "adapter", "upscaler"]
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 SHIPPED: dict[WeightsKind, dict[str, str]] = {  # folders by name
-    "teacher": {"shapes64": "shapes64"},  # conditioned on text, cameras, several views and pictures
-    # of single objects; of pairs and azimuths; of elevations, for image to 3D
-    "judge": {"judge64": "judge64", "pairs64": "pairs64", "elevation64": "elevation64"},
+    # conditioned on text, cameras, several views and pictures; of handwritten digits, in pixels
+    "teacher": {"shapes64": "shapes64", "digits28": "digits28"},
+    # of single objects; of pairs and azimuths; of elevations, for image to 3D; of digits
+    "judge": {
+        "judge64": "judge64",
+        "pairs64": "pairs64",
+        "elevation64": "elevation64",
+        "digits28": "digits28_judge",
+    },
     "probe": {"probe64": "probe64"},
     "student": {"shapes64": "students/shapes64"},  # one-step, by the name of its teacher
     "adapter": {"silhouette": "adapters/geometry", "depth": "adapters/geometry"},  # by their condition

@@ -39,9 +39,7 @@ def test_weights_are_within_the_budget() -> None:
         assert sum(path.stat().st_size for path in folder.rglob("*")) < 20 * 2**20
 
 
-@pytest.mark.parametrize("name", sorted(set(SHIPPED["teacher"].values())))  # each folder once
-def test_teacher_generates_the_colour_of_the_prompt(name: str) -> None:
-    teacher = load_latent_diffusion(name)
+def test_teacher_generates_the_colour_of_the_prompt(teacher: LatentDiffusionTeacher) -> None:
     captions = [f"a {colour} sphere" for colour in ("red", "green", "blue") for _ in range(4)]
     images = generate(teacher, captions, teacher_sampler(teacher, 10, 3.0), 12).images
     centre = images[:, :, 24:40, 24:40].mean((2, 3))  # (12, 3): the largest channel is the colour's

@@ -14,6 +14,7 @@ from distill.core.score import Guided
 from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages, load_split
 from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
+from distill.evaluation.judge import load_judge, predict
 from distill.one_step.student import Student, StudentOptions
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
@@ -251,6 +252,17 @@ def test_a_student_starts_from_it(trained: Callable[..., Path]) -> None:
         noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
         images = student(noise, teacher.encode_text(["dark", "bright"]), torch.Generator())
         assert images.shape == (2, 1, 8, 8) and bool(images.isfinite().all())
+
+
+def test_the_shipped_teacher_draws_the_digits_asked_for() -> None:
+    teacher, judge = load_teacher("digits28"), load_judge("digits28")
+    prompts = [str(digit) for digit in range(10) for _ in range(4)]
+    noise = torch.randn(40, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
+    model = Guided(teacher, teacher.encode_text([""]), 1.5)
+    with torch.no_grad():
+        latents = sample_ode(model, teacher.scheduler, teacher.encode_text(prompts), noise, 20)
+    labels = predict(judge, teacher.decode(latents))["label"]
+    assert sum(a == b for a, b in zip(labels, prompts, strict=True)) >= 38, labels
 
 
 def test_the_schedule_is_that_of_the_options() -> None:
