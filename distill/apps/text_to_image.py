@@ -55,7 +55,8 @@ class TextToImageOptions:
             raise UserError("a prompt is empty: describe the image, for example 'a red teapot'")
         if self.mask is not None and self.image is None:
             raise UserError("a mask selects the region of an image to replace: give image= too")
-        if not 0 < self.strength <= 1 or int(self.steps * self.strength) < 1:
+        sampled = self.steps if self.image is None else int(self.steps * self.strength)
+        if not 0 < self.strength <= 1 or sampled < 1:
             raise UserError(
                 f"strength is {self.strength}: expected a fraction of the {self.steps} steps in (0, 1], "
                 "at least one step"

@@ -300,7 +300,7 @@ def test_sample_script_takes_images_adapters_and_comparisons(
     [
         ({"mask": "m.png"}, "give image= too"),
         ({"strength": 0.0}, "strength is 0.0"),
-        ({"strength": 0.01}, "at least one step"),
+        ({"image": "i.png", "strength": 0.01}, "at least one step"),
         ({"weights": (1.0, 2.0)}, "2 weights for 1 prompts"),
         ({"interpolate": 3}, "at least 2 prompts"),
         ({"candidates": 2, "sweep": (1.0,)}, "leave weights"),
