@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
 
 from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_record
 from distill.core.noise import NoiseSchedule
@@ -19,7 +20,8 @@ from distill.one_step.student import Student, spaced_timesteps
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.shipped import names, resolve
-from distill.teacher.denoiser import UNetDenoiser
+from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
+from distill.teacher.families import load_diffusers
 from distill.teacher.folder import original_parts, save_pipeline
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.multi_view import MultiViewUNet
@@ -27,7 +29,7 @@ from distill.teacher.tiny_autoencoder import with_autoencoder
 from distill.teacher.vocabulary import VOCABULARY
 
 WEIGHTS = "student.safetensors"  # of a student that diffusers has no pipeline for
-PIPELINE = "pipeline.py"  # its presence marks a student's folder
+PIPELINE = "pipeline.py"  # its presence marks a student's folder with a pipeline
 FACTS = "student.json"  # its teacher; of a student that allows a choice of them, steps and guidance scale
 TEACHERS_PARTS = ("vae", "text_encoder", "tokenizer")  # which a folder that is not whole lacks
 NO_BLENDING = 1e9  # a timestep_scaling at which c_skip is 0 and c_out 1
@@ -58,7 +60,8 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher, whole: 
     The teacher's VAE and text encoder keep every bit: they are float32 where fp16 would round them. With
     `whole` false they are left out, and loaded from the teacher by the name that is recorded; stock diffusers
     needs a whole folder. A student is conditioned on text: of a multi-view U-Net the view conditions are left
-    out. Of a flow, and of a teacher of another family, only the network's weights are written, in float32.
+    out. Of a flow, and of a teacher of another family, only the network's weights are written, in float32,
+    and what else the student is; its teacher is needed to use it.
     Raises `UserError` when the folder holds something other than a student.
     """
     is_flow = student.denoiser.prediction_type == "flow_prediction"  # LCMScheduler has none
@@ -66,6 +69,15 @@ def save_student(folder: Path | str, student: Student, teacher: Teacher, whole: 
         with atomic_folder(folder, WEIGHTS, "a student") as temporary:
             temporary.mkdir(parents=True)
             save_model(student.denoiser.network, str(temporary / WEIGHTS))
+            facts = teacher_record(teacher.identity) | {
+                "timesteps": list(student.timesteps),
+                "grid": student.grid,
+                "timestep_scaling": student.timestep_scaling,
+                "guidance": student.guidance,
+                "prediction_type": student.denoiser.prediction_type,
+                "time_features": student.denoiser.network.config.get("time_cond_proj_dim"),
+            }
+            write_json(temporary / FACTS, facts)
         return
     text_encoder, vae = original_parts(teacher)
     network = student.denoiser.network
@@ -105,8 +117,10 @@ def load_student(
     dtype: torch.dtype | None = None,
     teacher: Teacher | None = None,
     autoencoder: str | None = None,
-) -> tuple[Student, LatentDiffusionTeacher]:
+) -> tuple[Student, Teacher]:
     """A student by shipped name or folder, and its text encoder and VAE as a teacher of their own.
+
+    Of a student of another family than Stable Diffusion's, the latter is its teacher itself.
 
     `dtype` is that of their weights, by default the device's. The parts have the identity of the student's
     teacher, whose adapters they take. teacher: the one that the student is used with, where there is one.
@@ -114,6 +128,8 @@ def load_student(
     Raises `UserError` where there is no student, and for one that belongs to another teacher.
     """
     folder = resolve("student", name_or_path)
+    if (folder / WEIGHTS).is_file():
+        return _load_network(folder, device, dtype, teacher, autoencoder)
     if not (folder / PIPELINE).is_file():
         raise UserError(
             f"{name_or_path} is no student: give {names('student')}, "
@@ -138,6 +154,39 @@ def load_student(
     grid = config.original_inference_steps
     timesteps = spaced_timesteps(config.num_train_timesteps, facts["steps"], grid)
     return Student(denoiser, timesteps, grid, scaling, facts["guidance"]), parts
+
+
+def _load_network(
+    folder: Path,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    teacher: Teacher | None,
+    autoencoder: str | None,
+) -> tuple[Student, Teacher]:
+    """A student that is its network's weights alone, and its teacher, by the name that is recorded."""
+    path = folder / FACTS
+    facts = read_json(path) if path.is_file() else {}
+    owner = recorded_teacher(facts, str(path))
+    if teacher is None:
+        if owner is None:
+            raise UserError(f"{path} names no teacher, which the student {folder} needs: give teacher=")
+        loaded = load_diffusers(str(resolve("teacher", owner.name)), device, dtype)
+        teacher = with_autoencoder(loaded, autoencoder)
+    remedy = "distil one (scripts/distill_one_step.py)"
+    check_teacher(f"student {folder}", owner, teacher.identity, remedy)
+    copied = teacher.trainable_copy()
+    assert isinstance(copied, DiffusersDenoiser)
+    try:
+        if facts["time_features"] is not None:
+            copied.with_guidance_embedding(facts["time_features"])
+        load_model(copied.network, str(folder / WEIGHTS))
+        denoiser = type(copied)(copied.network, copied.schedule, facts["prediction_type"])
+        timesteps, scaling = tuple(facts["timesteps"]), facts["timestep_scaling"]
+        student = Student(denoiser, timesteps, facts["grid"], scaling, facts["guidance"])
+    except (KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"the student in {folder} is damaged ({reason}): distil it again") from None
+    return student.to(teacher.precision.dtype).eval().requires_grad_(False), teacher
 
 
 def _load_parts(

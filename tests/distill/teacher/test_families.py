@@ -38,6 +38,7 @@ from distill.core.sampling import Img2ImgInit, sample_ode
 from distill.core.score import Guided
 from distill.core.teacher import Teacher
 from distill.data.latents import LatentCache
+from distill.one_step.folder import load_student
 from distill.one_step.methods.base import MethodOptions
 from distill.one_step.recipe import OneStepRecipe, run_one_step
 from distill.one_step.trainer import OneStepOptions
@@ -268,6 +269,10 @@ def test_two_cycles_of_dmd2(name: str, critic: str, folders: dict[str, Path], tm
     before = teacher.network.state_dict()
     assert any(not torch.equal(value, before[key]) for key, value in student.items())
     assert all(value.isfinite().all() for value in student.values())
+    again, parts = load_student(tmp_path / "run" / "student", teacher=teacher)
+    assert parts is teacher and len(again.timesteps) == 1
+    loaded = again.denoiser.network.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(loaded[key].float(), value.float()) for key, value in student.items())
 
 
 # Adapters

@@ -307,7 +307,12 @@ def test_losses_students_and_evaluations_run_on_it(
     assert (tmp_path / "image" / "result.json").is_file()
     small = ["run.steps=2", "distill.batch=4", "judge=null", "distill.monitor.every=0"]
     script("distill_one_step", teacher, data, *small, f"run.directory={tmp_path / 'student'}")
-    assert (tmp_path / "student" / "student").is_dir()
+    student = tmp_path / "student" / "student"
+    script("sample", f"student={student}", "prompts=[dark]", "count=2", f"output={tmp_path / 'samples'}")
+    assert (tmp_path / "samples" / "000_01.png").is_file()
+    (student / "student.json").write_text("{}")
+    message = script("sample", f"student={student}", "prompts=[dark]", code=2)
+    assert "names no teacher, which the student" in message
     sizes = [f"evaluation.{key}=4" for key in ("samples", "captions", "each", "batch")]
     figures = script(
         "evaluate_generator", teacher, data, "split=train", "steps=[4]", "judge=null", "labels=none",
