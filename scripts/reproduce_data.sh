@@ -45,7 +45,7 @@ dataset outputs/faces source=faces
 "$python" scripts/train_judge.py attributes=faces labels=none data=outputs/faces resolution=32 \
   run.directory=outputs/judge_faces run.steps=1500
 "$python" scripts/evaluate_generator.py teacher=outputs/faces_teacher/teacher judge=outputs/judge_faces/judge labels=none \
-  data=outputs/faces "guidance=[1, 2]" "steps=[50]" evaluation.samples=1000 output=outputs/evaluate_faces
+  data=outputs/faces "guidance=[1, 2]" "steps=[25]" evaluation.samples=500 output=outputs/evaluate_faces
 
 # Upscaler
 "$python" scripts/make_shapes.py output=outputs/renders512 world.resolution=512 world.train=800 world.validation=16 \

@@ -64,5 +64,5 @@ def test_a_transformers_model_gets_the_preprocessing_of_its_folder(tmp_path: Pat
 
 
 def test_anything_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected judge64, pairs64, elevation64, a teacher"):
+    with pytest.raises(UserError, match="expected judge64, pairs64, elevation64, digits28, a teacher"):
         extractor(str(tmp_path / "nothing"))

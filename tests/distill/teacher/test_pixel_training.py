@@ -296,26 +296,30 @@ def test_rows_of_data_stand_for_prompts(trained: Callable[..., Path]) -> None:
     assert load_teacher(str(trained("none", NoCondition()))).prompt_of(row) == "0"
 
 
-@pytest.mark.parametrize("name", ["class", "context"])
-def test_losses_students_and_evaluations_run_on_it(
-    name: str, trained: Callable[..., Path], tmp_path: Path
-) -> None:
-    """Two steps of score distillation, two cycles of DMD2, and samples of the classes that rows name."""
-    folder = trained(name, CONDITIONS[name])
-    data, teacher = f"data={folder.parents[1] / 'data'}", f"teacher={folder}"
-    script("optimise_image", teacher, "prompt=bright", "run.steps=2", f"run.directory={tmp_path / 'image'}")
-    assert (tmp_path / "image" / "result.json").is_file()
+def test_students_are_distilled_from_it_and_loaded(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Two cycles of DMD2; the student's folder names its teacher, whose prompts it takes."""
+    folder = trained("class", CONDITIONS["class"])
     small = ["run.steps=2", "distill.batch=4", "judge=null", "distill.monitor.every=0"]
-    script("distill_one_step", teacher, data, *small, f"run.directory={tmp_path / 'student'}")
-    student = tmp_path / "student" / "student"
+    data, directory = f"data={folder.parents[1] / 'data'}", f"run.directory={tmp_path / 'run'}"
+    script("distill_one_step", f"teacher={folder}", data, *small, directory)
+    student = tmp_path / "run" / "student"
     script("sample", f"student={student}", "prompts=[dark]", "count=2", f"output={tmp_path / 'samples'}")
     assert (tmp_path / "samples" / "000_01.png").is_file()
     (student / "student.json").write_text("{}")
     message = script("sample", f"student={student}", "prompts=[dark]", code=2)
     assert "names no teacher, which the student" in message
+
+
+def test_losses_and_evaluations_run_on_it(trained: Callable[..., Path], tmp_path: Path) -> None:
+    """Two steps of score distillation; the samples of an evaluation are of the rows' contexts."""
+    folder = trained("context", CONDITIONS["context"])
+    teacher, directory = f"teacher={folder}", f"run.directory={tmp_path / 'image'}"
+    script("optimise_image", teacher, "prompt=bright", "run.steps=2", directory)
+    assert (tmp_path / "image" / "result.json").is_file()
     sizes = [f"evaluation.{key}=4" for key in ("samples", "captions", "each", "batch")]
     figures = script(
-        "evaluate_generator", teacher, data, "split=train", "steps=[4]", "judge=null", "labels=none",
-        "features=shapes64", "evaluation.neighbours=1", *sizes, f"output={tmp_path / 'figures'}",
+        "evaluate_generator", teacher, f"data={folder.parents[1] / 'data'}", "split=train", "steps=[4]",
+        "judge=null", "labels=none", "features=shapes64", "evaluation.neighbours=1", *sizes,
+        f"output={tmp_path / 'figures'}",
     )  # fmt: skip
     assert "frechet" in figures
