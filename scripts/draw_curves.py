@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from entry import entry
 
-from distill.apps.curves import draw_curves, read_curves
+from distill.runtime.curves import draw_curves, read_curves
 
 
 @dataclass(frozen=True, kw_only=True)

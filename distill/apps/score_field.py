@@ -3,7 +3,6 @@
 import io
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -58,7 +57,7 @@ def draw_score_field(options: ScoreFieldOptions) -> Image.Image:
     schedule = NoiseSchedule(make_scheduler(UnetOptions()).alphas_cumprod)
     teacher = MixtureTeacher(ring(options.modes, std=options.std), schedule)
     figure = Figure(figsize=(4 * len(options.sigmas), 4.3), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(1, len(options.sigmas)))
+    axes = figure.subplots(1, len(options.sigmas), squeeze=False)[0]
     fine, coarse = plane(options.extent, 160), plane(options.extent, options.arrows)
     extent = (-options.extent, options.extent) * 2
     for axis, sigma in zip(axes, options.sigmas, strict=True):

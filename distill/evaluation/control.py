@@ -1,6 +1,5 @@
 """Evaluation of adapters: samples against held-out conditions and captions, and fidelity over training."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from distill.evaluation.graders import Graders
 from distill.evaluation.labels import LabelOptions
 from distill.evaluation.probe import Probe
 from distill.one_step.student import Student
+from distill.runtime.curves import Curve, read_curves
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 from distill.runtime.run import Run
 from distill.teacher.pipeline import LatentTeacher
 
 FIGURES = ("silhouette_iou", "depth_correlation", "line_f1")
-Curve = tuple[list[int], list[float]]  # steps and values
 
 
 @dataclass(frozen=True)
@@ -150,13 +149,8 @@ def evaluate_control(
 
 def fidelity_curves(metrics: Path) -> dict[str, Curve]:
     """Every fidelity in a run's metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    logged = {name: [row for row in rows if name in row] for name in FIGURES}
-    return {
-        name: ([row["step"] for row in points], [row[name] for row in points])
-        for name, points in logged.items()
-        if points
-    }
+    curves = read_curves(metrics.parent)
+    return {name: curves[name] for name in FIGURES if name in curves}
 
 
 def finish(run: Run) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The files of a finished scene: its mesh, turntables, renders, and the scene itself."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,10 +126,20 @@ def scene_clip_score(
     return clip_score(clip, render_views(scene, cameras, GREY).rgb, prompts)
 
 
-def upscale_layers(images: Tensor, upscaler: str, side: int) -> Tensor:
-    """Layers side by side (N, 3, H, L H), each upscaled to `side` pixels a side. Raises `UserError`."""
-    loaded = load_upscaler(upscaler)
-    return torch.cat([upscale(loaded, layer, side) for layer in images.split(images.shape[-2], -1)], -1)
+def enlargement(options: ExportOptions) -> Callable[[Tensor], Tensor]:
+    """A map of layers side by side (N, 3, H, L H) to `upscale` pixels a side each; the identity without it.
+
+    Raises `UserError` for an upscaler that cannot be loaded, and when called for a side that it cannot reach.
+    """
+    side = options.upscale
+    if side is None:
+        return lambda images: images
+    upscaler = load_upscaler(options.upscaler)
+
+    def enlarge(images: Tensor) -> Tensor:
+        return torch.cat([upscale(upscaler, part, side) for part in images.split(images.shape[-2], -1)], -1)
+
+    return enlarge
 
 
 def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> dict[str, Any]:
@@ -140,9 +151,8 @@ def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> 
     folder = Path(folder)
     scene.save(folder / "scene")
     cameras = ring(options.frames, options.elevation, options.resolution)
-    frames = render_layers(scene, cameras, options.layers, GREY)
-    if options.upscale is not None:
-        frames = upscale_layers(frames, options.upscaler, options.upscale)
+    enlarge = enlargement(options)
+    frames = enlarge(render_layers(scene, cameras, options.layers, GREY))
     for kind in options.videos:
         (save_video if kind == "mp4" else save_animation)(frames, folder / f"turntable.{kind}", options.fps)
     layers = len(options.layers)
@@ -153,7 +163,7 @@ def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> 
     try:
         extracted = scene.extract_mesh(options.mesh)
     except UserError as error:
-        save_png(folder / "renders.png", image_grid(renders, 8))
+        save_png(folder / "renders.png", image_grid(enlarge(renders), 8))
         return {"mesh": None, "mesh_error": str(error)}
     textured = None
     if options.texture.size:
@@ -163,9 +173,7 @@ def export_scene(scene: Scene3D, folder: Path | str, options: ExportOptions) -> 
 
     mesh_renders = render_mesh(textured or extracted.mesh, cameras, GREY).rgb
     rows = torch.cat([renders, mesh_renders])
-    if options.upscale is not None:
-        rows = upscale_layers(rows, options.upscaler, options.upscale)
-    save_png(folder / "renders.png", image_grid(rows, 8))
+    save_png(folder / "renders.png", image_grid(enlarge(rows), 8))
     difference = (renders - mesh_renders).square().mean()
     return {
         "mesh": {

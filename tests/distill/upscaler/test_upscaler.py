@@ -23,6 +23,7 @@ from distill.upscaler.train import (
     train_upscaler,
     upscaler_figures,
 )
+from sds3d.export.export import ExportOptions, enlargement
 from sds3d.scene.cameras import ring
 from sds3d.world.raycast import RayCaster, render
 from sds3d.world.shapes import make_shape
@@ -141,3 +142,16 @@ def test_options_out_of_range_are_refused(tmp_path: Path) -> None:
     small = CaptionedImages(bars(2).images[..., :16, :16], [{}] * 2)
     with pytest.raises(UserError, match="images of 16 pixels are smaller than crops of 32"):
         train_upscaler(run, small, SMALL)
+
+
+def test_layers_of_an_export_are_enlarged_each(tmp_path: Path) -> None:
+    """Side by side as before; without the option they stay as they are."""
+    save_upscaler(Upscaler(SMALL), tmp_path, {})
+    layers = random_images(2, 16)
+    enlarge = enlargement(ExportOptions(upscale=32, upscaler=str(tmp_path)))
+    both = enlarge(torch.cat([layers, layers.flip(-1)], -1))
+    torch.testing.assert_close(both[..., :32], upscale(load_upscaler(tmp_path), layers, 32))
+    assert both.shape == (2, 3, 32, 64)
+    assert enlargement(ExportOptions())(layers) is layers
+    with pytest.raises(UserError, match="holds no upscaler"):
+        enlargement(ExportOptions(upscale=32, upscaler=str(tmp_path / "other")))

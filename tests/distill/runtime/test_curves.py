@@ -7,7 +7,7 @@ import pytest
 from command_line import script
 from PIL import Image
 
-from distill.apps.curves import draw_curves, read_curves
+from distill.runtime.curves import draw_curves, read_curves
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 
