@@ -29,7 +29,7 @@ from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import machine_info
 from distill.runtime.names import slug
 from distill.runtime.precision import PrecisionName, pick_precision
-from distill.teacher.load import load_teacher, require_latent
+from distill.teacher.load import load_teacher, require_pipeline
 from sds3d.world.conditions import split_condition_images
 
 
@@ -55,12 +55,13 @@ def main(config: Config) -> None:
     options = config.evaluation
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
-    teacher = require_latent(load_teacher(config.teacher, device, dtype))
+    teacher = require_pipeline(load_teacher(config.teacher, device, dtype))
     adapter, trained_on = load_adapter(config.adapter, teacher)
     condition = trained_on if config.condition is None else config.condition
     student = None if config.student is None else load_student(config.student, device, dtype, teacher)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)
     conditions = split_condition_images(config.data, "test", condition, data)
+    data = data.with_prompts(teacher.prompt_of)
     probe = None if config.probe is None else load_probe(config.probe, device, teacher)
     graders = load_graders(config.teacher, config.judge, device=device)
     rows, images = evaluate_control(

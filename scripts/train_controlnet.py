@@ -21,8 +21,8 @@ from distill.runtime.config import as_mapping
 from distill.runtime.experiment import ExperimentInfo
 from distill.runtime.precision import pick_precision
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.load import load_teacher, require_latent
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.load import load_teacher, require_pipeline
+from distill.teacher.pipeline import PipelineTeacher
 from sds3d.world.conditions import split_condition_images
 
 
@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     condition = config.condition
     plan = plan_start(adapter_subject(config.teacher, config.adapter, config.run), config)
     precision = pick_precision(config.run.device, config.run.precision)
-    teacher = require_latent(load_teacher(config.teacher, precision.device, precision.dtype))
+    teacher = require_pipeline(load_teacher(config.teacher, precision.device, precision.dtype))
     train = load_split(config.data, "train", teacher.resolution)
     conditions = split_condition_images(config.data, "train", condition, train)
     held_out = load_held_out(config, teacher)
@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     print(f"written: {run.directory}/{', '.join(files)}")
 
 
-def load_held_out(config: Config, teacher: LatentTeacher) -> HeldOut | None:
+def load_held_out(config: Config, teacher: PipelineTeacher) -> HeldOut | None:
     """The first images of the validation split; None where the data have none."""
     if not (Path(config.data) / "validation").is_dir():
         return None
@@ -76,7 +76,8 @@ def load_held_out(config: Config, teacher: LatentTeacher) -> HeldOut | None:
     limit = config.adapter.validation.samples
     data = load_split(config.data, "validation", teacher.resolution, limit)
     conditions = split_condition_images(config.data, "validation", config.condition, data)
-    return HeldOut(data.texts, conditions, data.composite(slice(None)), probe)
+    prompts = [teacher.prompt_of(row) for row in data.rows]
+    return HeldOut(prompts, conditions, data.composite(slice(None)), probe)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
+from diffusers import (
+    ControlNetModel,
+    FluxControlNetModel,
+    SD3ControlNetModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 
 from distill.control.network import AdapterNetwork, Control, ControlledUnet
+from distill.control.pixel import ControlledClassUnet, PixelControlNet, make_pixel_adapter
 from distill.control.transformer import ControlledFlux, ControlledSD3, make_flux_adapter, make_sd3_adapter
 from distill.core.identity import TeacherIdentity, check_teacher, recorded_teacher, teacher_record
 from distill.core.teacher import Denoiser, Teacher
@@ -19,34 +26,45 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_folder, read_json, write_json
 from distill.runtime.precision import Precision
 from distill.runtime.shipped import names, resolve
-from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
+from distill.teacher.denoiser import DiffusersDenoiser
 from distill.teacher.flow import FluxDenoiser, SD3Denoiser
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.pipeline import LatentTeacher, PipelineTeacher
 
 AnyTeacher = TypeVar("AnyTeacher", bound=Teacher)
 CONDITION_FILE = "condition.json"  # marks an adapter's folder and names its condition
 # Channels of the condition encoder, each after the first at half the resolution.
 CONDITION_CHANNELS = (16, 32, 48, 64)
-CLASSES = {cls.__name__: cls for cls in (ControlNetModel, SD3ControlNetModel, FluxControlNetModel)}
+MODELS = (ControlNetModel, SD3ControlNetModel, FluxControlNetModel, PixelControlNet)
+CLASSES = {cls.__name__: cls for cls in MODELS}
 # What the configs of an adapter and of its network, a U-Net or a transformer, must agree in.
-UNET_SHAPE = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+UNET_SHAPE = (
+    "in_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "num_class_embeds",
+    "projection_class_embeddings_input_dim",
+)
 TRANSFORMER_SHAPE = ("in_channels", "attention_head_dim", "num_attention_heads", "pooled_projection_dim")
 STOCK_CHANNELS, STOCK_RESOLUTION = (16, 32, 96, 256), 512  # of the published adapters of Stable Diffusion
 
 
-def make_adapter(teacher: LatentTeacher) -> AdapterNetwork:
+def make_adapter(teacher: PipelineTeacher) -> AdapterNetwork:
     """An untrained adapter: a float32 copy of the encoder half of the teacher's U-Net, zero convolutions.
 
     Of a transformer, of its first blocks. Raises `UserError` for a teacher of which there are no adapters.
     """
+    if isinstance(teacher.network, UNet2DModel):
+        return make_pixel_adapter(teacher.network).float().to(teacher.device)
     if isinstance(teacher.denoiser, SD3Denoiser):
         return make_sd3_adapter(teacher.network).float().to(teacher.device)
     if isinstance(teacher.denoiser, FluxDenoiser):
         return make_flux_adapter(teacher.network).float().to(teacher.device)
-    if not isinstance(teacher.denoiser, UNetDenoiser):
+    if not isinstance(teacher.network, UNet2DConditionModel):
         raise UserError(
             f"there are no adapters of a {type(teacher.network).__name__}, which {teacher.name_or_path} has: "
-            "give a teacher of Stable Diffusion 1.x, 2.x, XL or 3, or Flux"
+            "give a teacher of Stable Diffusion 1.x, 2.x, XL or 3, Flux, or one of pixels with a U-Net of "
+            "diffusers"
         )
     levels = (teacher.resolution // teacher.latent_shape[1]).bit_length()
     if levels > len(CONDITION_CHANNELS):
@@ -96,12 +114,14 @@ def _controlled_denoiser(
     denoiser: Denoiser, controls: Sequence[Control], teacher: Teacher | None = None
 ) -> DiffusersDenoiser:
     transformer = isinstance(denoiser, (SD3Denoiser, FluxDenoiser)) and teacher is not None
-    if not isinstance(denoiser, UNetDenoiser) and not transformer:
+    unet = isinstance(denoiser.network, (UNet2DConditionModel, UNet2DModel))
+    if not isinstance(denoiser, DiffusersDenoiser) or not (transformer or unet):
         raise UserError(f"there are no adapters of a {type(denoiser).__name__}: leave the controls out")
-    assert isinstance(denoiser, DiffusersDenoiser)
     network, schedule = denoiser.network, denoiser.schedule
     for control in controls:
         _check_shape(control.adapter, network)
+    if isinstance(network, UNet2DModel):
+        return denoiser.with_network(ControlledClassUnet(network, schedule, controls))
     if not transformer:
         return denoiser.with_network(ControlledUnet(network, schedule, controls))
     assert isinstance(teacher, LatentTeacher)
@@ -113,7 +133,8 @@ def _controlled_denoiser(
 def _check_shape(adapter: AdapterNetwork, network: Any) -> None:
     names = UNET_SHAPE if "block_out_channels" in network.config else TRANSFORMER_SHAPE
     ours, theirs = (
-        {name: _plain(config.get(name)) for name in names} for config in (adapter.config, network.config)
+        {name: _plain(config.get(name)) for name in names}
+        for config in (adapter.config.get("unet", adapter.config), network.config)
     )
     different = [f"{name} {ours[name]} and {theirs[name]}" for name in names if ours[name] != theirs[name]]
     if different:

@@ -1,4 +1,4 @@
-"""Condition images for adapters: derived from images (silhouette, edges, scribble), or files of a folder."""
+"""Condition images for adapters: derived from images (silhouettes, edges, lines), or files of a folder."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +11,7 @@ from distill.data.folders import CaptionedImages
 from distill.data.images import read_pixels
 from distill.runtime.errors import UserError
 
+SOFT_SCALES, SOFT_GAIN = (0.7, 1.4, 2.8), 4.0  # pixels; an edge of a quarter of the range is white
 COLUMN = "conditioning_image"  # as in diffusers' ControlNet training and the data sets for it
 
 
@@ -40,6 +41,41 @@ def scribbles(images: Tensor) -> Tensor:
     return torch.from_numpy(binary_dilation(lines, np.ones((1, 1, 3, 3), bool)).astype(np.uint8) * 255)
 
 
+def soft_edges(images: Tensor) -> Tensor:
+    """(N, 1, H, W) uint8: how strong edges are, of images (N, 3, H, W) in [0, 1].
+
+    The place of HED's maps (Xie and Tu 2015, arXiv:1504.06375), which come of a trained network: the largest
+    gradient of a colour channel, averaged over three scales.
+    """
+    from scipy.ndimage import gaussian_filter
+
+    strength = torch.zeros(len(images), *images.shape[2:])
+    for scale in SOFT_SCALES:
+        blur = (0, 0, scale, scale)
+        across, down = (
+            gaussian_filter(images.numpy(), blur, order, mode="nearest")
+            for order in ((0, 0, 0, 1), (0, 0, 1, 0))
+        )
+        strength += scale * torch.from_numpy(np.hypot(across, down).max(1)) / len(SOFT_SCALES)
+    return (strength * SOFT_GAIN * 255).clamp(0, 255).round().to(torch.uint8)[:, None]
+
+
+def straight_lines(images: Tensor) -> Tensor:
+    """(N, 1, H, W) uint8: straight segments of the edges of images (N, 3, H, W) in [0, 1], one pixel wide.
+
+    The place of M-LSD's (Gu et al. 2021, arXiv:2106.00186), by the probabilistic Hough transform.
+    """
+    from skimage.draw import line
+    from skimage.transform import probabilistic_hough_line
+
+    drawn = torch.zeros(len(images), 1, *images.shape[2:], dtype=torch.uint8)
+    shortest = max(images.shape[-1] // 8, 3)
+    for image, canvas in zip(edges(images)[:, 0].numpy(), drawn[:, 0].numpy(), strict=True):
+        for (x0, y0), (x1, y1) in probabilistic_hough_line(image, shortest, shortest, 1, rng=0):
+            canvas[line(y0, x0, y1, x1)] = 255
+    return drawn
+
+
 def listed_images(folder: Path | str, data: CaptionedImages) -> Tensor:
     """(N, 3, H, W) uint8: the files in the rows' column `conditioning_image`, relative to a split's folder.
 
@@ -59,12 +95,15 @@ def listed_images(folder: Path | str, data: CaptionedImages) -> Tensor:
 def condition_images(condition: str, folder: Path | str, data: CaptionedImages) -> Tensor:
     """Condition images (N, 1 or 3, H, W) uint8 of the split in `folder`.
 
-    condition: silhouette, edges, scribble, or `folder` for `listed_images`. Raises `UserError` for another.
+    condition: silhouette, edges, scribble, soft_edges, lines, or `folder` for `listed_images`. Raises
+    `UserError` for another.
     """
     functions: dict[str, Callable[[], Tensor]] = {
         "silhouette": lambda: silhouettes(data),
         "edges": lambda: _in_batches(edges, data),
         "scribble": lambda: _in_batches(scribbles, data),
+        "soft_edges": lambda: _in_batches(soft_edges, data),
+        "lines": lambda: _in_batches(straight_lines, data),
         "folder": lambda: listed_images(folder, data),
     }
     if condition not in functions:

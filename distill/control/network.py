@@ -6,11 +6,10 @@ Zhang, Rao, Agrawala 2023, arXiv:2302.05543: y = F(x; frozen) + Z(F(x + Z(c); co
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias, final
 
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, SD3ControlNetModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -19,7 +18,7 @@ from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule
 from distill.runtime.errors import UserError
 
-AdapterNetwork: TypeAlias = ControlNetModel | SD3ControlNetModel | FluxControlNetModel
+AdapterNetwork: TypeAlias = ModelMixin
 
 
 @dataclass(frozen=True)
@@ -146,18 +145,19 @@ class ControlledUnet(ControlledNetwork):
         self,
         x_t: Tensor,
         t: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         encoder_attention_mask: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
         text: Tensor | None = None,
+        class_labels: Tensor | None = None,
     ) -> UNet2DConditionOutput:
         """x_t (B, C, h, w), t (B,), text embeddings (B, L, D), features (B, F) of a guidance scale.
 
         added_cond_kwargs: pooled embeddings and time ids of Stable Diffusion XL, or a pose's embedding.
         encoder_attention_mask, cross_attention_kwargs: of a multi-view U-Net. text: the embeddings that
-        adapters read, where they are others than the U-Net's.
+        adapters read, where they are others than the U-Net's. class_labels: of a U-Net of pixels.
         """
         inputs = {
             "encoder_hidden_states": encoder_hidden_states,
@@ -165,17 +165,18 @@ class ControlledUnet(ControlledNetwork):
             "added_cond_kwargs": added_cond_kwargs,
             "encoder_attention_mask": encoder_attention_mask,
             "cross_attention_kwargs": cross_attention_kwargs,
+            "class_labels": class_labels,
         }
-        read_by_adapters: dict[str, Any] = {
-            "encoder_hidden_states": encoder_hidden_states if text is None else text
+        read_by_adapters = {
+            "encoder_hidden_states": encoder_hidden_states if text is None else text,
+            "class_labels": class_labels,
+            "added_cond_kwargs": added_cond_kwargs,
         }
-        if added_cond_kwargs is not None:
-            read_by_adapters["added_cond_kwargs"] = added_cond_kwargs
 
         def call(control: Control) -> list[Tensor]:
             adapter, dtype = control.adapter, control.adapter.dtype
             images = control.repeated(control.images, len(x_t)).to(x_t.device, dtype)
-            own = tree_map(partial(Tensor.to, dtype=dtype), read_by_adapters)
+            own = tree_map(lambda value: None if value is None else value.to(dtype), read_by_adapters)
             output = adapter(x_t.to(dtype), t, controlnet_cond=images, **own)
             return [*output.down_block_res_samples, output.mid_block_res_sample]
 

@@ -21,7 +21,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.optim import accumulated_step, cosine_annealing
 from distill.runtime.run import Run
 from distill.runtime.transfer import upload, upload_all
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.pipeline import PipelineTeacher
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class AdapterTrainer:
     def __init__(
         self,
         run: Run,
-        teacher: LatentTeacher,
+        teacher: PipelineTeacher,
         cache: LatentCache,
         conditions: Tensor,
         condition: str,

@@ -22,9 +22,9 @@ from distill.runtime.curves import Curve, read_curves
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 from distill.runtime.run import Run
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.pipeline import PipelineTeacher
 
-FIGURES = ("silhouette_iou", "depth_correlation", "line_f1")
+FIGURES = ("silhouette_iou", "depth_correlation", "line_f1", "edge_correlation")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ControlEvaluationOptions:
 
 
 def adapter_sampler(
-    teacher: LatentTeacher,
+    teacher: PipelineTeacher,
     adapter: AdapterNetwork,
     condition_images: Tensor,
     options: ControlEvaluationOptions,
@@ -93,7 +93,7 @@ class ControlTest:
 class ControlledModels:
     """An adapter, the teacher it was trained on, and a student of that teacher where there is one."""
 
-    teacher: LatentTeacher
+    teacher: PipelineTeacher
     adapter: AdapterNetwork
     student: Student | None = None
 

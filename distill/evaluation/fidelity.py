@@ -7,10 +7,13 @@ from scipy.ndimage import binary_dilation
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from distill.control.conditions import edges, scribbles
+from distill.control.conditions import edges, scribbles, soft_edges, straight_lines
 from distill.evaluation.probe import Probe, predict_geometry
 
-LINES, GEOMETRY = ("edges", "scribble"), ("silhouette", "depth", "normals")  # conditions with a figure
+# How the lines of a sample are extracted, and how many pixels they may be off.
+LINES = {"edges": (edges, 1), "scribble": (scribbles, 2), "lines": (straight_lines, 2)}
+GEOMETRY = ("silhouette", "depth", "normals", "segmentation")  # whose figures need a probe
+SOFT_EDGES = "soft_edges"
 
 
 def mask_iou(prediction: Tensor, target: Tensor) -> Tensor:
@@ -28,6 +31,14 @@ def rank_correlation(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor
     return torch.tensor(correlations).nan_to_num(0.0)
 
 
+def correlation(images: Tensor, others: Tensor) -> Tensor:
+    """Pearson's correlation (B,) of pixels (B, C, H, W); 0 where either image is constant."""
+    pairs = torch.stack([images.flatten(1).double(), others.flatten(1).double()])
+    pairs -= pairs.mean(2, keepdim=True)
+    norms = pairs.norm(dim=2).prod(0)
+    return torch.where(norms > 0, pairs.prod(0).sum(1) / norms.clamp_min(1e-12), 0.0)
+
+
 def line_f1(prediction: Tensor, target: Tensor, tolerance: int = 1) -> Tensor:
     """F1 (B,) of lines (B, 1, H, W) bool, matched within `tolerance` pixels as in boundary benchmarks."""
     side = 2 * tolerance + 1
@@ -43,7 +54,7 @@ def line_f1(prediction: Tensor, target: Tensor, tolerance: int = 1) -> Tensor:
 
 def has_figures(condition: str, probe: Probe | None) -> bool:
     """Whether `fidelity` has a figure of a condition."""
-    return condition in LINES or (condition in GEOMETRY and probe is not None)
+    return condition in (*LINES, SOFT_EDGES) or (condition in GEOMETRY and probe is not None)
 
 
 def fidelity(
@@ -51,12 +62,14 @@ def fidelity(
 ) -> dict[str, Tensor]:
     """Figures (B,) of samples (B, 3, H, W) in [0, 1] against their condition images, uint8.
 
-    silhouette and normals: `silhouette_iou`; depth: that and `depth_correlation`, where both sample and
-    condition have an object; edges and scribble: `line_f1`. Other conditions have no figure, and without a
-    probe only lines have one.
+    silhouette, normals and segmentation: `silhouette_iou`; depth: that and `depth_correlation`, where both
+    sample and condition have an object; edges, scribble and lines: `line_f1`; soft_edges: `edge_correlation`.
+    Other conditions have no figure, and without a probe only lines and edges have one.
     """
+    if condition == SOFT_EDGES:
+        return {"edge_correlation": correlation(soft_edges(samples), condition_images[:, :1])}
     if condition in LINES:
-        extract, tolerance = (edges, 1) if condition == "edges" else (scribbles, 2)
+        extract, tolerance = LINES[condition]
         return {"line_f1": line_f1(extract(samples) > 0, condition_images[:, :1] > 0, tolerance)}
     if condition not in GEOMETRY or probe is None:
         return {}

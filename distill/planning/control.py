@@ -10,7 +10,7 @@ from distill.planning.one_step import placeholder_data
 from distill.planning.plan import Job, Subject, Trial
 from distill.planning.teachers import teacher_modules
 from distill.runtime.run import Run, RunOptions
-from distill.teacher.load import require_latent
+from distill.teacher.load import require_pipeline
 
 
 def adapter_subject(teacher: str, options: AdapterOptions, run: RunOptions) -> Subject:
@@ -20,7 +20,7 @@ def adapter_subject(teacher: str, options: AdapterOptions, run: RunOptions) -> S
         data = placeholder_data(teacher, options.batch * options.accumulate)
         shape = (3, teacher.resolution, teacher.resolution)
         conditions = torch.zeros(1, *shape, dtype=torch.uint8).expand(len(data), -1, -1, -1)
-        trainer = AdapterTrainer(run, require_latent(teacher), data, conditions, "planned", options)
+        trainer = AdapterTrainer(run, require_pipeline(teacher), data, conditions, "planned", options)
         jobs = [Job("update", run.options.steps, partial(trainer.step, 0))]
         modules = {**teacher_modules(teacher), "adapter": trainer.adapter}
         return Trial(modules, partial(trainer.step, 0), jobs)

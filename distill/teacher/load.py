@@ -9,7 +9,7 @@ from distill.core.teacher import Teacher, TeacherSource
 from distill.runtime.config import build
 from distill.runtime.errors import UserError
 from distill.teacher.families import load_diffusers
-from distill.teacher.pipeline import LatentTeacher
+from distill.teacher.pipeline import LatentTeacher, PipelineTeacher
 from distill.teacher.tiny_autoencoder import with_autoencoder
 
 
@@ -35,6 +35,14 @@ def load_teacher(
         raise UserError(f"teacher {name_or_path} cannot be read ({reason}): give a YAML file") from None
     teacher = build(TeacherSource, values, "teacher").build(torch.device(device), dtype)
     return with_autoencoder(teacher, autoencoder)
+
+
+def require_pipeline(teacher: Teacher) -> PipelineTeacher:
+    """The teacher, for what needs a network of diffusers. Raises `UserError` for one of another family."""
+    if not isinstance(teacher, PipelineTeacher):
+        name = type(teacher).__name__
+        raise UserError(f"teacher {teacher.name_or_path} is a {name}: a model of diffusers is needed here")
+    return teacher
 
 
 def require_latent(teacher: Teacher) -> LatentTeacher:

@@ -19,8 +19,8 @@ VOCABULARY = "words.json"  # beside the tokenizer's files: the words allowed in 
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words of a text, punctuation dropped."""
-    return re.findall(r"[a-z0-9]+", text.lower())
+    """Lower-case words of a text, and single digits, as CLIP's tokenizer splits it; punctuation dropped."""
+    return re.findall(r"[a-z]+|[0-9]", text.lower())
 
 
 def build_tokenizer(texts: Iterable[str], context_length: int = 24) -> tuple[CLIPTokenizer, list[str]]:

@@ -1,4 +1,4 @@
-"""Text-to-3D conditioned on a coarse mesh: on its depth, silhouette or normals from each camera."""
+"""Text-to-3D conditioned on a coarse mesh: on its depth, silhouette, normals or parts from each camera."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +29,8 @@ class MeshControlOptions:
 
     mesh: str
     adapter: str = "depth"  # a shipped name, or a folder
-    condition: Literal["", "silhouette", "depth", "normals"] = (
-        ""  # needed where the adapter's folder has none
-    )
+    # needed where the adapter's folder has none
+    condition: Literal["", "silhouette", "depth", "normals", "segmentation"] = ""
     weight: float = 1.0
     start: float = 0.0  # it acts in this part of the denoising; 0 is pure noise
     end: float = 1.0

@@ -13,8 +13,9 @@ from distill.data.folders import CaptionedImages
 from distill.runtime.errors import UserError
 from sds3d.scene.cameras import Cameras, orbit
 from sds3d.world.raycast import RayCaster, render
+from sds3d.world.segments import segmentation_images
 
-CONDITIONS = ("silhouette", "depth", "normals")
+CONDITIONS = ("silhouette", "depth", "normals", "segmentation")
 NEAR, FAR = 1.7, 4.3  # range of distances of the unit ball from the world's cameras
 FAR_GREY = 55  # level of an image's farthest point
 MIN_RANGE = 0.5  # smaller ranges of distances are not stretched to all levels
@@ -48,16 +49,17 @@ def nearness(depth: Tensor) -> Tensor:
     return torch.where(depth > 0, ((FAR - depth) / (FAR - NEAR)).clamp(0, 1), 0.0)[:, None]
 
 
-def world_geometry(folder: Path | str, split: str, name: Literal["depth", "normal"], count: int) -> Tensor:
-    """Distances (N, H, W) float16, or unit normals (N, H, W, 3) times 127 int8, of a split's first N images.
+def world_geometry(
+    folder: Path | str, split: str, name: Literal["depth", "normal", "part"], count: int
+) -> Tensor:
+    """Distances (N, H, W) float16, unit normals (N, H, W, 3) times 127 int8, or parts (N, H, W) uint8.
 
-    Raises `UserError` where the world was written without `world.geometry=true`.
+    Of a split's first N images. Raises `UserError` where the world was written without `world.geometry=true`.
     """
     from safetensors.torch import load_file
 
-    blocks = [
-        load_file(path)[name] for path in sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors"))
-    ]
+    files = map(load_file, sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors")))
+    blocks = [values[name] for values in files if name in values]  # earlier versions wrote no parts
     values = torch.cat(blocks)[:count] if blocks else torch.zeros(0)
     if len(values) < count:
         command = f"scripts/make_shapes.py output={folder} world.geometry=true"
@@ -69,6 +71,8 @@ def geometry_images(folder: Path | str, split: str, condition: str, rows: Sequen
     """Condition images (N, 1 or 3, H, W) of the rows of a split, from the geometry files of the world."""
     if condition == "depth":
         return depth_images(world_geometry(folder, split, "depth", len(rows)))
+    if condition == "segmentation":
+        return segmentation_images(world_geometry(folder, split, "part", len(rows)))
     normals = world_geometry(folder, split, "normal", len(rows))
     angles = torch.tensor([[row["azimuth"], row["elevation"]] for row in rows])
     ones = torch.ones(len(rows))
@@ -93,4 +97,6 @@ def mesh_condition_images(caster: RayCaster, condition: str, cameras: Cameras) -
         return (alpha * 255 + 0.5).to(torch.uint8)[:, None]
     if condition == "depth":
         return depth_images(torch.from_numpy(np.stack([view.depth for view in views])))
+    if condition == "segmentation":
+        return segmentation_images(torch.from_numpy(np.stack([caster.parts[view.face] for view in views])))
     return normal_images(torch.from_numpy(np.stack([view.normal for view in views])), cameras.rotation)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import trimesh
 from torch import Tensor
 
 from sds3d.scene.cameras import Cameras
+from sds3d.world.segments import face_parts
 
 Albedo = np.ndarray | Callable[[np.ndarray, np.ndarray], np.ndarray]
 AMBIENT = 0.5
@@ -22,6 +24,7 @@ class Render:
     rgba: np.ndarray  # (H, W, 4) in [0, 1], alpha not premultiplied
     depth: np.ndarray  # (H, W) distance from the camera
     normal: np.ndarray  # (H, W, 3) unit, world axes
+    face: np.ndarray  # (H, W) int64, the highest index of those that a pixel's rays hit; -1 for none
 
 
 class RayCaster:
@@ -31,10 +34,15 @@ class RayCaster:
         from embreex import rtcore_scene
         from embreex.mesh_construction import TriangleMesh
 
-        self.faces = mesh.faces
+        self.mesh, self.faces = mesh, mesh.faces
         self.corner_normals = np.asarray(mesh.vertex_normals, np.float32)[mesh.faces]  # (F, 3, 3)
         self.scene = rtcore_scene.EmbreeScene()
         self.geometry = TriangleMesh(self.scene, mesh.vertices[mesh.faces].astype(np.float32))
+
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """`face_parts` (F + 1,), and 0 for the index -1 of a miss."""
+        return np.append(face_parts(self.mesh), np.uint8(0))
 
     def cast(self, origins: Tensor, directions: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For rays (..., 3): face index (N,); distance (N,); smooth unit normals (N, 3). Miss: -1, any, 0."""
@@ -94,4 +102,5 @@ def render(
     mean = sums / np.maximum(count, 1)
     rgba = np.concatenate([mean[..., :3], count / (k * k)], -1)
     length = np.linalg.norm(mean[..., 4:7], axis=-1, keepdims=True)
-    return Render(rgba, mean[..., 3], mean[..., 4:7] / np.maximum(length, 1e-9))
+    faces = face.reshape(size, k, size, k).max((1, 3))
+    return Render(rgba, mean[..., 3], mean[..., 4:7] / np.maximum(length, 1e-9), faces)

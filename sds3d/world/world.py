@@ -6,7 +6,7 @@ and a larger data set begins with the smaller one.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,7 +67,7 @@ class WorldOptions:
     hold_out: bool = True  # false: every split has all objects in all colours, as a judge's data must
     random_light: bool = False  # lights rotated about z, as augmentation of a judge's data, not a teacher's
     supersample: int = 2  # rays per pixel along each axis
-    geometry: bool = False  # also write depth and normals (geometry/*.safetensors)
+    geometry: bool = False  # also write depth, normals and parts (geometry/*.safetensors)
     resolution: int = 64  # pixels a side
     camera: CameraOptions = field(default_factory=CameraOptions)
 
@@ -210,8 +210,8 @@ def _single_caster(name: str) -> "RayCaster":
 
 def _render_group(
     options: WorldOptions, group: list[tuple[dict[str, Any], Cameras]]
-) -> Iterator[tuple[str, "Render"]]:
-    """File names and renders of rows of one group."""
+) -> Iterator[tuple[str, "Render", "RayCaster"]]:
+    """File names and renders of rows of one group, and what rendered them."""
     from sds3d.world.raycast import RayCaster, render
 
     row = group[0][0]
@@ -226,7 +226,7 @@ def _render_group(
 
     albedo = pattern_albedo if shape.patterns else face_albedo
     for row, camera in group:
-        yield row["file_name"], render(caster, albedo, camera, options.supersample, rotation)
+        yield row["file_name"], render(caster, albedo, camera, options.supersample, rotation), caster
 
 
 def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str, Any]]:
@@ -241,11 +241,11 @@ def _write_block(job: tuple[WorldOptions, str, int, int, str]) -> list[dict[str,
         missing = [v for v in group if missing_geometry or not (folder / v[0]["file_name"]).exists()]
         if not missing:
             continue
-        for name, view in _render_group(options, missing):
+        for name, view, caster in _render_group(options, missing):
             with atomic_path(folder / name) as temporary:
                 Image.fromarray((view.rgba * 255 + 0.5).astype(np.uint8), "RGBA").save(temporary)
             if missing_geometry:
-                geometry.append((view.depth, view.normal))
+                geometry.append((view.depth, view.normal, caster.parts[view.face]))
     if missing_geometry:
         _write_geometry(geometry_path, geometry)
     return rows
@@ -258,17 +258,19 @@ def _is_complete(path: Path, count: int) -> bool:
     if not path.exists():
         return False
     with safe_open(path, "np") as tensors:
+        if "part" not in tensors.keys():  # noqa: SIM118 (safetensors' file is no mapping): of an earlier version
+            return False
         return tensors.get_slice("depth").get_shape()[0] == count
 
 
-def _write_geometry(path: Path, geometry: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """depth (N, H, W) float16 and normal (N, H, W, 3) int8 (times 127) of a block of images."""
+def _write_geometry(path: Path, geometry: Sequence[tuple[np.ndarray, ...]]) -> None:
+    """depth (N, H, W) float16, normal (N, H, W, 3) int8 (times 127) and part (N, H, W) uint8 of a block."""
     from safetensors.numpy import save_file
 
-    depth = np.stack([d for d, _ in geometry]).astype(np.float16)
-    normal = np.round(np.stack([n for _, n in geometry]) * 127).astype(np.int8)
+    depth, normal, part = (np.stack(list(values)) for values in zip(*geometry, strict=True))
+    half, eighth = depth.astype(np.float16), np.round(normal * 127).astype(np.int8)
     with atomic_path(path) as temporary:
-        save_file({"depth": depth, "normal": normal}, temporary)
+        save_file({"depth": half, "normal": eighth, "part": part}, temporary)
 
 
 def _claim(folder: Path, options: WorldOptions) -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distill.control.adapter import controlled, controlled_student, load_adapter, make_adapter, save_adapter
-from distill.control.conditions import adapter_input, condition_images, edges, listed_images, scribbles
+from distill.control.conditions import (
+    adapter_input,
+    condition_images,
+    edges,
+    listed_images,
+    scribbles,
+    soft_edges,
+    straight_lines,
+)
 from distill.control.network import Control
 from distill.control.train import AdapterOptions, AdapterTrainer
 from distill.core.noise import PredictionType
@@ -244,10 +252,36 @@ def test_conditions_derived_from_images() -> None:
     assert 60 < len(points) < 200  # a circle, the disc's outline
     assert float((points.norm(dim=1) - 300**0.5).abs().max()) < 3
     assert (scribbles(data.composite(slice(None))) > 0).sum() > 2 * (lines > 0).sum()
-    with pytest.raises(UserError, match="none of silhouette, edges, scribble, folder"):
+    with pytest.raises(UserError, match="none of silhouette, edges, scribble, soft_edges, lines, folder"):
         condition_images("pose", "x", data)
     with pytest.raises(UserError, match="alpha channel"):
         condition_images("silhouette", "x", CaptionedImages(images[:, :3], data.rows))
+
+
+def test_soft_edges_are_strongest_on_the_outline() -> None:
+    """The radius of their maximum is the disc's; twice the contrast is twice the strength."""
+    strength = soft_edges(0.1 * disc())[0, 0].float()
+    rows, columns = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    radius = ((rows - 32) ** 2 + (columns - 28) ** 2).sqrt()
+    near = (radius - 300**0.5).abs()
+    assert float(strength[near < 1].min()) > 20 > 5 > float(strength[near > 10].max())
+    ratio = soft_edges(0.2 * disc())[0, 0].float()[near < 1] / strength[near < 1]
+    torch.testing.assert_close(ratio, torch.full_like(ratio, 2.0), atol=0.1, rtol=0)
+
+
+def test_straight_lines_leave_short_and_curved_edges_out() -> None:
+    """A square has four, as long as its sides; a small disc has none."""
+    square = torch.zeros(1, 3, 64, 64)
+    square[..., 16:48, 20:44] = 1.0
+    lines = straight_lines(square)[0, 0] > 0
+    border = torch.zeros(64, 64, dtype=torch.bool)
+    border[14:50, 18:46] = True
+    border[19:45, 23:41] = False
+    assert not (lines & ~border).any()
+    assert 100 < int(lines.sum()) < 200  # the perimeter is 112, edges are up to two pixels wide
+    dot = torch.zeros(1, 3, 64, 64)
+    dot[..., 30:33, 30:33] = 1.0
+    assert edges(dot).any() and not straight_lines(dot).any()
 
 
 def test_conditions_of_a_conditioning_image_column(tmp_path: Path) -> None:

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill.evaluation.fidelity import emergence_step, fidelity, line_f1, mask_iou, rank_correlation
+from distill.control.conditions import soft_edges, straight_lines
+from distill.evaluation.fidelity import (
+    correlation,
+    emergence_step,
+    fidelity,
+    line_f1,
+    mask_iou,
+    rank_correlation,
+)
 from distill.evaluation.probe import Probe, ProbeOptions, depth_loss
 
 
@@ -21,6 +29,23 @@ def test_fidelity_by_hand() -> None:
     line[..., 2], near[..., 3], far[..., 6] = True, True, True
     assert float(line_f1(near, line)) == pytest.approx(1.0) and float(line_f1(far, line)) == 0.0
     assert float(line_f1(near | far, line)) == pytest.approx(2 / 3)
+
+
+def test_edges_and_lines_of_the_condition_itself_are_perfect() -> None:
+    """And of another image they are not."""
+    images = torch.zeros(2, 3, 64, 64)
+    images[0, :, 10:40, 10:30] = 0.8
+    images[1, :, 30:60, 20:60] = 0.8
+    for condition, extract, figure in (
+        ("soft_edges", soft_edges, "edge_correlation"),
+        ("lines", straight_lines, "line_f1"),
+    ):
+        targets = extract(images)
+        assert fidelity(condition, images, targets, None)[figure].tolist() == pytest.approx([1, 1])
+        assert float(fidelity(condition, images, targets.flip(0), None)[figure].max()) < 0.4
+    ramp = torch.arange(6.0).view(1, 1, 2, 3)
+    assert float(correlation(ramp, 3 - 2 * ramp)) == pytest.approx(-1)
+    assert float(correlation(ramp, torch.ones_like(ramp))) == 0.0
 
 
 def test_emergence_step_is_the_first_one_halfway_to_the_best() -> None:

@@ -289,12 +289,15 @@ def test_geometry_agrees_with_the_images(written: Path) -> None:
     blocks = {"train": [0, 4], "validation": [0], "test": [0]}
     for split, firsts in blocks.items():
         parts = [load_file(written / "geometry" / f"{split}-{first:06d}.safetensors") for first in firsts]
-        depth, normal = (np.concatenate([part[key] for part in parts]) for key in ("depth", "normal"))
+        depth, normal, part = (
+            np.concatenate([block[key] for block in parts]) for key in ("depth", "normal", "part")
+        )
         images = [Image.open(path) for path in sorted((written / split).glob("*.png"))]
         hit = np.stack([np.asarray(image)[..., 3] for image in images]) > 0
         assert depth.shape == hit.shape and depth.dtype == np.float16
         assert normal.shape == (*hit.shape, 3) and normal.dtype == np.int8
         np.testing.assert_array_equal(depth > 0, hit)
+        np.testing.assert_array_equal(part > 0, hit)
         assert depth[hit].min() > 2.75 - 0.9 and depth.max() < 3.25 + 0.9
         length = np.linalg.norm(normal.astype(np.float32) / 127, axis=-1)
         assert (np.abs(length[hit] - 1) < 0.02).all() and (length[~hit] == 0).all()
