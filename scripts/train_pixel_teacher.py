@@ -1,4 +1,4 @@
-"""A teacher of pixels, without a VAE: conditioned on classes, on context vectors, or on nothing.
+"""A teacher of pixels, without a VAE: conditioned on classes, vectors, images, CLIP's embeddings, or nothing.
 
 python scripts/make_dataset.py source=mnist output=outputs/mnist
 python scripts/train_pixel_teacher.py

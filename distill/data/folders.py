@@ -17,6 +17,7 @@ from distill.data.images import BACKGROUND, read_pixels
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 
+PATH = "path"  # in the rows of `load_split`: the image's file
 MAPPED_BYTES = 4 * 2**30  # of a split's images, above which they are mapped from a file
 
 
@@ -97,10 +98,12 @@ def load_split(
 ) -> CaptionedImages:
     """One split of a captioned image folder (`folder/split/metadata.jsonl`), at most `limit` rows.
 
-    Raises `UserError` for a missing folder or split, malformed rows and unreadable images.
+    Its rows name the image's file too, as `PATH`. Raises `UserError` for a missing folder or split, malformed
+    rows and unreadable images.
     """
     folder = Path(folder) / split
-    return load_rows(folder, read_rows(folder)[:limit], resolution)
+    rows = [{**row, PATH: str(folder / row["file_name"])} for row in read_rows(folder)[:limit]]
+    return load_rows(folder, rows, resolution)
 
 
 def load_rows(folder: Path, rows: list[dict[str, Any]], resolution: int) -> CaptionedImages:

@@ -14,6 +14,8 @@ from distill.core.teacher import Teacher, TeacherSource
 from distill.runtime.errors import UserError
 from distill.runtime.files import read_json
 from distill.runtime.precision import resolve_precision
+from distill.teacher.clip_conditions import load_clip_teacher
+from distill.teacher.concatenation import ConcatenationTeacher, InpaintingCondition, LowResolutionCondition
 from distill.teacher.contexts import ContextTeacher
 from distill.teacher.flow import FluxTeacher, StableDiffusion3Teacher
 from distill.teacher.identity import identify
@@ -88,18 +90,38 @@ def build_teacher(
     if FAMILIES[name] is ClassTeacher:
         file = Path(path) / CONDITIONING
         facts = read_json(file) if file.is_file() else {"kind": "class", "names": [], "null_class": None}
-        if facts["kind"] == "context":
-            if source is not None and source.null_class is not None:
-                raise UserError(f"null_class is {source.null_class}, but {path} has no classes: leave it out")
-            return ContextTeacher(pipeline, facts["names"], path, identity, facts["column"])
-        null_class = facts["null_class"] if source is None else source.null_class
-        return ClassTeacher(pipeline, path, identity, null_class, facts["names"], facts.get("column"))
+        return _pixel_teacher(pipeline, facts, path, identity, source)
     if source is not None and source.resolution is not None:
         factor = pipeline.vae_scale_factor
         if source.resolution % (2 * factor):
             raise UserError(f"resolution is {source.resolution}: expected a multiple of {2 * factor}")
         pipeline.default_sample_size = source.resolution // factor
     return FAMILIES[name](pipeline, path, identity)
+
+
+def _pixel_teacher(
+    pipeline: Any,
+    facts: Mapping[str, Any],
+    path: str,
+    identity: TeacherIdentity | None,
+    source: PipelineSource | None,
+) -> Teacher:
+    """A teacher trained here, by the kind of its condition; or of classes, made elsewhere."""
+    kind = facts["kind"]
+    if kind in ("class", "none"):
+        null_class = facts["null_class"] if source is None else source.null_class
+        return ClassTeacher(pipeline, path, identity, null_class, facts["names"], facts.get("column"))
+    if source is not None and source.null_class is not None:
+        raise UserError(f"null_class is {source.null_class}, but {path} has no classes: leave it out")
+    if kind == "context":
+        return ContextTeacher(pipeline, facts["names"], path, identity, facts["column"])
+    if kind == "clip":
+        return load_clip_teacher(pipeline, facts, path, identity)
+    if kind == "low_resolution":
+        return ConcatenationTeacher(pipeline, LowResolutionCondition(facts["factor"]), path, identity)
+    if kind == "inpainting":
+        return ConcatenationTeacher(pipeline, InpaintingCondition(facts["largest"]), path, identity)
+    raise UserError(f"{path}/{CONDITIONING} has the kind {kind!r}: it was written by a newer version")
 
 
 def _check_source(name: str, source: PipelineSource | None) -> None:

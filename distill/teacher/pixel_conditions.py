@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -24,8 +25,8 @@ MOST_CLASSES = 10_000  # a label beyond is taken for a mistake
 class ConditionTable(NamedTuple):
     """What the images of a split are conditioned on.
 
-    names: of classes, or of a context's numbers; rows (K + 1, 1, D): distinct conditions and, last, none at
-    all; indices (N,): the row of each image.
+    names: of classes, or of a context's numbers; rows (K + 1, 1, D), or (K + 1, C, h, w) of images: distinct
+    conditions and, last, none at all; indices (N,): the row of each image.
     """
 
     names: list[str]
@@ -42,7 +43,7 @@ class PixelCondition(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """The `kind` in conditioning.json: class, context or none."""
+        """The `kind` in conditioning.json: that of a teacher in `distill.teacher.families`."""
 
     @abstractmethod
     def table(self, data: CaptionedImages) -> ConditionTable:
@@ -57,6 +58,10 @@ class PixelCondition(ABC):
     ) -> DiffusersDenoiser:
         """The network behind the protocol of all denoisers."""
         return ClassDenoiser(network, schedule, prediction)
+
+    def save_facts(self, folder: Path) -> dict[str, Any]:
+        """What conditioning.json says besides; what else prompts need is written into the folder."""
+        return {}
 
 
 @final
@@ -77,7 +82,7 @@ class NoCondition(PixelCondition):
 
     def build(self, options: UnetOptions, channels: int, side: int, table: ConditionTable) -> nn.Module:
         """As of every condition: a `UNet2DModel`."""
-        return UNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, **_blocks(options))
+        return UNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, **blocks(options))
 
 
 @final
@@ -101,11 +106,11 @@ class ClassCondition(PixelCondition):
 
     def build(self, options: UnetOptions, channels: int, side: int, table: ConditionTable) -> nn.Module:
         """As of every condition: a `UNet2DModel`, or a `ClassChannelsUnet` with one inside."""
-        classes, blocks = len(table.rows), _blocks(options)
+        classes, sizes = len(table.rows), blocks(options)
         if self.channels is not None:
-            return ClassChannelsUnet(side, channels, classes, self.channels, blocks)
+            return ClassChannelsUnet(side, channels, classes, self.channels, sizes)
         return UNet2DModel(
-            sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=classes, **blocks
+            sample_size=side, in_channels=channels, out_channels=channels, num_class_embeds=classes, **sizes
         )
 
 
@@ -135,15 +140,7 @@ class ContextCondition(PixelCondition):
         size = table.rows.shape[-1]
         if self.context_unet is not None:
             return ContextUnet(side, channels, channels, self.context_unet, size, options.timesteps)
-        return UNet2DConditionModel(
-            sample_size=side,
-            in_channels=channels,
-            out_channels=channels,
-            mid_block_type="UNetMidBlock2D",
-            class_embed_type="projection",
-            projection_class_embeddings_input_dim=size,
-            **_blocks(options),
-        )
+        return vector_unet(options, channels, side, size)
 
     def denoiser(
         self, network: nn.Module, schedule: NoiseSchedule, prediction: PredictionType
@@ -152,7 +149,20 @@ class ContextCondition(PixelCondition):
         return ContextDenoiser(network, schedule, prediction)
 
 
-def _blocks(options: UnetOptions) -> dict[str, Any]:
+def vector_unet(options: UnetOptions, channels: int, side: int, size: int) -> UNet2DConditionModel:
+    """An untrained U-Net without attention to tokens, which reads a vector of so many numbers."""
+    return UNet2DConditionModel(
+        sample_size=side,
+        in_channels=channels,
+        out_channels=channels,
+        mid_block_type="UNetMidBlock2D",
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=size,
+        **blocks(options),
+    )
+
+
+def blocks(options: UnetOptions) -> dict[str, Any]:
     """The arguments of diffusers' U-Nets in which all conditions agree; attention at the coarsest level."""
     levels = len(options.channels)
     return {

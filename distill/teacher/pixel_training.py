@@ -101,5 +101,6 @@ def save_pixel_teacher(
             "names": table.names,
             "column": condition.column,
             "null_class": len(table.names) if condition.kind == "class" else None,
+            **condition.save_facts(temporary),
         }
         write_json(temporary / CONDITIONING, facts)

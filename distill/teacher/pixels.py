@@ -17,8 +17,8 @@ from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser, UNetDenoiser
 from distill.teacher.pipeline import PipelineTeacher
 
-# Of a folder: {"kind": class, context or none, "names": [...], "column": of the data's rows,
-# "null_class": the class of no label}
+# Of a folder: {"kind": class, context, none, low_resolution, inpainting or clip, "names": [...],
+# "column": of the data's rows, "null_class": the class of no label, and what else the kind needs}
 CONDITIONING = "conditioning.json"
 
 
@@ -40,7 +40,12 @@ class PixelTeacher(PipelineTeacher):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
         side = self.network.config.sample_size
-        return self.network.config.in_channels, side, side
+        return self.channels, side, side
+
+    @property
+    def channels(self) -> int:
+        """Of its images: 3, or 1 for grey."""
+        return self.network.config.in_channels
 
     @property
     def resolution(self) -> int:
@@ -49,7 +54,7 @@ class PixelTeacher(PipelineTeacher):
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], scaled to [-1, 1]; their mean where the network is grey."""
-        return encode_pixels(images, self.network.config.in_channels)
+        return encode_pixels(images, self.channels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], clamped."""
