@@ -68,12 +68,12 @@ def straight_lines(images: Tensor) -> Tensor:
     from skimage.draw import line
     from skimage.transform import probabilistic_hough_line
 
-    drawn = torch.zeros(len(images), 1, *images.shape[2:], dtype=torch.uint8)
+    segments = torch.zeros(len(images), 1, *images.shape[2:], dtype=torch.uint8)
     shortest = max(images.shape[-1] // 8, 3)
-    for image, canvas in zip(edges(images)[:, 0].numpy(), drawn[:, 0].numpy(), strict=True):
+    for image, canvas in zip(edges(images)[:, 0].numpy(), segments[:, 0].numpy(), strict=True):
         for (x0, y0), (x1, y1) in probabilistic_hough_line(image, shortest, shortest, 1, rng=0):
             canvas[line(y0, x0, y1, x1)] = 255
-    return drawn
+    return segments
 
 
 def listed_images(folder: Path | str, data: CaptionedImages) -> Tensor:

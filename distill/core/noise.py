@@ -78,6 +78,15 @@ class NoiseSchedule:
         """The times that a diffusers scheduler's timesteps stand for: the nearest integers."""
         return timestep.round().long()
 
+    def posterior_weight(self, t: Tensor) -> Tensor:
+        """The coefficient (B,) of x0 in the mean of q(x_{t-1} | x_t, x0) at integer times (B,); 1 at time 0.
+
+        sqrt(abar_{t-1}) beta_t / (1 - abar_t), Ho et al. 2020 (arXiv:2006.11239), eq. 7.
+        """
+        signal = self.alpha(t).flatten().square()
+        before = torch.where(t > 0, self.alpha((t - 1).clamp_min(0)).flatten().square(), 1.0)
+        return before.sqrt() * (1 - signal / before) / (1 - signal)
+
     def betas(self, count: int) -> list[float]:
         """The first `count` betas, 1 - the ratio of consecutive cumulative products (diffusers'
         `trained_betas`).

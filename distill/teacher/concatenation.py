@@ -152,17 +152,17 @@ class InpaintingCondition(ImageCondition):
     def read(self, path: str, side: int) -> Tensor:
         """As of every image condition: transparent pixels are unknown, or the centre of an opaque image."""
         pixels = torch.from_numpy(read_pixels(path, side).copy()).permute(2, 0, 1)[None]
-        known = torch.ones(1, 1, side, side, dtype=torch.bool)
+        mask = torch.ones(1, 1, side, side, dtype=torch.bool)
         if pixels.shape[1] == 4:
-            known = pixels[:, 3:] > 127
+            mask = pixels[:, 3:] > 127
         else:
-            known[:, :, side // 4 : side - side // 4, side // 4 : side - side // 4] = False
-        return masked_map(pixels[:, :3].float() / 255, known)[0]
+            mask[:, :, side // 4 : side - side // 4, side // 4 : side - side // 4] = False
+        return masked_map(pixels[:, :3].float() / 255, mask)[0]
 
 
-def masked_map(images: Tensor, known: Tensor) -> Tensor:
+def masked_map(images: Tensor, mask: Tensor) -> Tensor:
     """Maps (B, 4, H, W) of images (B, 3, H, W) in [0, 1] and which pixels (B, 1, H, W) are known."""
-    return torch.cat([(2 * images - 1) * known, known.to(images)], 1)
+    return torch.cat([(2 * images - 1) * mask, mask.to(images)], 1)
 
 
 @final

@@ -27,6 +27,7 @@ from distill.teacher.folder import load_initial
 from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
 from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
 
+LossTarget = Literal["target", "x0", "previous"]
 COMPILED_SHAPES = 64  # of inputs, for which a kind of block is compiled anew
 
 
@@ -53,6 +54,9 @@ class UnetOptions:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
+    # The squared error of the network's own target, of x0, or of the previous level's image, which is also
+    # that of the difference from it
+    loss: LossTarget = "target"
     zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
     preview_guidance: float = 3.0
 
@@ -65,6 +69,11 @@ class UnetOptions:
             raise UserError(
                 f"beta_start={self.beta_start:g}, beta_end={self.beta_end:g}, timesteps={self.timesteps}: "
                 "expected rising numbers between 0 and 1, and at least 2 timesteps"
+            )
+        if self.loss != "target" and self.prediction == "epsilon":
+            raise UserError(
+                f"loss={self.loss}: at high noise x0 divides a prediction of eps by almost 0: give "
+                "prediction=sample or v_prediction"
             )
         processes.check_accumulate(self.accumulate, self.batch)
         if self.zero_snr and self.prediction == "epsilon":
@@ -183,7 +192,7 @@ def train_denoiser(
     for step in run.steps():
         times = denoiser.schedule.num_train_timesteps
         parts = batches.draw(step, generator, times, options.caption_dropout)
-        losses = local_losses(run, denoiser, parts, options.accumulate)
+        losses = local_losses(run, denoiser, parts, options.accumulate, options.loss)
         loss = accumulated_step(optimizer, losses, max_norm=1.0, scaler=run.scaler)
         lr_schedule.step()
         ema.update()
@@ -228,7 +237,11 @@ def make_batches(
 
 
 def local_losses(
-    run: Run, denoiser: DiffusersDenoiser, parts: Sequence[DenoisingBatch], accumulate: int
+    run: Run,
+    denoiser: DiffusersDenoiser,
+    parts: Sequence[DenoisingBatch],
+    accumulate: int,
+    loss_of: LossTarget = "target",
 ) -> Iterator[Tensor]:
     """The weighted losses of this process's rows of a batch, all parts of it in each of `accumulate`."""
     total = sum(len(part.t) for part in parts)
@@ -238,16 +251,28 @@ def local_losses(
         for part, parts_of_rows in zip(parts, rows, strict=True):
             for local in parts_of_rows[index : index + 1]:
                 with run.precision.autocast():
-                    loss = denoising_loss(denoiser, part.select(local.rows), run.device)
+                    loss = denoising_loss(denoiser, part.select(local.rows), run.device, loss_of)
                 losses.append(local.weight * len(part.t) / total * loss)
         if losses:
             yield torch.stack(losses).sum()
 
 
-def denoising_loss(denoiser: DiffusersDenoiser, batch: DenoisingBatch, device: torch.device) -> Tensor:
-    """The mean squared error of a part of a batch, on a device."""
+def denoising_loss(
+    denoiser: DiffusersDenoiser, batch: DenoisingBatch, device: torch.device, loss_of: LossTarget = "target"
+) -> Tensor:
+    """The mean squared error of a part of a batch, on a device: of what `UnetOptions.loss` says.
+
+    The mean of the previous level's image is linear in x0 and x_t, which is known: its error is that of x0
+    times `NoiseSchedule.posterior_weight`, and so is the error of its difference from x_t.
+    """
     latents, noise, t = (value.to(device) for value in batch[:3])
-    return denoiser.denoising_loss(latents, noise, t, batch.conditioning.to(device))
+    conditioning = batch.conditioning.to(device)
+    if loss_of == "target":
+        return denoiser.denoising_loss(latents, noise, t, conditioning)
+    x_t = denoiser.schedule.add_noise(latents, noise, t)
+    error = (denoiser.predict(x_t, t, conditioning).x0 - latents).square().mean((1, 2, 3))
+    weight = denoiser.schedule.posterior_weight(t) if loss_of == "previous" else torch.ones_like(error)
+    return (weight.square() * error).mean()
 
 
 @torch.no_grad()

@@ -323,7 +323,7 @@ NO_NETWORK = {
     "save_student",
 }  # nothing is computed on a device, or on one that its options describe
 ON_CPU = {"distill_points"}  # in float64
-SCENES_ONLY = {"export"}  # scenes compute in float32
+FLOAT32_ONLY = {"classify", "export"}  # graders and scenes
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in NO_NETWORK | ON_CPU])
@@ -331,7 +331,7 @@ def test_every_script_lets_its_user_choose_device_and_precision(script: str) -> 
     """In the options of its run, else in its own; each is documented."""
     cls, names = config_class(script), {"device", "precision"}
     options = typing.get_type_hints(cls)["run"] if "run" in fields_of(cls) else cls
-    names -= {"precision"} if script in SCENES_ONLY else set()
+    names -= {"precision"} if script in FLOAT32_ONLY else set()
     assert names <= fields_of(options).keys()
     assert names <= comments(options).keys()
     defaults = defaults_of(fields_of(options), None)

@@ -70,6 +70,7 @@ SCRIPTS: dict[str, Sequence[str]] = {
     "evaluate_views": ["teacher=multi_view", "sampling.steps=2", "multi_view.objects=[cube]",
                        "novel_views.objects=[cube]", "novel_views.unseen=1", "novel_views.pictures=1"],
     "export": [f"run_directory={SCENE}", "output=outputs/export", *EXPORT],
+    "classify": ["clip=tiny_teacher", "column=object", "train=16", "test=16"],
     "label_images": [TINY, f"folder={SCENE}/previews", "captions=[a red teapot, a blue torus]"],
     "make_dataset": ["source=attributes", "source.table=table.csv", "source.images=outputs/shapes64/test"],
     "make_pairs": [TINY, "pairs.count=4", "pairs.steps=2", "pairs.batch=2", "output=outputs/more_pairs"],

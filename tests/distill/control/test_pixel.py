@@ -112,16 +112,16 @@ def test_residuals_are_added_where_the_decoder_reads_them() -> None:
     with torch.no_grad():
         for zero in adapter.zero_down:
             zero.weight.copy_(-torch.eye(zero.in_channels)[:, :, None, None])
-    seen: list[Tensor] = []
+    inputs_of_resnets: list[Tensor] = []
     for block in teacher.network.up_blocks:  # before those of the control, so read what resnets get
         for resnet in block.resnets:
-            resnet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+            resnet.register_forward_pre_hook(lambda module, inputs: inputs_of_resnets.append(inputs[0]))
     model = controlled(teacher, [Control(adapter, torch.zeros(1, 3, 8, 8))])
     with torch.no_grad():
         model.predict(random(2, 1, 8, 8), torch.tensor([700, 20]), teacher.encode_text(["1", "2"]))
     widths = [skip.out_channels for skip in reversed(adapter.zero_down)]
-    assert len(seen) == len(widths)
-    for features, width in zip(seen, widths, strict=True):
+    assert len(inputs_of_resnets) == len(widths)
+    for features, width in zip(inputs_of_resnets, widths, strict=True):
         torch.testing.assert_close(features[:, -width:], torch.zeros_like(features[:, -width:]))
         assert features[:, :-width].any()
 

@@ -123,3 +123,16 @@ def test_the_training_target_inverts_the_conversion(
     torch.testing.assert_close(eps, noise, atol=1e-4, rtol=1e-4)
     with pytest.raises(UserError, match="'flow' is unknown"):
         schedule.target(clean, noise, TIMES, "flow")  # type: ignore[arg-type]
+
+
+def test_the_weight_of_x0_in_the_posterior_is_that_of_bayes() -> None:
+    """q(x_{t-1} | x_t, x0) from the two normal densities that it is the product of."""
+    schedule = NoiseSchedule(DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
+    t = torch.tensor([1, 300, 998])
+    signal, before = (schedule.alpha(time).flatten().double() ** 2 for time in (t, t - 1))
+    step = signal / before  # alpha_t of Ho et al.: x_t = sqrt(step) x_{t-1} + sqrt(1 - step) noise
+    precision = 1 / (1 - before) + step / (1 - step)
+    torch.testing.assert_close(
+        schedule.posterior_weight(t).double(), before.sqrt() / (1 - before) / precision, rtol=1e-3, atol=1e-6
+    )
+    assert float(schedule.posterior_weight(torch.tensor([0]))) == pytest.approx(1)

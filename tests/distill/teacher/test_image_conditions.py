@@ -138,12 +138,12 @@ def test_unknown_rectangles(tmp_path: Path) -> None:
     images = torch.rand(50, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     condition = InpaintingCondition(0.5)
     maps = condition.maps_of(images, torch.arange(50))
-    known = maps[:, 3]
-    assert torch.equal(known, known.bool().float())
-    sizes = torch.stack([(known == 0).any(2).sum(1), (known == 0).any(1).sum(1)])
+    mask = maps[:, 3]
+    assert torch.equal(mask, mask.bool().float())
+    sizes = torch.stack([(mask == 0).any(2).sum(1), (mask == 0).any(1).sum(1)])
     assert 7 <= int(sizes.min()) < 11 and 13 < int(sizes.max()) <= 16
-    assert torch.equal((known == 0).sum((1, 2)), sizes.prod(0))  # a rectangle
-    torch.testing.assert_close(maps[:, :3], (2 * images - 1) * known[:, None])
+    assert torch.equal((mask == 0).sum((1, 2)), sizes.prod(0))  # a rectangle
+    torch.testing.assert_close(maps[:, :3], (2 * images - 1) * mask[:, None])
     assert torch.equal(condition.maps_of(images[7:8], torch.tensor([7]))[0], maps[7])
     with pytest.raises(UserError, match="largest is 0.2"):
         InpaintingCondition(0.2)

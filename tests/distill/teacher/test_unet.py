@@ -18,8 +18,17 @@ from distill.teacher.cache import encode_split
 from distill.teacher.clip import ClipOptions, build_clip
 from distill.teacher.denoiser import UNetDenoiser
 from distill.teacher.folder import TeacherParts
-from distill.teacher.unet import UnetOptions, build_unet, compile_blocks, decode, make_scheduler, train_unet
+from distill.teacher.unet import (
+    UnetOptions,
+    build_unet,
+    compile_blocks,
+    decode,
+    denoising_loss,
+    make_scheduler,
+    train_unet,
+)
 from distill.teacher.vae import VaeOptions, build_vae
+from distill.teacher.view_training import DenoisingBatch
 from distill.teacher.vocabulary import build_tokenizer
 
 TINY = UnetOptions(channels=(16, 16), heads=2, batch=8, learning_rate=1e-2)
@@ -96,6 +105,24 @@ def test_the_loss_is_zero_for_the_right_output_only(prediction: PredictionType) 
     torch.testing.assert_close(network.inputs[0], alpha * clean + sigma * noise)
     network.output = target + 2
     assert float(denoiser.denoising_loss(clean, noise, t, conditioning)) == pytest.approx(4)
+
+
+def test_losses_of_x0_and_of_the_previous_image_are_by_hand() -> None:
+    """A network whose x0 is off by 2, at a first and a second time."""
+    schedule = NoiseSchedule(torch.tensor([0.64, 0.36]))
+    clean, noise = torch.randn(2, 2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 1])
+    network: Any = FixedOutput(clean + 2)
+    denoiser = UNetDenoiser(network, schedule, "sample")
+    batch = DenoisingBatch(clean, noise, t, Conditioning(torch.zeros(2, 2, 8)))
+    device = torch.device("cpu")
+    assert float(denoising_loss(denoiser, batch, device, "x0")) == pytest.approx(4)
+    # mean of x_0 given x_1: 0.8 (1 - 0.36 / 0.64) / (1 - 0.36) x0 + ...; at the first time it is x0 itself
+    weight = 0.8 * (1 - 0.36 / 0.64) / 0.64
+    expected = 4 * (1 + weight**2) / 2
+    assert float(denoising_loss(denoiser, batch, device, "previous")) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UserError, match="loss=x0: at high noise"):
+        UnetOptions(prediction="epsilon", zero_snr=False, loss="x0")
 
 
 def test_the_cache_contains_scaled_latents_and_caption_indices() -> None:
