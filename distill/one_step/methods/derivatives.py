@@ -14,9 +14,13 @@ def value_and_derivative(
     inputs: tuple[Tensor, ...],
     directions: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
-    """A function of a module's, at inputs, and its derivative where they move along directions."""
+    """A function of a module's, at inputs, and its derivative where they move along directions.
+
+    In the precision of the weights: autocast casts weights and not the inputs that carry a derivative.
+    """
     # Fused attention has no forward-mode derivative.
-    with sdpa_kernel(SDPBackend.MATH), _contiguous_norms(module):
+    full = torch.autocast(inputs[0].device.type, enabled=False)
+    with full, sdpa_kernel(SDPBackend.MATH), _contiguous_norms(module):
         value, derivative = torch.func.jvp(function, inputs, directions)[:2]
     return value, derivative
 

@@ -125,6 +125,17 @@ def test_the_derivative_of_a_u_net_is_its_finite_difference(tiny_teacher: Latent
     assert (derivative - difference).norm() < 0.03 * difference.norm()
 
 
+def test_a_derivative_inside_autocast_is_in_full_precision(tiny_teacher: LatentDiffusionTeacher) -> None:
+    """Which `run.precision=bfloat16` trains in: the same as outside of it."""
+    x, angle = torch.randn(2, *tiny_teacher.latent_shape), torch.tensor([0.4, 1.2])
+    text, direction = tiny_teacher.encode_text(["a red cube", "a blue duck"]), torch.randn_like(x)
+    expected = velocity_and_derivative(tiny_teacher.denoiser, x, angle, text, direction)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = velocity_and_derivative(tiny_teacher.denoiser, x, angle, text, direction)
+    for value, other in zip(inside, expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
 def test_loss_by_hand_and_its_fixed_point(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradient on F is -2 g / (|g| + c); for the exact consistency function it is next to nothing."""
     teacher = normal_teacher(schedule)
