@@ -31,7 +31,7 @@ class Config:
     autoencoder: str | None = None  # a tiny one in place of the VAE: a folder, madebyollin/taesd
     students: tuple[str, ...] = ()  # shapes64, or folders of distill_one_step.py
     steps: tuple[int, ...] = (50,)  # of the teacher, with each guidance scale; []: no teacher
-    guidance: tuple[float, ...] = (2.0,)
+    guidance: tuple[float, ...] = (2.0,)  # 1: without; 0: without the captions
     sampler: SamplerName = "ddim"  # of the teacher
     judge: str | None = "judge64"  # null: no accuracy
     clip: str | None = None  # a CLIP model of transformers; null: the teacher's own, where it has one

@@ -68,6 +68,11 @@ class SampleOptions(TextToImageOptions):
                 f"{', '.join(conflicts)}: a student generates from noise and a prompt only; "
                 "leave student= out for the teacher to do it"
             )
+        if self.controls and self.resolution is not None:
+            raise UserError(
+                f"resolution={self.resolution}: adapters read images of the teacher's own; leave it or the "
+                "controls out"
+            )
         if self.student is None and self.student_guidance is not None:
             raise UserError("student_guidance is of a student: give student=, or guidance= for the teacher")
         conflicts = [name for name in NOISE_ONLY if vars(self)[name]] + multiple

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from distill.core.conditioning import Conditioning
 from distill.core.samplers import SamplerName, sample_by_name
 from distill.core.sampling import Img2ImgInit
-from distill.core.score import Guided, Prediction
+from distill.core.score import Guided, Prediction, guidance_nfe
 from distill.core.teacher import Teacher
 from distill.core.views import POSE
 from distill.data.images import load_image
@@ -29,9 +29,11 @@ class TextToImageOptions:
     prompts: tuple[str, ...]
     negative_prompt: str = ""
     count: int = 4  # images of each prompt
-    guidance: float = 3.0  # CFG scale; 1: no guidance
+    guidance: float = 3.0  # CFG scale; 1: no guidance, 0: no prompt
     steps: int = 25
     sampler: SamplerName = "ddim"
+    # image side in pixels, a multiple of the VAE's factor; null: the teacher's own, which it was trained at
+    resolution: int | None = None
     seed: int = 0
     animation: bool = False  # also write the predicted x0, and x_t, of every step as GIFs
     image: str | None = None  # a file to start from (SDEdit)
@@ -91,7 +93,7 @@ class TextToImageOptions:
     def nfe(self) -> int:
         """Function evaluations for one image: guidance counts twice, an image skips steps."""
         steps = self.steps if self.image is None else int(self.steps * self.strength)
-        return steps * (1 if self.guidance == 1 else 2) * self.candidates
+        return steps * guidance_nfe(self.guidance) * self.candidates
 
 
 class TextToImageOutput(NamedTuple):
@@ -136,8 +138,22 @@ def initial_batch(teacher: Teacher, options: TextToImageOptions) -> tuple[Condit
     rows = prompt_conditioning(teacher, options).repeat_interleave(per_prompt)
     if options.azimuths:
         rows = with_cameras(teacher, rows, options)
-    noise = torch.randn(len(rows), *teacher.latent_shape, generator=generator)
+    channels, side = teacher.latent_shape[0], image_side(teacher, options) // latent_factor(teacher)
+    noise = torch.randn(len(rows), channels, side, side, generator=generator)
     return rows, noise.to(teacher.device)
+
+
+def latent_factor(teacher: Teacher) -> int:
+    """Pixels a side of a latent's cell."""
+    return teacher.resolution // teacher.latent_shape[1]
+
+
+def image_side(teacher: Teacher, options: TextToImageOptions) -> int:
+    """The side of images in pixels. Raises `UserError` for one that is no multiple of the latents' factor."""
+    side, factor = options.resolution or teacher.resolution, latent_factor(teacher)
+    if side < factor or side % factor:
+        raise UserError(f"resolution is {side}: expected a multiple of {factor}, the factor of the latents")
+    return side
 
 
 def with_cameras(teacher: Teacher, rows: Conditioning, options: TextToImageOptions) -> Conditioning:
@@ -157,13 +173,14 @@ def load_init(teacher: Teacher, options: TextToImageOptions, count: int) -> Img2
     """What `count` samples start from; None without an image. Raises `UserError` for an unreadable file."""
     if options.image is None:
         return None
-    image = load_image(options.image, teacher.resolution).to(teacher.device)
+    side = image_side(teacher, options)
+    image = load_image(options.image, side).to(teacher.device)
     with torch.no_grad():
         clean = teacher.encode_images(image).expand(count, -1, -1, -1)
     if options.mask is None:
         return Img2ImgInit(clean, options.strength)
-    mask = load_image(options.mask, teacher.resolution).mean(1, keepdim=True)
-    mask = (F.interpolate(mask, size=teacher.latent_shape[1:]) >= 0.5).float()
+    mask = load_image(options.mask, side).mean(1, keepdim=True)
+    mask = (F.interpolate(mask, size=clean.shape[2:]) >= 0.5).float()
     return Img2ImgInit(clean, options.strength, mask.to(teacher.device))
 
 

@@ -99,6 +99,11 @@ class NFECounter(ScoreModel):
         return self.model.predict(x_t, t, conditioning)
 
 
+def guidance_nfe(scale: float) -> int:
+    """Function evaluations of a guided prediction: one where either part of it has no weight."""
+    return 1 if scale in (0, 1) else 2
+
+
 @final
 class Guided(ScoreModel):
     """Classifier-free guidance eps_uncond + s (eps_cond - eps_uncond), in one batched call.
@@ -107,7 +112,8 @@ class Guided(ScoreModel):
     """
 
     def __init__(self, model: ScoreModel, uncond: Conditioning, scale: float | Tensor) -> None:
-        """uncond (one row) is that of the empty prompt or of a negative prompt; s = 1 does not evaluate it.
+        """uncond (one row) is that of the empty prompt or of a negative prompt; s = 1 does not evaluate it,
+        s = 0 nothing else.
 
         What it lacks of the other's extras it takes from there, and the groups of views: guidance is by text
         and keeps the camera (MVDream, arXiv:2308.16512). scale: s, or one a sample (B,).
@@ -124,7 +130,9 @@ class Guided(ScoreModel):
             return self.model.predict(x_t, t, conditioning)
 
         uncond_rows = self.uncond.expand(len(conditioning)).grouped(conditioning.views)
-        extras = {**conditioning.extras, **uncond_rows.extras}
-        batch = Conditioning.cat([uncond_rows.with_extras(**extras), conditioning])
+        uncond_rows = uncond_rows.with_extras(**{**conditioning.extras, **uncond_rows.extras})
+        if not isinstance(scale, Tensor) and scale == 0:
+            return self.model.predict(x_t, t, uncond_rows)
+        batch = Conditioning.cat([uncond_rows, conditioning])
         uncond, cond = self.model.predict(x_t.repeat(2, 1, 1, 1), t.repeat(2), batch).chunk(2)
         return uncond.extrapolate(cond, scale)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
 from distill.core.samplers import SamplerName, sample_by_name
-from distill.core.score import Guided
+from distill.core.score import Guided, guidance_nfe
 from distill.core.teacher import Teacher
 from distill.core.views import POSE
 from distill.one_step.student import Student
@@ -57,7 +57,7 @@ def teacher_sampler(
 
     further = ["camera"] * (poses is not None) + [sampler] * (sampler != "ddim")
     name = ", ".join(["teacher", f"{steps} steps", f"guidance {guidance:g}", *further])
-    return Sampler(name, sample, steps * (1 if guidance == 1 else 2), teacher.denoiser.network)
+    return Sampler(name, sample, steps * guidance_nfe(guidance), teacher.denoiser.network)
 
 
 def student_sampler(name: str, student: Student) -> Sampler:

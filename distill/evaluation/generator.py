@@ -84,6 +84,7 @@ def evaluate_generator(
         "diversity": diversity(sampler, teacher, real, options),
         "unet_seconds": samples.unet_seconds / options.samples,
         "decoder_seconds": samples.decoder_seconds / options.samples,
+        **real.graders.inception_score(samples.images),
         **real.graders.clip_figures(samples.images, captions),
     }
     return figures, samples.images[:64]

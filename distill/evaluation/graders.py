@@ -8,9 +8,9 @@ from torch import Tensor
 
 from distill.evaluation.clip import ClipScorer, clip_score, load_clip_scorer
 from distill.evaluation.features import Extractor, extractor, judge_extractor
-from distill.evaluation.judge import Judge, load_judge, predict
+from distill.evaluation.judge import Judge, label_probabilities, load_judge, predict
 from distill.evaluation.labels import LabelOptions, fractions, judge_accuracy
-from distill.evaluation.metrics import saturation
+from distill.evaluation.metrics import inception_score, saturation
 from distill.runtime.errors import UserError
 
 
@@ -33,6 +33,13 @@ class Graders:
     ) -> dict[str, float]:
         """The judge's accuracy on images against their rows (`judge_accuracy`); empty without a judge."""
         return {} if self.judge is None else judge_accuracy(self.judge, images, rows, labels)
+
+    def inception_score(self, images: Tensor) -> dict[str, float]:
+        """By the judge's attribute of most labels, in place of Inception's classes; empty without a judge."""
+        if self.judge is None:
+            return {}
+        probabilities = label_probabilities(self.judge, images).values()
+        return {"inception_score": inception_score(max(probabilities, key=lambda values: values.shape[1]))}
 
     def clip_figures(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
         """`clip_score` of images and their captions; empty without CLIP."""

@@ -191,11 +191,16 @@ def judge_features(judge: Judge, images: Tensor, batch: int = 256) -> Tensor:
 @torch.no_grad()
 def predict(judge: Judge, images: Tensor) -> dict[str, list[str]]:
     """The most probable value of each attribute for each of the images (N, 3, H, W) in [0, 1]."""
+    chosen = {name: values.argmax(1).tolist() for name, values in label_probabilities(judge, images).items()}
+    return {name: [judge.labels[name][index] for index in indices] for name, indices in chosen.items()}
+
+
+@torch.no_grad()
+def label_probabilities(judge: Judge, images: Tensor) -> dict[str, Tensor]:
+    """The probabilities (N, K) of the K labels of each attribute in images (N, 3, H, W) in [0, 1]."""
     features = judge_features(judge, images).to(next(judge.parameters()).device)
-    predictions = {}
-    for (name, labels), head in zip(judge.labels.items(), judge.heads.values(), strict=True):
-        predictions[name] = [labels[index] for index in head(features).argmax(1).tolist()]
-    return predictions
+    heads = zip(judge.labels, judge.heads.values(), strict=True)
+    return {name: head(features).softmax(1).cpu() for name, head in heads}
 
 
 @torch.no_grad()

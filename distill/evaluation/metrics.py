@@ -75,6 +75,16 @@ def _cubic(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
+def inception_score(probabilities: Tensor) -> float:
+    """exp of the mean KL(p(y | x) || p(y)) of class probabilities (N, K): from 1 to K.
+
+    Salimans et al. 2016 (arXiv:1606.03498), section 4; high where images are clear and their classes many.
+    """
+    conditional = probabilities.double().clamp_min(1e-12)
+    divergence = conditional * (conditional.log() - conditional.mean(0).log())
+    return float(divergence.sum(1).mean().exp())
+
+
 def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, eq. 2).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.sampling import Img2ImgInit, sample_ode
-from distill.core.score import Guided
+from distill.core.score import Guided, guidance_nfe
 from distill.runtime import processes
 from distill.runtime.checkpoint import Stateful
 from distill.runtime.errors import UserError
@@ -114,7 +114,7 @@ class SDEditRefinementStage(Stage):
 
     def nfe(self, updates: int) -> int:
         """NFE of the rounds; fitting needs none."""
-        samples = self.views * (1 if self.options.guidance == 1 else 2)
+        samples = self.views * guidance_nfe(self.options.guidance)
         return samples * sum(int(self.options.steps * strength) for strength in self.rounds.values())
 
     def before_step(self, step: int) -> None:

@@ -32,7 +32,7 @@ from distill.apps.text_to_image import (
     rank_by_clip,
     text_to_image,
 )
-from distill.control.adapter import make_adapter, save_adapter
+from distill.control.adapter import ControlOptions, make_adapter, save_adapter
 from distill.core.samplers import parse_sampler
 from distill.core.sampling import sample_heun, sample_ode
 from distill.core.score import Guided
@@ -232,8 +232,21 @@ def test_compared_samplers_have_steps_of_their_own(tiny_teacher: LatentDiffusion
             parse_sampler(text, 3)
 
 
+def test_images_larger_than_those_of_the_training(tiny_teacher: LatentDiffusionTeacher) -> None:
+    """Of 96 pixels, from noise of 12 cells a side; sizes that the VAE cannot have are refused."""
+    options = replace(SHORT, resolution=96)
+    assert initial_batch(tiny_teacher, options)[1].shape[2:] == (12, 12)
+    images = text_to_image(tiny_teacher, options).images
+    assert images.shape == (1, 3, 96, 96) and bool(images.isfinite().all())
+    own = text_to_image(tiny_teacher, replace(SHORT, resolution=64)).images
+    assert torch.equal(own, text_to_image(tiny_teacher, SHORT).images)
+    for side in (60, 4):
+        with pytest.raises(UserError, match=f"resolution is {side}: expected a multiple of 8"):
+            text_to_image(tiny_teacher, replace(SHORT, resolution=side))
+
+
 def test_nfe_of_an_image() -> None:
-    assert replace(SHORT, guidance=1.0).nfe == 3
+    assert replace(SHORT, guidance=1.0).nfe == replace(SHORT, guidance=0.0).nfe == 3
     assert replace(SHORT, steps=10, image="a.png", strength=0.35, candidates=2).nfe == 3 * 2 * 2
 
 
@@ -307,6 +320,7 @@ def test_sample_script_takes_images_adapters_and_comparisons(
         ({"formulations": ("vp",), "sweep": (1.0,)}, "sweep: not available with formulations"),
         ({"formulations": ("vp",), "candidates": 2}, "candidates: not available with formulations"),
         ({"compare_samplers": ("ddim", "heun")}, "compare_samplers has 'heun'"),
+        ({"resolution": 128, "controls": (ControlOptions("depth", "a.png"),)}, "adapters read images of"),
         ({"student": "shapes64", "formulations": ("vp",)}, "formulations: a student generates"),
     ],
     ids=str,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distill.core.conditioning import Conditioning
 from distill.core.noise import NoiseSchedule, PredictionType
-from distill.core.score import Guided, Prediction, ScoreModel
+from distill.core.score import Guided, Prediction, ScoreModel, guidance_nfe
 
 T = torch.tensor([3, 500, 990])
 
@@ -56,7 +56,8 @@ def test_guided_equals_two_calls(gaussian: Any) -> None:
         got = Guided(model, uncond, scale).predict(x_t, T, conditioning)
         torch.testing.assert_close(got.eps, eps_uncond + scale * (eps_cond - eps_uncond))
         torch.testing.assert_close(got.x0, (x_t - got.sigma * got.eps) / got.alpha, atol=1e-4, rtol=1e-4)
-    assert [len(embedding) for embedding in model.queries] == [6, 6, 6]  # one batched call each
+    assert [len(embedding) for embedding in model.queries] == [3, 6, 6]  # one batched call each
+    assert not model.queries[0].any() and [guidance_nfe(scale) for scale in (0, 1.0, 3.0)] == [1, 1, 2]
 
 
 def test_guidance_keeps_cameras_and_groups(gaussian: Any) -> None:

@@ -1,11 +1,13 @@
 """Distances between sets of features and figures of images, against closed forms."""
 
+import numpy as np
 import pytest
 import torch
 
 from distill.evaluation.metrics import (
     Moments,
     frechet_distance,
+    inception_score,
     moments,
     pixel_diversity,
     sample_diversity,
@@ -64,6 +66,15 @@ def test_saturation_and_pixel_diversity_by_hand() -> None:
     assert saturation(images).tolist() == [1.0, 0.0]
     assert pixel_diversity(images) == pytest.approx((0.5 / 3) ** 0.5, rel=1e-5)  # differences .5, 0, .5
     assert pixel_diversity(images[:1]) == 0
+
+
+def test_inception_score_is_the_number_of_clear_and_equal_classes() -> None:
+    assert inception_score(torch.eye(4).repeat(5, 1)) == pytest.approx(4)
+    assert inception_score(torch.full((7, 4), 0.25)) == pytest.approx(1)  # unclear images
+    assert inception_score(torch.eye(4)[:1].repeat(9, 1)) == pytest.approx(1)  # all of one class
+    one, other = 0.75, 0.25
+    entropy = one * np.log(2 * one) + other * np.log(2 * other)
+    assert inception_score(torch.tensor([[one, other], [other, one]])) == pytest.approx(np.exp(entropy))
 
 
 def test_sample_diversity_is_within_captions() -> None:
