@@ -17,7 +17,7 @@ from distill.runtime.run import Run
 from distill.teacher.denoiser import DiffusersDenoiser
 from distill.teacher.pixel_conditions import ConditionTable, PixelCondition
 from distill.teacher.pixels import CONDITIONING, decode_pixels, encode_pixels
-from distill.teacher.unet import UnetOptions, make_scheduler, train_denoiser
+from distill.teacher.unet import SNAPSHOTS, UnetOptions, make_scheduler, train_denoiser
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,22 @@ def train_pixel_teacher(
 
     denoiser, averaged = build(), build()
     cache = pixel_cache(data, table, channels)
-    train_denoiser(run, cache, options.unet, denoiser, averaged, decode_pixels)
+
+    def save(folder: Path, network: nn.Module) -> None:
+        save_pixel_teacher(folder, network, options.unet, condition, table)
+
+    train_denoiser(
+        run,
+        cache,
+        options.unet,
+        denoiser,
+        averaged,
+        decode_pixels,
+        snapshot=lambda step, network: save(run.directory / SNAPSHOTS / f"{step:06d}", network),
+    )
     folder = run.directory / "teacher"
     if run.main:
-        save_pixel_teacher(folder, averaged.network, options.unet, condition, table)
+        save(folder, averaged.network)
     return folder
 
 

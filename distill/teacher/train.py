@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from distill.data.folders import CaptionedImages, load_split, read_rows
 from distill.runtime import processes
@@ -14,7 +14,7 @@ from distill.runtime.run import Run, RunOptions
 from distill.teacher.cache import load_training_cache
 from distill.teacher.clip import ClipOptions, hard_negative_stage, train_clip
 from distill.teacher.folder import TeacherParts, load_parts, load_unet, save_parts, save_teacher
-from distill.teacher.unet import UnetOptions, make_scheduler, train_unet
+from distill.teacher.unet import SNAPSHOTS, UnetOptions, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, train_vae
 from distill.teacher.vocabulary import build_tokenizer, check_length, tokenizer_fingerprint, words_of
 
@@ -37,6 +37,7 @@ class TeacherOptions:
     reuse: str | None = None  # a teacher's folder: keep its tokenizer, CLIP and VAE, train the U-Net only
     reuse_unet: bool = False  # initialise from the reused folder's U-Net: fine-tune a finished teacher
     continue_vae: bool = False  # train the reused VAE further, `steps.vae` steps, before the U-Net
+    new_vae: bool = False  # train another VAE, of the sizes in `vae`, in place of the reused one
     resolution: int = 64
     steps: Steps = field(default_factory=Steps)
     clip: ClipOptions = field(default_factory=ClipOptions)
@@ -44,11 +45,13 @@ class TeacherOptions:
     unet: UnetOptions = field(default_factory=UnetOptions)
 
     def __post_init__(self) -> None:
-        for name in ("reuse_unet", "continue_vae"):
+        for name in ("reuse_unet", "continue_vae", "new_vae"):
             if vars(self)[name] and self.reuse is None:
                 raise UserError(f"{name} starts from a finished teacher: give teacher.reuse=its folder")
-        if self.reuse_unet and self.continue_vae:
-            raise UserError("a U-Net does not fit the latents of another VAE: reuse_unet or continue_vae")
+        if self.reuse_unet + self.continue_vae + self.new_vae > 1:
+            raise UserError(
+                "a U-Net does not fit the latents of another VAE: one of reuse_unet, continue_vae and new_vae"
+            )
         multiple = self.vae.factor * 2 ** (len(self.unet.channels) - 1)
         if self.resolution % multiple or self.resolution % self.clip.patch:
             raise UserError(
@@ -60,6 +63,7 @@ class TeacherOptions:
 def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     """Train the missing parts and save the folder `<run.directory>/teacher`, whose path is returned.
 
+    With `unet.snapshot_every` folders of that step's averaged weights are in `<run.directory>/snapshots`.
     Each part resumes from its own checkpoints; `run.steps` is not used. Several processes share the batches
     of VAE and U-Net; CLIP, whose batch is its negatives, is trained by all of them alike. Raises `UserError`
     for data that does not exist or does not fit.
@@ -75,7 +79,12 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     unet_run = _part_run(run, "unet", options.steps.unet, options.unet)
     with processes.main_first():
         cache, labels = load_training_cache(parts, options.data, options.resolution)
-    unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels)
+
+    def snapshot(step: int, unet: UNet2DConditionModel) -> None:
+        folder = Path(run.directory) / SNAPSHOTS / f"{step:06d}"
+        save_teacher(folder, parts, unet, make_scheduler(options.unet))
+
+    unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels, snapshot)
     unet_run.finish({})
     folder = Path(run.directory) / "teacher"
     if unet_run.main:
@@ -149,12 +158,12 @@ def _train_vae(
 
 
 def _continued(run: RunOptions, options: TeacherOptions, parts: TeacherParts) -> TeacherParts:
-    """The parts with a VAE that was trained further, where the options ask for it; saved for `reuse`."""
-    if not options.continue_vae:
+    """The parts with a VAE trained further, or another, where the options ask for it; saved for `reuse`."""
+    if not (options.continue_vae or options.new_vae):
         return parts
     folder = _parts_folder(run)
     if not (folder / "vae" / "config.json").is_file():
-        vae = _train_vae(run, options, *_load_splits(options), parts.vae)
+        vae = _train_vae(run, options, *_load_splits(options), None if options.new_vae else parts.vae)
         _save_parts(run, parts._replace(vae=vae))
     return load_parts(folder, pick_device(run.device))
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
@@ -28,6 +29,8 @@ from distill.teacher.multi_view import MultiViewUNet, ViewConditionOptions
 from distill.teacher.view_training import DenoisingBatch, ImageBatches, ViewBatches, ViewTrainingOptions
 
 LossTarget = Literal["target", "x0", "previous"]
+SNAPSHOTS = "snapshots"  # in a run's directory: copies of the teacher during the training, by their step
+Snapshot: TypeAlias = Callable[[int, Any], None]
 COMPILED_SHAPES = 64  # of inputs, for which a kind of block is compiled anew
 
 
@@ -59,6 +62,7 @@ class UnetOptions:
     loss: LossTarget = "target"
     zero_snr: bool = True  # rescale so that the last level is pure noise (Lin et al. 2023, arXiv:2305.08891)
     preview_guidance: float = 3.0
+    snapshot_every: int | None = None  # steps between copies of the averaged network, each a whole teacher
 
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
@@ -133,10 +137,12 @@ def train_unet(
     options: UnetOptions,
     initial: UNet2DConditionModel | None = None,
     labels: ViewLabels | None = None,
+    snapshot: Snapshot | None = None,
 ) -> UNet2DConditionModel:
     """Train on cached latents; returns the EMA weights in evaluation mode.
 
     `initial` is a trained U-Net of the same size to start from; `labels` are needed by `options.views`.
+    snapshot: as of `train_denoiser`.
     """
     scheduler = ode_scheduler(make_scheduler(options))
     shape, width = cache.latents.shape[1:], cache.conditioning.embedding.shape[-1]
@@ -150,7 +156,8 @@ def train_unet(
     if initial is not None:
         load_initial(denoiser.network, initial, "U-Net")
     averaged = build()
-    train_denoiser(run, cache, options, denoiser, averaged, lambda latents: decode(vae, latents), labels)
+    decode_latents = partial(decode, vae)
+    train_denoiser(run, cache, options, denoiser, averaged, decode_latents, labels, snapshot)
     return averaged.network
 
 
@@ -162,10 +169,12 @@ def train_denoiser(
     averaged: DiffusersDenoiser,
     decode_latents: Callable[[Tensor], Tensor],
     labels: ViewLabels | None = None,
+    snapshot: Snapshot | None = None,
 ) -> None:
     """Train a denoiser of any family on cached latents; `averaged`, of the same size, takes its EMA weights.
 
-    decode_latents: to images (B, 3, H, W) in [0, 1], of previews.
+    decode_latents: to images (B, 3, H, W) in [0, 1], of previews. snapshot: called every
+    `options.snapshot_every` steps, by one process, with the steps done and the averaged network.
     """
     scheduler = ode_scheduler(make_scheduler(options))
     device, generator = run.data_device(cache.latents.nbytes)
@@ -204,6 +213,10 @@ def train_denoiser(
             with run.precision.autocast():
                 samples = sample_ode(model, scheduler, previewed, preview_noise.to(run.device), 25)
             run.preview("samples", decode_latents(samples))
+        if snapshot is not None and options.snapshot_every and run.due(options.snapshot_every):
+            ema.copy_to(averaged.network)
+            if run.main:
+                snapshot(step + 1, averaged.network)
     ema.copy_to(averaged.network)
 
 

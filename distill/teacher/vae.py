@@ -21,7 +21,7 @@ from distill.teacher.folder import load_initial
 class VaeOptions:
     """Size and training of the autoencoder."""
 
-    factor: int = 8  # image side over latent side: 4 with three levels of channels, 8 with four
+    factor: int = 8  # image side over latent side: 1, 2, 4, 8 or 16, with one to five levels of channels
     channels: tuple[int, ...] = (16, 32, 64, 128)  # one a resolution level; each level costs about the same
     latent_channels: int = 16  # 8x8x16: at a quarter of the U-Net's cost of 16x16x4; 8 loses wheels, eyes
     layers: int = 1
@@ -33,9 +33,10 @@ class VaeOptions:
 
     def __post_init__(self) -> None:
         levels = len(self.channels)
-        if self.factor not in (4, 8) or 2 ** (levels - 1) != self.factor:
+        if self.factor not in (1, 2, 4, 8, 16) or 2 ** (levels - 1) != self.factor:
             raise UserError(
-                f"VAE factor {self.factor} with {levels} levels: expected 4 with 3 levels or 8 with 4"
+                f"VAE factor {self.factor} with {levels} levels: expected 1, 2, 4, 8 or 16, with one "
+                "level more than it has factors of 2"
             )
         processes.check_accumulate(self.accumulate, self.batch)
 

@@ -299,6 +299,28 @@ def test_reuse_trains_the_unet_only(
     assert all(result[name].equal(first[name]) for name in first if not name.startswith("unet."))
 
 
+def test_another_vae_and_snapshots(trained: tuple[Path, TeacherOptions], tmp_path: Path) -> None:
+    """CLIP is reused, the VAE is of another factor; the U-Net is saved on the way, each time a teacher."""
+    out, chosen = trained
+    vae = replace(chosen.vae, factor=2, channels=chosen.vae.channels[:2])
+    unet = replace(chosen.unet, snapshot_every=2)
+    changed = replace(chosen, reuse=str(out / "parts"), new_vae=True, vae=vae, unet=unet)
+    folder = train_teacher(run_options(tmp_path), changed)
+    teacher, first = load_latent_diffusion(str(folder)), weights(out / "teacher")
+    assert teacher.latent_shape[1:] == (8, 8) and teacher.resolution == 16
+    final = weights(folder)
+    assert all(final[name].equal(first[name]) for name in first if name.startswith("text."))
+    snapshots = sorted((tmp_path / "snapshots").iterdir())
+    assert [path.name for path in snapshots] == ["000002", "000004", "000005"]
+    early, last = weights(snapshots[0]), weights(snapshots[-1])
+    assert_equal(last, final)
+    assert not all(early[name].equal(final[name]) for name in final if name.startswith("unet."))
+    with pytest.raises(UserError, match="one of reuse_unet, continue_vae and new_vae"):
+        replace(changed, reuse_unet=True)
+    with pytest.raises(UserError, match="new_vae starts from a finished teacher"):
+        replace(changed, reuse=None)
+
+
 def test_reuse_of_an_unsuitable_folder_raises(trained: tuple[Path, TeacherOptions], tmp_path: Path) -> None:
     out, chosen = trained
     with pytest.raises(UserError, match="no tokenizer and VAE"):

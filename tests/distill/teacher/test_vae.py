@@ -74,7 +74,7 @@ def test_whitening_depends_on_its_generator_only(vae: AutoencoderKL) -> None:
     assert factors[0].equal(factors[1])
 
 
-@pytest.mark.parametrize(("factor", "channels"), [(4, (8, 8, 8)), (8, (8, 8, 8, 8))])
+@pytest.mark.parametrize(("factor", "channels"), [(1, (8,)), (4, (8, 8, 8)), (16, (8,) * 5)])
 def test_the_factor_is_image_side_over_latent_side(factor: int, channels: tuple[int, ...]) -> None:
     vae = build_vae(VaeOptions(factor=factor, channels=channels, latent_channels=5), 32)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_the_factor_is_image_side_over_latent_side(factor: int, channels: tuple[
         assert vae.decode(latent).sample.shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize(("factor", "levels"), [(8, 3), (4, 4), (16, 5), (2, 2)])
+@pytest.mark.parametrize(("factor", "levels"), [(8, 3), (4, 4), (16, 4), (3, 2), (32, 6)])
 def test_refuses_a_factor_that_does_not_fit(factor: int, levels: int) -> None:
     with pytest.raises(UserError, match=f"factor {factor} with {levels} levels"):
         VaeOptions(factor=factor, channels=(8,) * levels)
