@@ -4,6 +4,7 @@ python scripts/evaluate_generator.py "students=[outputs/one_step/dmd2-seed0/stud
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from entry import entry
@@ -11,11 +12,18 @@ from entry import entry
 from distill.core.samplers import SamplerName
 from distill.data.folders import load_split
 from distill.evaluation.generate import student_sampler, teacher_sampler
-from distill.evaluation.generator import GeneratorEvaluationOptions, cached_rows, format_row, reference
+from distill.evaluation.generator import (
+    GeneratorEvaluationOptions,
+    cached_rows,
+    format_row,
+    real_figures,
+    reference,
+)
 from distill.evaluation.graders import load_graders
 from distill.evaluation.labels import LabelOptions
 from distill.one_step.folder import load_student
 from distill.runtime.config import as_mapping
+from distill.runtime.files import write_json
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
@@ -62,6 +70,9 @@ def main(config: Config) -> None:
     graders = load_graders(config.teacher, config.judge, config.clip, config.features, device)
     query = {name: as_mapping(config)[name] for name in QUERY}
     real = reference(data, graders, config.labels)
+    truth = real_figures(real, config.evaluation.samples)
+    write_json(Path(config.output) / "real-images.json", truth | query)
+    print(format_row(truth))
     for row in cached_rows(samplers, teacher, real, config.evaluation, query, config.output):
         print(format_row({name: value for name, value in row.items() if name not in ("weights", *QUERY)}))
     print(f"written: {config.output}/*.json, *.png")

@@ -81,6 +81,20 @@ def load_clip_scorer(
     )
 
 
+def caption_retrieval(clip: ClipScorer, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
+    """How often the caption of an image is the nearest, or among the five nearest, of all distinct captions.
+
+    features: of the images (N, D), by the same CLIP. As CLIP R-precision (Park et al. 2021).
+    """
+    texts = sorted(set(captions))
+    number = {text: index for index, text in enumerate(texts)}
+    cosines = features @ clip.text_features(texts).T
+    own = cosines.gather(1, torch.tensor([[number[caption]] for caption in captions]))
+    rank = (cosines > own).sum(1)
+    tops = {f"retrieval_top{count}": float((rank < count).float().mean()) for count in (1, 5)}
+    return {**tops, "retrieval_captions": float(len(texts))}
+
+
 def clip_score(clip: ClipScorer, images: Tensor, captions: Sequence[str]) -> float:
     """Mean cosine between images (N, 3, H, W) in [0, 1] and their N captions (arXiv:2104.08718, w = 1)."""
     cosines = (clip.image_features(images) * clip.text_features(captions)).sum(1)

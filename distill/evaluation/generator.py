@@ -70,8 +70,6 @@ def evaluate_generator(
 
     kernel, kernel_std = kernel_distance(real.features, features)
     precision, recall = precision_recall(real.features, features, options.neighbours)
-    labelled = real.labels.labelled(rows)
-    accuracy = real.graders.accuracy(samples.images[labelled], [rows[i] for i in labelled], real.labels)
     figures = {
         "generator": sampler.name,
         "nfe": sampler.nfe,
@@ -80,14 +78,32 @@ def evaluate_generator(
         "kernel_std": kernel_std,
         "precision": precision,
         "recall": recall,
-        **{f"judge_{name}": value for name, value in accuracy.items()},
+        **caption_figures(samples.images, rows, real),
         "diversity": diversity(sampler, teacher, real, options),
         "unet_seconds": samples.unet_seconds / options.samples,
         "decoder_seconds": samples.decoder_seconds / options.samples,
-        **real.graders.inception_score(samples.images),
-        **real.graders.clip_figures(samples.images, captions),
     }
     return figures, samples.images[:64]
+
+
+def caption_figures(images: Tensor, rows: Sequence[Mapping[str, Any]], real: Reference) -> dict[str, float]:
+    """What the judge and CLIP say of images and their rows, without the other images."""
+    graders, labelled = real.graders, real.labels.labelled(rows)
+    captions = [row["text"] for row in rows]
+    accuracy = graders.accuracy(images[labelled], [rows[i] for i in labelled], real.labels)
+    return {
+        **{f"judge_{name}": value for name, value in accuracy.items()},
+        **graders.inception_score(images),
+        **graders.clip_figures(images, captions),
+        **graders.caption_retrieval(images, captions),
+    }
+
+
+def real_figures(real: Reference, count: int) -> dict[str, Any]:
+    """`caption_figures` of the first `count` real images: what a perfect generator would have."""
+    rows = real.data.rows[:count]
+    images = real.data.composite(slice(0, len(rows)))
+    return {"generator": "real images", **caption_figures(images, rows, real)}
 
 
 def diversity(

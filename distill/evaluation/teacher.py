@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages
-from distill.evaluation.clip import ClipScorer
+from distill.evaluation.clip import ClipScorer, caption_retrieval
 from distill.evaluation.denoising import denoising_figures, poses_of
 from distill.evaluation.evaluation_set import EvaluationSet
 from distill.evaluation.generate import generate_batches, teacher_sampler
@@ -178,19 +178,10 @@ def _recorded(batches: Iterator[Tensor], record: list[Tensor]) -> Iterator[Tenso
 
 @torch.no_grad()
 def zero_shot(clip: ClipScorer, data: CaptionedImages, labels: LabelOptions) -> dict[str, float]:
-    """CLIP's accuracy as a zero-shot classifier of the columns in `labels.caption`, and its text retrieval.
-
-    Retrieval: the fraction of images whose nearest caption, among all distinct ones, is their own.
-    """
+    """CLIP's accuracy as a zero-shot classifier of the columns in `labels.caption`; its text retrieval."""
     features = torch.cat([clip.image_features(images) for images in image_batches(data)])
-    texts = sorted(set(data.texts))
-    nearest = (features @ clip.text_features(texts).T).argmax(1).tolist()
-    hits = [texts[n] == row["text"] for n, row in zip(nearest, data.rows, strict=True)]
-    return {
-        **class_accuracy(clip, features, data.rows, labels),
-        **fractions({"retrieval_top1": hits}),
-        "retrieval_captions": float(len(texts)),
-    }
+    accuracy = class_accuracy(clip, features, data.rows, labels)
+    return {**accuracy, **caption_retrieval(clip, features, data.texts)}
 
 
 def class_accuracy(

@@ -2,13 +2,14 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from distill.evaluation.clip import ClipScorer, clip_score, load_clip_scorer
+from distill.evaluation.clip import ClipScorer, caption_retrieval, clip_score, load_clip_scorer
 from distill.runtime.errors import UserError
 from distill.teacher.clip import ClipOptions, build_clip, image_features, text_features, tokenize
 from distill.teacher.folder import load_clip
@@ -45,6 +46,20 @@ def test_the_score_is_the_mean_cosine(tiny_teacher: LatentDiffusionTeacher) -> N
         text = text_features(model, tokenize(tiny_teacher.tokenizer, CAPTIONS))
         cosines = (image_features(model, IMAGES) * text).sum(1)
     assert clip_score(clip, IMAGES, CAPTIONS) == float(cosines.mean())
+
+
+def test_retrieval_by_hand() -> None:
+    """Two captions: an image of each is right, a third one is nearer to the other."""
+
+    class Fixed:
+        def text_features(self, captions: list[str]) -> torch.Tensor:
+            table = {"x": [1.0, 0.0], "y": [0.0, 1.0]}
+            return torch.tensor([table[caption] for caption in captions])
+
+    clip: Any = Fixed()
+    features = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
+    figures = caption_retrieval(clip, features, ["x", "y", "x"])
+    assert figures == {"retrieval_top1": pytest.approx(2 / 3), "retrieval_top5": 1.0, "retrieval_captions": 2}
 
 
 def test_features_do_not_depend_on_the_batch_size(tiny_teacher: LatentDiffusionTeacher) -> None:

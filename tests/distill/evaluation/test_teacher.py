@@ -31,6 +31,7 @@ from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from distill.teacher.vae import psnr
 
 LABELS = {"object": ("cube", "duck"), "colour": ("blue", "orange"), "view": ("back", "front")}
+RETRIEVAL = ("retrieval_top1", "retrieval_top5", "retrieval_captions")
 WORLD = LabelOptions(
     only_if=(("view", "has_front"),),
     in_caption=("view",),
@@ -103,7 +104,7 @@ def test_the_report_is_complete(
     figures = evaluate(tiny_teacher, test, tmp_path)
     assert [sample["guidance"] for sample in figures["samples"]] == [1.0, 3.0]
     assert {sample["condition"] for sample in figures["samples"]} == {"caption"}
-    assert set(figures["clip"]) == {"object", "colour", "view", "retrieval_top1", "retrieval_captions"}
+    assert set(figures["clip"]) == {"object", "colour", "view", *RETRIEVAL}
     assert figures["clip"]["retrieval_captions"] == 8 and figures["vae"]["psnr"] > 0
     assert set(figures["frechet"]) == {"real_count", "floor", "floor_counts", "reconstructions"}
     assert figures["frechet"]["real_count"] == 8 and figures["frechet"]["floor_counts"] == [4, 4]
@@ -143,7 +144,7 @@ def test_captions_alone_give_frechet_distance_and_clip_score(
     graders = load_graders(tiny_teacher.name_or_path, judge=None)
     for name, labels in (("none", LabelOptions()), ("world", WORLD)):
         figures = evaluate(tiny_teacher, evaluation_set(graders, data, labels), tmp_path / name)
-        assert set(figures["clip"]) == {"retrieval_top1", "retrieval_captions"}
+        assert set(figures["clip"]) == set(RETRIEVAL)
         assert figures["judge_accuracy"] == {"real": {}, "reconstructions": {}}
         rows = figures["samples"]
         assert all(set(row) == {"guidance", "condition", "clip_score", "frechet"} for row in rows)
