@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -15,6 +16,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import read_json, write_json
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+MOST_LISTED = 100  # words of a vocabulary in an error
 VOCABULARY = "words.json"  # beside the tokenizer's files: the words allowed in prompts
 
 
@@ -94,8 +96,16 @@ def check_prompt(prompt: str, vocabulary: frozenset[str] | None) -> None:
     if unknown:
         raise UserError(
             f"unknown word{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))} in {prompt!r}:"
-            f" the teacher's vocabulary is {', '.join(sorted(vocabulary or ()))}"
+            f" the teacher's vocabulary {_described(vocabulary or frozenset(), unknown)}"
         )
+
+
+def _described(vocabulary: frozenset[str], unknown: Sequence[str]) -> str:
+    """All words of a small vocabulary; of a large one those that are spelled alike."""
+    if len(vocabulary) <= MOST_LISTED:
+        return f"is {', '.join(sorted(vocabulary))}"
+    words = [match for word in unknown for match in get_close_matches(word, sorted(vocabulary))]
+    return f"has {len(vocabulary):,} words, the most similar {', '.join(dict.fromkeys(words)) or 'none'}"
 
 
 def check_length(

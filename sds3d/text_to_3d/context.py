@@ -25,7 +25,7 @@ from sds3d.scene.protocol import RenderedViews, SceneOptions
 from sds3d.scene.regularizers import RegularizerOptions
 from sds3d.scene.shading import PointLights
 from sds3d.text_to_3d.mesh_control import MeshControl
-from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, view_of, view_prompt
+from sds3d.text_to_3d.prompts import CONTRAST_VIEWS, VIEWS, view_of, view_prompt
 from sds3d.text_to_3d.reference_view import ReferenceView
 from sds3d.text_to_3d.view_groups import sample_view_groups
 
@@ -73,6 +73,15 @@ class SharedOptions:
             )
 
 
+def check_view_words(teacher: Teacher, prompt: str) -> None:
+    """Raise `UserError` for a teacher that knows a prompt's words and not those of its views."""
+    teacher.check_prompt(prompt)
+    try:
+        teacher.check_prompt(view_prompt(prompt, VIEWS[0]))
+    except UserError as error:
+        raise UserError(f"{error}; set text_to_3d.view_words=false for prompts without views") from None
+
+
 @final
 class TextTo3dContext:
     """A scene under optimisation, and what its updates are computed from."""
@@ -94,6 +103,8 @@ class TextTo3dContext:
             check_picture(options, objective)
             if not reference.has_caption:  # nothing says which side of what a picture shows is its front
                 options = replace(options, view_words=False)
+        if options.view_words:
+            check_view_words(teacher, options.prompt)
         self.run, self.teacher, self.options, self.control = run, teacher, options, control
         self.reference = reference
         self.conditioned_teacher = teacher if control is None else control.teacher

@@ -62,6 +62,20 @@ def test_a_caption_is_its_words_and_padding() -> None:
     assert len(tokenizer("red " * 40, truncation=True).input_ids) == 12
 
 
+def test_digits_are_words_of_their_own() -> None:
+    """As CLIP's tokenizer splits them; a caption such as "keycap 10" is made of words that it knows."""
+    assert words_of("1st of 10") == ["1", "st", "of", "1", "0"]
+    tokenizer, words = build_tokenizer(["1st of 10"])
+    assert set(words) == {"1", "st", "of", "0"} and len(tokenizer("10 of 1st").input_ids) == 7
+
+
+def test_of_a_large_vocabulary_the_similar_words_are_named() -> None:
+    pairs = {f"{first}{second}" for first in "abcdefghijk" for second in "lmnopqrstu"}
+    vocabulary = frozenset(pairs | {"zebra"})
+    with pytest.raises(UserError, match="unknown word 'zebras' in 'zebras': .* has 111 words, .* zebra$"):
+        check_prompt("zebras", vocabulary)
+
+
 @pytest.mark.parametrize("text", ["zebra", "teapots", "été", "red, !?"])
 def test_unknown_text_falls_to_letters_not_to_the_end_token(text: str) -> None:
     tokenizer, _ = build_tokenizer(TEXTS)

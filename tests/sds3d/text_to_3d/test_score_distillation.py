@@ -14,12 +14,13 @@ from distill.core.teacher import Teacher
 from distill.objectives.algebra import DistillationOutput, ScoreDistillation
 from distill.objectives.options import CriticOptions, ObjectiveOptions, Term
 from distill.runtime.config import build
+from distill.runtime.errors import UserError
 from distill.runtime.run import Run
 from distill.teacher.latent import LatentDiffusionTeacher, load_latent_diffusion
 from sds3d.scene.cameras import orbit
 from sds3d.scene.nerf import BackgroundOptions, NeRF, NerfOptions
 from sds3d.scene.shading import ShadingOptions
-from sds3d.text_to_3d.context import grey_backgrounds, prompt_conditionings
+from sds3d.text_to_3d.context import check_view_words, grey_backgrounds, prompt_conditionings
 from sds3d.text_to_3d.stages.score_distillation import ScoreDistillationOptions, ScoreDistillationStage
 from sds3d.text_to_3d.trainer import TextTo3d, TextTo3dOptions
 
@@ -52,6 +53,22 @@ def test_each_camera_gets_the_prompt_of_its_view() -> None:
     assert set(conditionings) == {"conditional", "unconditional"} and len(conditionings["conditional"]) == 4
     prompt_conditionings(teacher, replace(OPTIONS, view_words=False), SDS, cameras)
     assert teacher.prompts[5:] == ["a red ball"] * 4
+
+
+def test_prompts_of_views_that_a_teacher_cannot_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what to do about it; a prompt that it cannot read is another mistake."""
+    teacher = OneImageTeacher(disc())
+
+    def check(self: Teacher, prompt: str) -> None:
+        for word in ("view", "zebra"):
+            if word in prompt:
+                raise UserError(f"unknown word {word!r}")
+
+    monkeypatch.setattr(OneImageTeacher, "check_prompt", check)
+    with pytest.raises(UserError, match="unknown word 'view'; set text_to_3d.view_words=false"):
+        check_view_words(teacher, "a red ball")
+    with pytest.raises(UserError, match="unknown word 'zebra'$"):
+        check_view_words(teacher, "a zebra")
 
 
 def test_perp_neg_has_the_prompts_of_two_other_views() -> None:
