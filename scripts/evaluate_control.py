@@ -39,6 +39,7 @@ class Config:
 
     teacher: str = "shapes64"
     adapter: str = "silhouette"  # or depth, or a folder of train_controlnet.py
+    any_teacher: bool = False  # also an adapter that was trained on another teacher of the same shape
     condition: str | None = None  # of an adapter that reads several; null: the one it was trained on
     student: str | None = None  # shapes64, or a folder of distill_one_step.py: graded too
     data: str = "outputs/shapes64"
@@ -56,7 +57,7 @@ def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     device, dtype = precision.device, precision.dtype
     teacher = require_pipeline(load_teacher(config.teacher, device, dtype))
-    adapter, trained_on = load_adapter(config.adapter, teacher)
+    adapter, trained_on = load_adapter(config.adapter, teacher, config.any_teacher)
     condition = trained_on if config.condition is None else config.condition
     student = None if config.student is None else load_student(config.student, device, dtype, teacher)[0]
     data = load_split(config.data, "test", teacher.resolution, options.samples)

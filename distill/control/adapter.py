@@ -87,10 +87,11 @@ class ControlOptions:
     weight: float = 1.0
     start: float = 0.0  # the range of the denoising, as fractions; 0 is pure noise
     end: float = 1.0
+    any_teacher: bool = False  # also an adapter that was trained on another teacher of the same shape
 
     def build(self, teacher: Teacher) -> Control:
         """The control, loaded. Raises `UserError` for an invalid adapter or image."""
-        adapter, _ = load_adapter(self.adapter, teacher)
+        adapter, _ = load_adapter(self.adapter, teacher, self.any_teacher)
         image = load_image(self.image, teacher.resolution).to(teacher.device)
         return Control(adapter, image, self.weight, self.start, self.end)
 
@@ -166,12 +167,14 @@ def save_adapter(
         write_json(temporary / CONDITION_FILE, facts)
 
 
-def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tuple[AdapterNetwork, str]:
+def load_adapter(
+    name_or_path: Path | str, teacher: Teacher | None = None, any_teacher: bool = False
+) -> tuple[AdapterNetwork, str]:
     """A shipped adapter or one of a folder, frozen, and its condition ("" where unknown).
 
     Of an adapter of several conditions the one that it is named by, if it is. It has the device and the
     precision of the teacher (or of a student's parts) that it is for, by default float32 on the CPU. Raises
-    `UserError` where there is none, and for one that belongs to another teacher.
+    `UserError` where there is none, and for one that belongs to another teacher, unless `any_teacher`.
     """
     folder = resolve("adapter", name_or_path)
     if not (folder / "config.json").is_file():
@@ -182,9 +185,10 @@ def load_adapter(name_or_path: Path | str, teacher: Teacher | None = None) -> tu
     facts = read_json(path) if path.is_file() else {}  # adapters made elsewhere have none
     precision = Precision(torch.device("cpu"), torch.float32)
     if teacher is not None:
-        precision, owner = teacher.precision, recorded_teacher(facts, str(path))
-        remedy = "train one (scripts/train_controlnet.py)"
-        check_teacher(f"adapter {name_or_path}", owner, teacher.identity, remedy)
+        precision = teacher.precision
+        if not any_teacher:
+            owner, remedy = recorded_teacher(facts, str(path)), "train one (scripts/train_controlnet.py)"
+            check_teacher(f"adapter {name_or_path}", owner, teacher.identity, remedy)
     name = read_json(folder / "config.json").get("_class_name")
     if name not in CLASSES:
         raise UserError(f"{folder} holds a {name}: expected one of {', '.join(CLASSES)}")

@@ -12,7 +12,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.control.adapter import controlled, controlled_student, load_adapter, make_adapter, save_adapter
+from distill.control.adapter import (
+    ControlOptions,
+    controlled,
+    controlled_student,
+    load_adapter,
+    make_adapter,
+    save_adapter,
+)
 from distill.control.conditions import (
     adapter_input,
     condition_images,
@@ -24,6 +31,7 @@ from distill.control.conditions import (
 )
 from distill.control.network import Control
 from distill.control.train import AdapterOptions, AdapterTrainer
+from distill.core.identity import TeacherIdentity
 from distill.core.noise import PredictionType
 from distill.core.sampling import sample_ode
 from distill.core.score import Guided
@@ -315,6 +323,27 @@ def test_adapter_folders_and_their_errors(
     shipped, _ = load_adapter("silhouette")
     with pytest.raises(UserError, match="belongs to another teacher .*in_channels 16 and 8"):
         controlled(tiny_teacher, [Control(shipped, disc())])
+
+
+def test_an_adapter_of_another_teacher_is_taken_on_request(
+    tmp_path: Path, tiny_teacher: LatentDiffusionTeacher
+) -> None:
+    """Where its shape fits: what transfers can be seen."""
+    owner = TeacherIdentity("another", "0" * 16)
+    save_adapter(tmp_path / "a", random_adapter(tiny_teacher, 1), "depth", {}, owner)
+    with pytest.raises(UserError, match="another.*train one"):
+        load_adapter(tmp_path / "a", tiny_teacher)
+    save_png(tmp_path / "disc.png", disc()[0])
+    options = ControlOptions(str(tmp_path / "a"), str(tmp_path / "disc.png"), any_teacher=True)
+    teacher = controlled(tiny_teacher, [options.build(tiny_teacher)])
+    x_t, t, text = (
+        random(1, *tiny_teacher.latent_shape),
+        torch.tensor([500]),
+        tiny_teacher.encode_text(["a red cube"]),
+    )
+    with torch.no_grad():
+        change = teacher.predict(x_t, t, text).eps - tiny_teacher.predict(x_t, t, text).eps
+    assert float(change.abs().max()) > 1e-3
 
 
 def test_scripts_train_probe_and_adapter_resume_and_evaluate(
