@@ -136,6 +136,15 @@ class InpaintingCondition(ImageCondition):
         """As of every condition."""
         return {"largest": self.largest}
 
+    def table(self, data: CaptionedImages) -> ConditionTable:
+        """As of every condition. Raises `UserError` for images with transparency, which means something else."""
+        if data.images.shape[1] == 4:
+            raise UserError(
+                "the images have transparent pixels, which in a prompt are those to be filled: write the "
+                "data with folder.background=1, or another grey level"
+            )
+        return super().table(data)
+
     def maps_of(self, images: Tensor, rows: Tensor) -> Tensor:
         """As of every image condition; an image has the same rectangle in every epoch."""
         side = images.shape[-1]

@@ -149,6 +149,15 @@ def test_unknown_rectangles(tmp_path: Path) -> None:
         InpaintingCondition(0.2)
 
 
+def test_data_with_transparency_are_refused() -> None:
+    """Their files, as prompts, would be completed where they are transparent."""
+    images = torch.zeros(2, 4, 8, 8, dtype=torch.uint8)
+    data = CaptionedImages(images, [{"file_name": "x.png", "text": "x"}] * 2)
+    with pytest.raises(UserError, match="write the data with folder.background=1"):
+        InpaintingCondition().table(data)
+    assert len(LowResolutionCondition(4).table(data).rows) == 3
+
+
 def test_transparent_pixels_are_unknown_or_the_centre_of_an_opaque_image(tmp_path: Path) -> None:
     pixels = torch.full((8, 8, 4), 200, dtype=torch.uint8)
     pixels[:, :3, 3] = 0
