@@ -137,7 +137,7 @@ class InpaintingCondition(ImageCondition):
         return {"largest": self.largest}
 
     def table(self, data: CaptionedImages) -> ConditionTable:
-        """As of every condition. Raises `UserError` for images with transparency, which means something else."""
+        """As of every condition. Raises `UserError` for images with transparency."""
         if data.images.shape[1] == 4:
             raise UserError(
                 "the images have transparent pixels, which in a prompt are those to be filled: write the "
