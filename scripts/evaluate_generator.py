@@ -23,6 +23,7 @@ from distill.evaluation.graders import load_graders
 from distill.evaluation.labels import LabelOptions
 from distill.one_step.folder import load_student
 from distill.runtime.config import as_mapping
+from distill.runtime.curves import REAL_FIGURES
 from distill.runtime.files import write_json
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
     query = {name: as_mapping(config)[name] for name in QUERY}
     real = reference(data, graders, config.labels)
     truth = real_figures(real, config.evaluation.samples)
-    write_json(Path(config.output) / "real-images.json", truth | query)
+    write_json(Path(config.output) / REAL_FIGURES, truth | query)
     print(format_row(truth))
     for row in cached_rows(samplers, teacher, real, config.evaluation, query, config.output):
         print(format_row({name: value for name, value in row.items() if name not in ("weights", *QUERY)}))

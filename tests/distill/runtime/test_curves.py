@@ -1,5 +1,6 @@
 """Curves of runs, read from what they log."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,20 @@ def test_the_picture_has_a_panel_for_each_metric(tmp_path: Path) -> None:
     assert np.asarray(Image.open(output)).shape[1] == 2 * one.shape[1] and one.std() > 5
     with pytest.raises(UserError, match="no run has logged psnr: there are"):
         draw_curves({run: read_curves(run) for run in runs}, ["psnr"], output)
+
+
+def test_figures_of_snapshots_are_curves_too(tmp_path: Path) -> None:
+    for step, frechet in ((100, 5.0), (20, 9.0)):
+        folder = tmp_path / f"{step:06d}" / "figures"
+        folder.mkdir(parents=True)
+        row = {"generator": "teacher", "frechet": frechet, "config": {"a": 1}}
+        (folder / "teacher.json").write_text(json.dumps(row))
+        (folder / "real-images.json").write_text('{"retrieval_top1": 0.5}')
+    curves = read_curves(tmp_path)
+    assert curves == {"frechet": ([20, 100], [9.0, 5.0])}
+    (tmp_path / "000100" / "figures" / "other.json").write_text('{"frechet": 4.0}')
+    assert read_curves(tmp_path)["frechet, other"] == ([100], [4.0])
+    one, two = ({name: curves} for name in ("one", "two"))
+    draw_curves(one | two, ["frechet"], tmp_path / "a.png", [1.0, 8.0], "work")
+    with pytest.raises(UserError, match="1 scales for 2 runs"):
+        draw_curves(one | two, ["frechet"], tmp_path / "a.png", [1.0])
