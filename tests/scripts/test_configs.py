@@ -51,6 +51,7 @@ REQUIRED = {  # what a user must give
     "export": ["run_directory=x"],
     "view": ["run_directory=x"],
     "label_images": ["folder=x", "captions=[a]"],
+    "nearest_images": ["queries=[a]"],
     "draw_curves": ["runs=[x]"],
     "evaluate_views": ["teacher=x"],
 }
@@ -323,7 +324,7 @@ NO_NETWORK = {
     "save_student",
 }  # nothing is computed on a device, or on one that its options describe
 ON_CPU = {"distill_points"}  # in float64
-FLOAT32_ONLY = {"classify", "export"}  # graders and scenes
+FLOAT32_ONLY = {"classify", "export", "nearest_images"}  # graders and scenes
 
 
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in NO_NETWORK | ON_CPU])

@@ -1,11 +1,13 @@
 """Zero-shot labels and logistic regression: closed forms, and the shipped CLIP on renders and on digits."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from command_line import script
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,3 +93,26 @@ def test_the_script_compares_them(tmp_path: Path) -> None:
     assert accuracies == {**dict.fromkeys(names, "1.000"), "chance": "0.500"}
     message = script("classify", *arguments, "template=a {} zebra", code=2)
     assert "unknown word 'zebra'" in message
+
+
+def test_nearest_images_are_of_the_queried_colour(tmp_path: Path) -> None:
+    """By text and by image; an image of the data is nearest to itself."""
+    write_dataset(Dots(), tmp_path / "data", FolderOptions(), tmp_path)
+    names = [f"data={tmp_path / 'data'}", "count=3", f"output={tmp_path / 'nearest.png'}"]
+    script("nearest_images", "a red cube", "a blue cube", *names)
+    results = json.loads((tmp_path / "nearest.json").read_text())
+    assert list(results) == ["a red cube", "a blue cube"]
+    colours = [
+        json.loads(line)["colour"]
+        for line in (tmp_path / "data" / "test" / "metadata.jsonl").read_text().splitlines()
+    ]
+    for query, entries in results.items():
+        indices = [int(Path(entry["file"]).stem) for entry in entries]
+        assert len(entries) == 3 and {colours[index] for index in indices} == {query.split()[1]}
+    assert Image.open(tmp_path / "nearest.png").size[0] > 3 * 64
+    image = tmp_path / "data" / "test" / "000001.png"
+    script("nearest_images", str(image), *names)
+    (entries,) = json.loads((tmp_path / "nearest.json").read_text()).values()
+    assert entries[0]["cosine"] == pytest.approx(1, abs=1e-3)
+    message = script("nearest_images", str(image), "a red cube", *names, code=2)
+    assert "give texts alone, or files alone" in message
