@@ -20,6 +20,7 @@ from distill.evaluation.generator import (
     reference,
 )
 from distill.evaluation.graders import load_graders
+from distill.evaluation.judge import load_judge
 from distill.evaluation.labels import LabelOptions
 from distill.one_step.folder import load_student
 from distill.runtime.config import as_mapping
@@ -29,7 +30,18 @@ from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
 
 # What a row depends on.
-QUERY = ("data", "split", "autoencoder", "judge", "clip", "features", "limit", "labels", "evaluation")
+QUERY = (
+    "data",
+    "split",
+    "autoencoder",
+    "judge",
+    "pair_judge",
+    "clip",
+    "features",
+    "limit",
+    "labels",
+    "evaluation",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +55,7 @@ class Config:
     guidance: tuple[float, ...] = (2.0,)  # 1: without; 0: without the captions
     sampler: SamplerName = "ddim"  # of the teacher
     judge: str | None = "judge64"  # null: no accuracy
+    pair_judge: str | None = None  # of captions of two things: pairs64; null: those are not graded
     clip: str | None = None  # a CLIP model of transformers; null: the teacher's own, where it has one
     features: str | None = None  # a TorchScript Inception, an image model of transformers; null: the judge's
     data: str = "outputs/shapes64"  # a captioned folder
@@ -70,7 +83,8 @@ def main(config: Config) -> None:
     data = data.with_prompts(teacher.prompt_of)
     graders = load_graders(config.teacher, config.judge, config.clip, config.features, device)
     query = {name: as_mapping(config)[name] for name in QUERY}
-    real = reference(data, graders, config.labels)
+    pair_judge = None if config.pair_judge is None else load_judge(config.pair_judge, device)
+    real = reference(data, graders, config.labels, pair_judge)
     truth = real_figures(real, config.evaluation.samples)
     write_json(Path(config.output) / REAL_FIGURES, truth | query)
     print(format_row(truth))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from distill.core.teacher import Teacher
 from distill.data.folders import CaptionedImages
+from distill.evaluation.evaluation_set import SetGraders
 from distill.evaluation.generate import Sampler, generate
 from distill.evaluation.graders import Graders
+from distill.evaluation.judge import Judge
 from distill.evaluation.labels import LabelOptions
 from distill.evaluation.metrics import (
     frechet_distance,
@@ -52,11 +54,18 @@ class Reference:
     features: Tensor
     graders: Graders
     labels: LabelOptions
+    pair_judge: Judge | None = None  # of captions of two things
 
 
-def reference(data: CaptionedImages, graders: Graders, labels: LabelOptions) -> Reference:
-    """The reference of a test split. Raises `UserError` where the graders have no features."""
-    return Reference(data, graders.features(data.composite(slice(None))), graders, labels)
+def reference(
+    data: CaptionedImages, graders: Graders, labels: LabelOptions, pair_judge: Judge | None = None
+) -> Reference:
+    """The reference of a test split. Raises `UserError` where the graders have no features.
+
+    And for a judge of pairs that does not read what captions of two things name.
+    """
+    SetGraders(graders, labels, pair_judge)
+    return Reference(data, graders.features(data.composite(slice(None))), graders, labels, pair_judge)
 
 
 def evaluate_generator(
@@ -91,6 +100,10 @@ def caption_figures(images: Tensor, rows: Sequence[Mapping[str, Any]], real: Ref
     graders, labelled = real.graders, real.labels.labelled(rows)
     captions = [row["text"] for row in rows]
     accuracy = graders.accuracy(images[labelled], [rows[i] for i in labelled], real.labels)
+    of_two = real.labels.pair.rows(rows)
+    pairs = CaptionedImages(images[of_two], [dict(rows[i]) for i in of_two])
+    set_graders = SetGraders(graders, real.labels, real.pair_judge)
+    accuracy |= set_graders.pair_figures(pairs.images.split(256), pairs)
     return {
         **{f"judge_{name}": value for name, value in accuracy.items()},
         **graders.inception_score(images),

@@ -1,6 +1,8 @@
 """Evaluation of generators: figures of captions alone, and rows that are kept for the same weights only."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from distill.evaluation.generator import (
     Reference,
     cached_rows,
     evaluate_generator,
+    real_figures,
     reference,
 )
 from distill.evaluation.graders import Graders, load_graders
-from distill.evaluation.labels import LabelOptions
+from distill.evaluation.labels import LabelOptions, PairLabels
 from distill.one_step.student import Student, StudentOptions
 from distill.runtime.errors import UserError
 from distill.teacher.latent import LatentDiffusionTeacher
@@ -68,3 +71,26 @@ def test_a_row_is_kept_for_the_same_weights_and_query_only(
     with torch.no_grad():
         next(student.parameters())[0] += 1e-3
     assert [frechet(1), frechet(1)] == [3, 3]
+
+
+def test_pairs_are_graded_by_a_judge_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two things alone; real images too. A judge that does not read their columns is refused."""
+    pair = PairLabels(("object",), ("second_object",), "relation")
+    one = {"text": "a duck", "object": "duck", "relation": "", "second_object": ""}
+    two = {"text": "x", "object": "cube", "relation": "on top of", "second_object": "cone"}
+    images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+    images[2] = 255
+    judge: Any = SimpleNamespace(labels=dict.fromkeys(pair.visible, ("x",)))
+
+    def predict(judge: Any, images: torch.Tensor) -> dict[str, list[str]]:
+        right = {**two, **pair.derive(two)}
+        return {name: [right[name] if image.any() else "x" for image in images] for name in pair.visible}
+
+    monkeypatch.setattr("distill.evaluation.evaluation_set.predict", predict)
+    graders = Graders(extract=lambda images: images.flatten(1))
+    data = CaptionedImages(images, [one, two, two])
+    real = reference(data, graders, LabelOptions(pair=pair), judge)
+    assert real_figures(real, 3)["judge_pair_right"] == 0.5
+    assert real_figures(real, 1) == {"generator": "real images"}
+    with pytest.raises(UserError, match="the judge of pairs does not read"):
+        reference(data, graders, LabelOptions(pair=pair), SimpleNamespace(labels={}))  # type: ignore[arg-type]
