@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that docs/data.md shows, into outputs/: data, trainings, figures. Stopped, it resumes.
-# bash scripts/reproduce_data.sh   (about three hours on two cores; OMP_NUM_THREADS=1 for one)
+# bash scripts/reproduce_data.sh   (about six hours on two cores; OMP_NUM_THREADS=1 for one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v .venv/bin/python || command -v python)
@@ -21,6 +21,11 @@ dataset outputs/mnist source=mnist
 "$python" scripts/evaluate_generator.py teacher=outputs/digits/teacher "students=[outputs/digits_student/student]" \
   "steps=[]" judge=outputs/judge_digits/judge labels=none data=outputs/mnist evaluation.samples=1000 \
   output=outputs/evaluate_digits
+
+"$python" scripts/train_controlnet.py teacher=digits28 data=outputs/mnist condition=edges probe=null run.steps=800 \
+  adapter.validate_every=400 run.precision=bfloat16 run.directory=outputs/digits_edges
+"$python" scripts/evaluate_control.py teacher=digits28 adapter=outputs/digits_edges/adapter data=outputs/mnist probe=null \
+  judge=digits28 labels=none evaluation.guidance=1.5 precision=bfloat16 output=outputs/evaluate_digits_edges
 
 # Sprites
 dataset outputs/sprites16 source=emoji folder.resolution=16 folder.background=1
@@ -46,6 +51,43 @@ dataset outputs/faces source=faces
   run.directory=outputs/judge_faces run.steps=1500
 "$python" scripts/evaluate_generator.py teacher=outputs/faces_teacher/teacher judge=outputs/judge_faces/judge labels=none \
   data=outputs/faces "guidance=[1, 2]" "steps=[25]" evaluation.samples=500 output=outputs/evaluate_faces
+
+# Faces by concatenation, and by other losses
+dataset outputs/faces_white source=faces folder.background=1
+faces=(teacher.resolution=32 teacher.colour=true teacher.unet.batch=64 teacher.unet.timesteps=100 teacher.unet.ema=0.99
+  run.precision=bfloat16)
+"$python" scripts/train_pixel_teacher.py conditioning=low_resolution run.directory=outputs/faces_low_resolution run.steps=800 \
+  teacher.data=outputs/faces "${faces[@]}"
+"$python" scripts/train_pixel_teacher.py conditioning=inpainting run.directory=outputs/faces_inpainting_white run.steps=700 \
+  teacher.data=outputs/faces_white "${faces[@]}"
+for loss in x0 previous; do
+  "$python" scripts/train_pixel_teacher.py conditioning=context conditioning.column=attributes run.steps=500 \
+    run.directory="outputs/faces_loss_$loss" teacher.unet.prediction=sample teacher.unet.loss="$loss" \
+    teacher.data=outputs/faces "${faces[@]}"
+  "$python" scripts/evaluate_generator.py teacher="outputs/faces_loss_$loss/teacher" judge=outputs/judge_faces/judge \
+    labels=none data=outputs/faces "guidance=[2]" "steps=[25]" evaluation.samples=300 precision=bfloat16 \
+    output="outputs/evaluate_faces_loss_$loss"
+done
+
+# Emoji: CLIP, then the VAE of shapes64 further, then a U-Net
+dataset outputs/emoji64 source=emoji folder.resolution=64
+"$python" scripts/train_teacher.py run.directory=outputs/emoji_clip teacher.data=outputs/emoji64 teacher.steps.clip=1500 \
+  teacher.steps.hard_negatives=500 teacher.steps.vae=1 teacher.steps.unet=1 run.precision=bfloat16
+if [ ! -d outputs/emoji_parts/vae ]; then
+  mkdir -p outputs/emoji_parts
+  cp -r outputs/emoji_clip/parts/clip outputs/emoji_clip/parts/tokenizer distill/weights/shapes64/vae outputs/emoji_parts
+fi
+"$python" scripts/train_teacher.py run.directory=outputs/emoji_teacher teacher.data=outputs/emoji64 \
+  teacher.reuse=outputs/emoji_parts teacher.continue_vae=true teacher.steps.vae=1200 teacher.vae.learning_rate=5e-4 \
+  teacher.steps.unet=2400 "teacher.unet.channels=[128]" teacher.unet.layers=2 teacher.unet.ema=0.998 run.precision=bfloat16
+"$python" scripts/evaluate_generator.py teacher=outputs/emoji_teacher/teacher judge=null labels=none data=outputs/emoji64 \
+  split=train "guidance=[1, 4]" "steps=[25]" evaluation.samples=500 evaluation.captions=40 precision=bfloat16 \
+  output=outputs/evaluate_emoji
+
+# CLIP beside logistic regression
+"$python" scripts/classify.py output=outputs/classify_world.json
+"$python" scripts/classify.py data=outputs/mnist column=label clip=outputs/emoji_teacher/teacher "template=keycap: {}" \
+  output=outputs/classify_digits.json
 
 # Upscaler
 "$python" scripts/make_shapes.py output=outputs/renders512 world.resolution=512 world.train=800 world.validation=16 \
