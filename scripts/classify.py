@@ -46,7 +46,7 @@ def main(config: Config) -> None:
         check_prompt(caption, vocabulary)
     train, test = (labelled(split, config.column, labels) for split in data.values())
     figures = classification_figures(clip, captions, train, test)
-    for name in ("zero_shot", "regression_on_clip", "regression_on_pixels", "chance"):
+    for name in ("zero_shot", "regression_on_clip", "regression_on_pixels", "most_frequent"):
         print(f"{name:24} {figures[name]:.3f}")
     write_json(config.output, {**figures, "test": len(test.classes), "machine": machine_info()})
     print(f"written: {config.output}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from entry import entry
 
-from distill.data.folders import read_rows
+from distill.data.folders import read_rows, rows_with_paths
 from distill.one_step.regression import PairOptions, make_pairs
 from distill.runtime.precision import PrecisionName, pick_precision
 from distill.teacher.load import load_teacher
@@ -28,8 +28,10 @@ class Config:
 def main(config: Config) -> None:
     precision = pick_precision(config.device, config.precision)
     teacher = load_teacher(config.teacher, precision.device, precision.dtype)
-    captions = [row["text"] for row in read_rows(f"{config.data}/train")]
-    folder = make_pairs(teacher, captions[: config.pairs.count], config.output, config.pairs)
+    split = f"{config.data}/train"
+    rows = rows_with_paths(split, read_rows(split)[: config.pairs.count])
+    prompts = [teacher.prompt_of(row) for row in rows]
+    folder = make_pairs(teacher, prompts, config.output, config.pairs)
     print(f"written: {folder}: {config.pairs.count} pairs")
 
 

@@ -22,6 +22,7 @@ from distill.upscaler.network import load_upscaler, upscale
 
 TEACHER_OPTIONS = (  # disabled while empty
     "negative_prompt",
+    "resolution",
     "sweep",
     "compare_samplers",
     "formulations",

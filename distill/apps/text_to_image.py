@@ -32,7 +32,7 @@ class TextToImageOptions:
     guidance: float = 3.0  # CFG scale; 1: no guidance, 0: no prompt
     steps: int = 25
     sampler: SamplerName = "ddim"
-    # image side in pixels, a multiple of the VAE's factor; null: the teacher's own, which it was trained at
+    # image side in pixels, of teachers that can have another; null: their own, which they were trained at
     resolution: int | None = None
     seed: int = 0
     animation: bool = False  # also write the predicted x0, and x_t, of every step as GIFs
@@ -138,21 +138,24 @@ def initial_batch(teacher: Teacher, options: TextToImageOptions) -> tuple[Condit
     rows = prompt_conditioning(teacher, options).repeat_interleave(per_prompt)
     if options.azimuths:
         rows = with_cameras(teacher, rows, options)
-    channels, side = teacher.latent_shape[0], image_side(teacher, options) // latent_factor(teacher)
-    noise = torch.randn(len(rows), channels, side, side, generator=generator)
+    side = image_side(teacher, options) * teacher.latent_shape[1] // teacher.resolution
+    noise = torch.randn(len(rows), teacher.latent_shape[0], side, side, generator=generator)
     return rows, noise.to(teacher.device)
 
 
-def latent_factor(teacher: Teacher) -> int:
-    """Pixels a side of a latent's cell."""
-    return teacher.resolution // teacher.latent_shape[1]
-
-
 def image_side(teacher: Teacher, options: TextToImageOptions) -> int:
-    """The side of images in pixels. Raises `UserError` for one that is no multiple of the latents' factor."""
-    side, factor = options.resolution or teacher.resolution, latent_factor(teacher)
-    if side < factor or side % factor:
-        raise UserError(f"resolution is {side}: expected a multiple of {factor}, the factor of the latents")
+    """The side of images in pixels. Raises `UserError` for one that the teacher cannot have."""
+    side, multiple = options.resolution, teacher.size_multiple
+    if side is None or side == teacher.resolution:
+        return teacher.resolution
+    if multiple is None:
+        raise UserError(
+            f"resolution is {side}, but the teacher {teacher.name_or_path} has images of "
+            f"{teacher.resolution} pixels; of some pipelines that is an option in a YAML file "
+            "(PipelineSource.resolution)"
+        )
+    if side < multiple or side % multiple:
+        raise UserError(f"resolution is {side}: expected a multiple of {multiple}, as the networks need")
     return side
 
 

@@ -11,7 +11,7 @@ from distill.data.folders import CaptionedImages
 from distill.data.images import read_pixels
 from distill.runtime.errors import UserError
 
-SOFT_SCALES, SOFT_GAIN = (0.7, 1.4, 2.8), 4.0  # pixels; an edge of a quarter of the range is white
+SOFT_SCALES, SOFT_GAIN = (0.7, 1.4, 2.8), 4.0  # pixels; a sharp edge of two thirds of the range is white
 COLUMN = "conditioning_image"  # as in diffusers' ControlNet training and the data sets for it
 
 
@@ -61,7 +61,7 @@ def soft_edges(images: Tensor) -> Tensor:
 
 
 def straight_lines(images: Tensor) -> Tensor:
-    """(N, 1, H, W) uint8: straight segments of the edges of images (N, 3, H, W) in [0, 1], one pixel wide.
+    """(N, 1, H, W) uint8: straight segments of the edges of images (N, 3, H, W) in [0, 1].
 
     The place of M-LSD's (Gu et al. 2021, arXiv:2106.00186), by the probabilistic Hough transform.
     """

@@ -159,6 +159,11 @@ class Teacher(ScoreModel):
         """Image side in pixels at the native resolution."""
 
     @property
+    def size_multiple(self) -> int | None:
+        """What the side of its images must be a multiple of; None where it has one size alone."""
+        return None
+
+    @property
     def conditioned_on_cameras(self) -> bool:
         """Whether it reads poses, and groups of views, of a conditioning (`distill.core.views`)."""
         return False

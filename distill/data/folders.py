@@ -18,6 +18,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 
 PATH = "path"  # in the rows of `load_split`: the image's file
+CAPTION = "caption"  # in rows whose `text` is a prompt: the caption
 MAPPED_BYTES = 4 * 2**30  # of a split's images, above which they are mapped from a file
 
 
@@ -52,8 +53,9 @@ class CaptionedImages:
         return CaptionedImages(self.images.to(device), self.rows)
 
     def with_prompts(self, prompt_of: Callable[[dict[str, Any]], str]) -> "CaptionedImages":
-        """The same images, with the prompt of each row as its text (`Teacher.prompt_of`)."""
-        return CaptionedImages(self.images, [{**row, "text": prompt_of(row)} for row in self.rows])
+        """The same images; a row's text is its prompt (`Teacher.prompt_of`), and `CAPTION` what it was."""
+        rows = [{**row, CAPTION: row["text"], "text": prompt_of(row)} for row in self.rows]
+        return CaptionedImages(self.images, rows)
 
     def select(self, indices: Sequence[int]) -> "CaptionedImages":
         """The images at these indices."""
@@ -102,8 +104,12 @@ def load_split(
     rows and unreadable images.
     """
     folder = Path(folder) / split
-    rows = [{**row, PATH: str(folder / row["file_name"])} for row in read_rows(folder)[:limit]]
-    return load_rows(folder, rows, resolution)
+    return load_rows(folder, rows_with_paths(folder, read_rows(folder)[:limit]), resolution)
+
+
+def rows_with_paths(folder: Path | str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a split with the file of each image, which is the prompt of some teachers."""
+    return [{**row, PATH: str(Path(folder) / row.get("file_name", ""))} for row in rows]
 
 
 def load_rows(folder: Path, rows: list[dict[str, Any]], resolution: int) -> CaptionedImages:

@@ -64,6 +64,17 @@ def square(image: Image.Image, resolution: int) -> Image.Image:
     return centre.resize((resolution, resolution), Image.Resampling.LANCZOS)
 
 
+def is_image_file(text: str) -> bool:
+    """Whether a prompt is a file. Raises `UserError` for one that is named as an image and does not exist."""
+    try:
+        exists = Path(text).is_file()
+    except OSError:  # too long for a name
+        exists = False
+    if not exists and Path(text).suffix.lower() in SUFFIXES:
+        raise UserError(f"{text} does not exist: give the path of an image file, or a text")
+    return exists
+
+
 def image_files(folder: Path) -> list[Path]:
     """The images of a folder, by name. Raises `UserError` where there are none."""
     entries = folder.iterdir() if folder.is_dir() else ()

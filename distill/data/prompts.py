@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from distill.core.conditioning import Conditioning
 from distill.core.teacher import Teacher
-from distill.data.folders import grey_levels, load_rows, read_rows
+from distill.data.folders import grey_levels, load_rows, read_rows, rows_with_paths
 from distill.runtime.errors import UserError
 from distill.runtime.files import atomic_path
 
@@ -75,7 +75,8 @@ def load_prompts(teacher: Teacher, data: Path | str, images: bool, split: str = 
     """
     path = Path(data)
     if path.suffix != ".txt":
-        captions = [teacher.prompt_of(row) for row in read_rows(path / split, ("text",))]
+        rows = rows_with_paths(path / split, read_rows(path / split, ("text",)))
+        captions = [teacher.prompt_of(row) for row in rows]
         latents = stream_latents(teacher, path, split) if images else None
         return StreamedPrompts(teacher, captions, latents)
     if images:

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from distill.data.folders import CaptionedImages
 from distill.evaluation.clip import ClipScorer
 from distill.evaluation.judge_columns import label_of
+from distill.evaluation.labels import fill_caption
 from distill.runtime.errors import UserError
 
+SMALLEST_DEVIATION = 0.05  # of a feature, relative to that of all numbers
 MOST_PIXELS = 32  # a side, of what a regression on pixels reads
 
 
@@ -67,7 +69,8 @@ def logistic_regression(features: Tensor, classes: Tensor, count: int, penalty: 
 
 def fitted_accuracy(train: Tensor, train_classes: Tensor, test: Tensor, test_classes: Tensor) -> float:
     """The accuracy on test features (M, D) of a regression on train features (N, D), both standardised."""
-    mean, deviation = train.mean(0), train.std(0).clamp_min(1e-6)
+    # what hardly varies in training would decide a test image that differs
+    mean, deviation = train.mean(0), train.std(0).clamp_min(SMALLEST_DEVIATION * train.std())
     count = int(max(train_classes.max(), test_classes.max())) + 1
     weights = logistic_regression((train - mean) / deviation, train_classes, count)
     logits = (test - mean) / deviation @ weights[:-1] + weights[-1]
@@ -77,9 +80,9 @@ def fitted_accuracy(train: Tensor, train_classes: Tensor, test: Tensor, test_cla
 def classification_figures(
     clip: ClipScorer, captions: Sequence[str], train: Labelled, test: Labelled
 ) -> dict[str, Any]:
-    """Accuracies on test images, and the classes (K,) that zero-shot labels confuse most with others.
+    """Accuracies on test images, of zero-shot labels by class too.
 
-    captions: one of each class, for zero-shot labels.
+    captions: one of each class, for zero-shot labels. `most_frequent` is the accuracy of one constant label.
     """
     zero_shot = clip.label_probabilities(test.images, captions).argmax(1)
     right = zero_shot == test.classes
@@ -90,7 +93,7 @@ def classification_figures(
         "zero_shot": float(right.float().mean()),
         "regression_on_clip": fitted_accuracy(train_features, train.classes, test_features, test.classes),
         "regression_on_pixels": fitted_accuracy(pixels[0], train.classes, pixels[1], test.classes),
-        "chance": float(torch.bincount(test.classes).max() / len(test.classes)),
+        "most_frequent": float(torch.bincount(test.classes).max() / len(test.classes)),
         "zero_shot_by_class": {
             caption: float(right[test.classes == number].float().mean())
             for number, caption in enumerate(captions)
@@ -105,9 +108,9 @@ def captions_of(labels: Sequence[str], template: str, names: Mapping[str, str]) 
     Raises `UserError` for a template without {} and for names of labels that do not exist.
     """
     unknown = set(names) - set(labels)
-    if "{}" not in template or unknown:
+    if "{}" not in template or "{" in template.replace("{}", "") or unknown:
         raise UserError(
             f"template {template!r} with names of {', '.join(sorted(unknown)) or 'no label'}: expected a "
             f"template with {{}}, and names of {', '.join(labels)}"
         )
-    return [template.replace("{}", names.get(label, label)) for label in labels]
+    return [fill_caption(template.replace("{}", "{label}"), {"label": names.get(x, x)}) for x in labels]

@@ -90,7 +90,7 @@ def caption_retrieval(clip: ClipScorer, features: Tensor, captions: Sequence[str
     number = {text: index for index, text in enumerate(texts)}
     cosines = features @ clip.text_features(texts).T
     own = cosines.gather(1, torch.tensor([[number[caption]] for caption in captions]))
-    rank = (cosines > own).sum(1)
+    rank = (~(cosines < own)).sum(1) - 1  # ties, and what is no number, count against it
     tops = {f"retrieval_top{count}": float((rank < count).float().mean()) for count in (1, 5)}
     return {**tops, "retrieval_captions": float(len(texts))}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.core.teacher import Teacher
-from distill.data.folders import CaptionedImages
+from distill.data.folders import CAPTION, CaptionedImages
 from distill.evaluation.evaluation_set import SetGraders
 from distill.evaluation.generate import Sampler, generate
 from distill.evaluation.graders import Graders
@@ -96,12 +96,13 @@ def evaluate_generator(
 
 
 def caption_figures(images: Tensor, rows: Sequence[Mapping[str, Any]], real: Reference) -> dict[str, float]:
-    """What the judge and CLIP say of images and their rows, without the other images."""
-    graders, labelled = real.graders, real.labels.labelled(rows)
-    captions = [row["text"] for row in rows]
-    accuracy = graders.accuracy(images[labelled], [rows[i] for i in labelled], real.labels)
-    of_two = real.labels.pair.rows(rows)
-    pairs = CaptionedImages(images[of_two], [dict(rows[i]) for i in of_two])
+    """What the judge and CLIP say of images and their captions, without the other images."""
+    captioned = [{**row, "text": row.get(CAPTION, row["text"])} for row in rows]
+    graders, labelled = real.graders, real.labels.labelled(captioned)
+    captions = [row["text"] for row in captioned]
+    accuracy = graders.accuracy(images[labelled], [captioned[i] for i in labelled], real.labels)
+    of_two = real.labels.pair.rows(captioned)
+    pairs = CaptionedImages(images[of_two], [captioned[i] for i in of_two])
     set_graders = SetGraders(graders, real.labels, real.pair_judge)
     accuracy |= set_graders.pair_figures(pairs.images.split(256), pairs)
     return {

@@ -19,7 +19,7 @@ def read_curves(directory: Path | str) -> dict[str, Curve]:
     """
     path = Path(directory) / "metrics.jsonl"
     evaluated = sorted(Path(directory).glob(f"[0-9]*/{FIGURES}/*.json"))
-    evaluated = [file for file in evaluated if file.name != REAL_FIGURES]
+    evaluated = [file for file in evaluated if file.name != REAL_FIGURES and file.parents[1].name.isdigit()]
     if evaluated and not path.is_file():
         return _snapshot_curves(evaluated)
     if not path.is_file():

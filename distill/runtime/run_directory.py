@@ -98,6 +98,8 @@ def _remove(directory: Path) -> None:
     for path in checkpoints(directory / "checkpoints"):
         path.unlink()
     shutil.rmtree(directory / "trackers", ignore_errors=True)
+    for path in (directory / "snapshots").glob("[0-9]*"):  # teachers during their training
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _lock(directory: Path) -> Callable[[], None]:

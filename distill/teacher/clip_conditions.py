@@ -19,7 +19,8 @@ from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.data.folders import PATH, CaptionedImages
-from distill.data.images import load_image
+from distill.data.images import is_image_file, load_image
+from distill.runtime.checkpoint import fingerprint
 from distill.runtime.errors import UserError
 from distill.runtime.shipped import resolve
 from distill.teacher.clip import caption_features, image_features
@@ -59,7 +60,9 @@ class ClipEncoder:
     def save(self, folder: Path) -> None:
         """Write it in fp16, in the layout of a teacher's folder."""
         copy.deepcopy(self.model).half().save_pretrained(folder / CLIP)
-        save_vocabulary(folder / TOKENIZER, self.tokenizer, sorted(self.vocabulary or ()))
+        self.tokenizer.save_pretrained(folder / TOKENIZER)
+        if self.vocabulary is not None:
+            save_vocabulary(folder / TOKENIZER, self.tokenizer, sorted(self.vocabulary))
 
     @torch.no_grad()
     def of_images(self, images: Tensor) -> Tensor:
@@ -96,8 +99,8 @@ class ClipCondition(PixelCondition):
             indices = torch.arange(len(data))
             rows = torch.cat([encoder.of_images(data.composite(part)) for part in indices.split(256)])
         else:
-            texts = sorted(set(data.texts))
-            numbers = {text: number for number, text in enumerate(texts)}
+            texts = sorted(set(data.texts) - {""})
+            numbers = {text: number for number, text in enumerate([*texts, ""])}  # the last: none
             indices = torch.tensor([numbers[text] for text in data.texts])
             rows = encoder.of_texts(texts)
         return ConditionTable([], torch.cat([rows, torch.zeros_like(rows[:1])])[:, None], indices)
@@ -139,13 +142,17 @@ class ClipTeacher(PixelTeacher):
         super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
         self.encoder, self.source = encoder, source
 
+    def fingerprint(self) -> str:
+        """As of every teacher: vectors are of its CLIP, of images or of texts."""
+        return f"{fingerprint(self.encoder.model)}-{self.source}"
+
     def prompt_of(self, row: Mapping[str, Any]) -> str:
         """As of every teacher: the row's image file, or its caption, as in the training."""
         return str(row.get(PATH, row["text"]) if self.source == "image" else row["text"])
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no file and no text that CLIP can read."""
-        if not Path(prompt).is_file():
+        if not is_image_file(prompt):
             check_prompt(prompt, self.encoder.vocabulary)
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
@@ -155,7 +162,7 @@ class ClipTeacher(PixelTeacher):
     def _vector(self, prompt: str) -> Tensor:
         if not prompt:
             return torch.zeros(1, self.encoder.size)
-        if Path(prompt).is_file():
+        if is_image_file(prompt):
             return self.encoder.of_images(load_image(prompt, self.resolution))
         return self.encoder.of_texts([prompt])
 

@@ -4,6 +4,7 @@ By concatenation, as in latent diffusion (Rombach et al. 2022, arXiv:2112.10752,
 (arXiv:2111.05826).
 """
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.data.folders import PATH, CaptionedImages
-from distill.data.images import load_image, read_image, read_pixels
+from distill.data.images import is_image_file, load_image, read_image, read_pixels
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser
 from distill.teacher.pixel_conditions import ConditionTable, PixelCondition, blocks
@@ -138,7 +139,8 @@ class InpaintingCondition(ImageCondition):
 
     def table(self, data: CaptionedImages) -> ConditionTable:
         """As of every condition. Raises `UserError` for images with transparency."""
-        if data.images.shape[1] == 4:
+        parts = data.images.split(1024)
+        if data.images.shape[1] == 4 and any(bool((part[:, 3] < 255).any()) for part in parts):
             raise UserError(
                 "the images have transparent pixels, which in a prompt are those to be filled: write the "
                 "data with folder.background=1, or another grey level"
@@ -162,7 +164,7 @@ class InpaintingCondition(ImageCondition):
         """As of every image condition: transparent pixels are unknown, or the centre of an opaque image."""
         pixels = torch.from_numpy(read_pixels(path, side).copy()).permute(2, 0, 1)[None]
         mask = torch.ones(1, 1, side, side, dtype=torch.bool)
-        if pixels.shape[1] == 4:
+        if pixels.shape[1] == 4 and bool((pixels[:, 3] < 255).any()):
             mask = pixels[:, 3:] > 127
         else:
             mask[:, :, side // 4 : side - side // 4, side // 4 : side - side // 4] = False
@@ -213,13 +215,17 @@ class ConcatenationTeacher(PixelTeacher):
         """As of every teacher of pixels."""
         return self.network.config.out_channels
 
+    def fingerprint(self) -> str:
+        """As of every teacher: maps are of the condition."""
+        return hashlib.sha256(f"{self.name_or_path} {self.condition}".encode()).hexdigest()[:16]
+
     def prompt_of(self, row: Mapping[str, Any]) -> str:
         """As of every teacher: the row's image file."""
         return str(row.get(PATH, row["text"]))
 
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for what is no file."""
-        if not Path(prompt).is_file():
+        if not is_image_file(prompt):
             raise UserError(
                 f"the prompt is {prompt!r}, but {self.name_or_path} ({self.condition.kind}) takes image "
                 "files: give the path of one"

@@ -51,6 +51,11 @@ class LatentDiffusionTeacher(LatentTeacher):
         """The U-Net itself, for what only a U-Net can do: ControlNet, weights on disk."""
         return self.denoiser.network
 
+    @property
+    def size_multiple(self) -> int:
+        """As of every teacher: pixels a side of a latent's cell."""
+        return self.resolution // self.latent_shape[1]
+
     def check_prompt(self, prompt: str) -> None:
         """Raise `UserError` for an empty prompt, and for words outside a closed vocabulary."""
         check_prompt(prompt, self.vocabulary)

@@ -83,15 +83,12 @@ def train_pixel_teacher(
     def save(folder: Path, network: nn.Module) -> None:
         save_pixel_teacher(folder, network, options.unet, condition, table)
 
-    train_denoiser(
-        run,
-        cache,
-        options.unet,
-        denoiser,
-        averaged,
-        decode_pixels,
-        snapshot=lambda step, network: save(run.directory / SNAPSHOTS / f"{step:06d}", network),
-    )
+    def snapshot(step: int, network: nn.Module) -> None:
+        folder = run.directory / SNAPSHOTS / f"{step:06d}"
+        if not folder.exists():  # of a run that was resumed from before it
+            save(folder, network)
+
+    train_denoiser(run, cache, options.unet, denoiser, averaged, decode_pixels, snapshot=snapshot)
     folder = run.directory / "teacher"
     if run.main:
         save(folder, averaged.network)

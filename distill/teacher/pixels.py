@@ -52,6 +52,12 @@ class PixelTeacher(PipelineTeacher):
         """Image side in pixels."""
         return self.network.config.sample_size
 
+    @property
+    def size_multiple(self) -> int | None:
+        """As of every teacher: what the network's levels halve; None for a network with a size of its own."""
+        channels = self.network.config.get("block_out_channels")
+        return None if channels is None else 2 ** (len(channels) - 1)
+
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], scaled to [-1, 1]; their mean where the network is grey."""
         return encode_pixels(images, self.channels)

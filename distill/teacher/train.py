@@ -63,7 +63,7 @@ class TeacherOptions:
 def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     """Train the missing parts and save the folder `<run.directory>/teacher`, whose path is returned.
 
-    With `unet.snapshot_every` folders of that step's averaged weights are in `<run.directory>/snapshots`.
+    With `unet.snapshot_every` teachers of earlier steps are in `<run.directory>/unet/snapshots`.
     Each part resumes from its own checkpoints; `run.steps` is not used. Several processes share the batches
     of VAE and U-Net; CLIP, whose batch is its negatives, is trained by all of them alike. Raises `UserError`
     for data that does not exist or does not fit.
@@ -81,8 +81,9 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
         cache, labels = load_training_cache(parts, options.data, options.resolution)
 
     def snapshot(step: int, unet: UNet2DConditionModel) -> None:
-        folder = Path(run.directory) / SNAPSHOTS / f"{step:06d}"
-        save_teacher(folder, parts, unet, make_scheduler(options.unet))
+        folder = unet_run.directory / SNAPSHOTS / f"{step:06d}"
+        if not folder.exists():  # of a run that was resumed from before it: the same, and its evaluations
+            save_teacher(folder, parts, unet, make_scheduler(options.unet))
 
     unet = train_unet(unet_run, cache, parts.vae, options.unet, initial_unet, labels, snapshot)
     unet_run.finish({})
@@ -151,7 +152,8 @@ def _train_vae(
     validation: CaptionedImages,
     initial: AutoencoderKL | None = None,
 ) -> AutoencoderKL:
-    vae_run = _part_run(run, "vae", options.steps.vae, options.vae)
+    start = {"start": "new"} if options.new_vae else {}  # which the options of the VAE do not say
+    vae_run = _part_run(run, "vae", options.steps.vae, options.vae, **start)
     vae = train_vae(vae_run, data, validation, options.vae, initial)
     vae_run.finish({"scaling_factor": vae.config.scaling_factor})
     return vae
@@ -161,11 +163,10 @@ def _continued(run: RunOptions, options: TeacherOptions, parts: TeacherParts) ->
     """The parts with a VAE trained further, or another, where the options ask for it; saved for `reuse`."""
     if not (options.continue_vae or options.new_vae):
         return parts
-    folder = _parts_folder(run)
-    if not (folder / "vae" / "config.json").is_file():
-        vae = _train_vae(run, options, *_load_splits(options), None if options.new_vae else parts.vae)
-        _save_parts(run, parts._replace(vae=vae))
-    return load_parts(folder, pick_device(run.device))
+    initial = None if options.new_vae else parts.vae
+    vae = _train_vae(run, options, *_load_splits(options), initial)
+    _save_parts(run, parts._replace(vae=vae))
+    return load_parts(_parts_folder(run), pick_device(run.device))
 
 
 def _check_captions(captions: Sequence[str], parts: TeacherParts) -> None:

@@ -79,6 +79,8 @@ class UnetOptions:
                 f"loss={self.loss}: at high noise x0 divides a prediction of eps by almost 0: give "
                 "prediction=sample or v_prediction"
             )
+        if self.snapshot_every is not None and self.snapshot_every < 1:
+            raise UserError(f"snapshot_every is {self.snapshot_every}: expected steps, 1 or more, or null")
         processes.check_accumulate(self.accumulate, self.batch)
         if self.zero_snr and self.prediction == "epsilon":
             raise UserError(

@@ -77,7 +77,8 @@ def check_view_words(teacher: Teacher, prompt: str) -> None:
     """Raise `UserError` for a teacher that knows a prompt's words and not those of its views."""
     teacher.check_prompt(prompt)
     try:
-        teacher.check_prompt(view_prompt(prompt, VIEWS[0]))
+        for view in VIEWS:
+            teacher.check_prompt(view_prompt(prompt, view))
     except UserError as error:
         raise UserError(f"{error}; set text_to_3d.view_words=false for prompts without views") from None
 

@@ -1,5 +1,6 @@
 """Condition images of geometry for adapters: of the world's renders, and of any mesh from any camera."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,8 @@ def world_geometry(
     from safetensors.torch import load_file
 
     files = map(load_file, sorted((Path(folder) / "geometry").glob(f"{split}-*.safetensors")))
-    blocks = [values[name] for values in files if name in values]  # earlier versions wrote no parts
+    # earlier versions wrote no parts: what follows such a block is of later images
+    blocks = [values[name] for values in itertools.takewhile(lambda values: name in values, files)]
     values = torch.cat(blocks)[:count] if blocks else torch.zeros(0)
     if len(values) < count:
         command = f"scripts/make_shapes.py output={folder} world.geometry=true"

@@ -13,11 +13,21 @@ MOST_PARTS = 255  # further ones are one
 def face_parts(mesh: trimesh.Trimesh) -> np.ndarray:
     """The part (F,) uint8 of each face, from 1 on in the order of their areas, the largest first.
 
-    Vertices at one place are one, so that creases do not divide a part.
+    Faces that share an edge are of one part, however many do. Vertices at one place are one, so that creases
+    do not divide a part.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     merged = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
     merged.merge_vertices(merge_norm=True, merge_tex=True)
-    labels = trimesh.graph.connected_component_labels(merged.face_adjacency, node_count=len(mesh.faces))
+    count = len(mesh.faces)
+    edges = np.unique(merged.edges_sorted, axis=0, return_inverse=True)[1].ravel()
+    pairs = merged.edges_face, count + edges  # faces and edges are the nodes of one graph
+    nodes = count + int(edges.max()) + 1
+    graph = coo_array((np.ones(len(edges), bool), pairs), shape=(nodes, nodes))
+    labels = connected_components(graph, directed=False)[1][:count]
+    labels = np.unique(labels, return_inverse=True)[1]
     areas = np.bincount(labels, weights=mesh.area_faces)
     rank = np.empty(len(areas), np.int64)
     rank[np.argsort(-areas, kind="stable")] = np.arange(1, len(areas) + 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distill.core.conditioning import Conditioning
-from distill.core.score import Guided, Prediction
+from distill.core.score import Guided, Prediction, guidance_nfe
 from distill.objectives.options import CriticOptions
 from distill.one_step.adversarial import no_param_grad
 from distill.one_step.methods.base import (
@@ -131,5 +131,5 @@ class SiD(CriticMethod):
 
     def cost(self, progress: float) -> float:
         """As of every method: forward and backward through the student, and to the inputs of both models."""
-        models = 4 * (1 if self.options.guidance == 1 else 2)
-        return 3 + models + self.critic_cost(progress) * (1 if self.options.critic_guidance == 1 else 2)
+        models = 4 * guidance_nfe(self.options.guidance)
+        return 3 + models + self.critic_cost(progress) * guidance_nfe(self.options.critic_guidance)

@@ -240,7 +240,7 @@ def test_images_larger_than_those_of_the_training(tiny_teacher: LatentDiffusionT
     assert images.shape == (1, 3, 96, 96) and bool(images.isfinite().all())
     own = text_to_image(tiny_teacher, replace(SHORT, resolution=64)).images
     assert torch.equal(own, text_to_image(tiny_teacher, SHORT).images)
-    for side in (60, 4):
+    for side in (60, 4, 0):
         with pytest.raises(UserError, match=f"resolution is {side}: expected a multiple of 8"):
             text_to_image(tiny_teacher, replace(SHORT, resolution=side))
 
@@ -320,6 +320,7 @@ def test_sample_script_takes_images_adapters_and_comparisons(
         ({"formulations": ("vp",), "sweep": (1.0,)}, "sweep: not available with formulations"),
         ({"formulations": ("vp",), "candidates": 2}, "candidates: not available with formulations"),
         ({"compare_samplers": ("ddim", "heun")}, "compare_samplers has 'heun'"),
+        ({"resolution": 128, "student": "shapes64"}, "resolution: a student generates"),
         ({"resolution": 128, "controls": (ControlOptions("depth", "a.png"),)}, "adapters read images of"),
         ({"student": "shapes64", "formulations": ("vp",)}, "formulations: a student generates"),
     ],

@@ -53,13 +53,24 @@ def test_separable_classes_are_learned_and_random_ones_are_not() -> None:
     assert fitted_accuracy(features[:200], unrelated[:200], features[200:], unrelated[200:]) < 0.45
 
 
+def test_what_does_not_vary_in_training_decides_nothing() -> None:
+    """Constants that are inexact in floats, and other values of them in the test."""
+    features = random(300, 3)
+    classes = (features[:, 0] > 0).long()
+    constants = torch.full((300, 20), 0.7)
+    constants[200:] += 0.3 * random(100, 20, seed=3)
+    both = torch.cat([features, constants], 1)
+    assert fitted_accuracy(both[:200], classes[:200], both[200:], classes[200:]) > 0.9
+
+
 def test_labels_and_captions() -> None:
     rows = [{"file_name": "x", "text": "", "digit": value} for value in (10, 9, 2, None)]
     data = CaptionedImages(torch.zeros(4, 3, 4, 4, dtype=torch.uint8), rows)
     assert classes_of(data, "digit") == ["2", "9", "10"]
     assert labelled(data, "digit", ["2", "9", "10"]).classes.tolist() == [2, 1, 0]
     assert captions_of(["2", "9"], "a {}", {"9": "nine"}) == ["a 2", "a nine"]
-    for template, names in (("a", {}), ("a {}", {"7": "seven"})):
+    assert captions_of(["airplane"], "a {}", {}) == ["an airplane"]
+    for template, names in (("a", {}), ("a {} {x}", {}), ("a {}", {"7": "seven"})):
         with pytest.raises(UserError, match="expected a template with {}, and names of 2, 9"):
             captions_of(["2", "9"], template, names)
     with pytest.raises(UserError, match="column text has 0 labels"):
@@ -90,7 +101,7 @@ def test_the_script_compares_them(tmp_path: Path) -> None:
     printed = script("classify", *arguments, "template=a {} cube")
     accuracies = dict(line.split() for line in printed.splitlines()[:4])
     names = ("zero_shot", "regression_on_clip", "regression_on_pixels")
-    assert accuracies == {**dict.fromkeys(names, "1.000"), "chance": "0.500"}
+    assert accuracies == {**dict.fromkeys(names, "1.000"), "most_frequent": "0.500"}
     message = script("classify", *arguments, "template=a {} zebra", code=2)
     assert "unknown word 'zebra'" in message
 
@@ -98,8 +109,8 @@ def test_the_script_compares_them(tmp_path: Path) -> None:
 def test_nearest_images_are_of_the_queried_colour(tmp_path: Path) -> None:
     """By text and by image; an image of the data is nearest to itself."""
     write_dataset(Dots(), tmp_path / "data", FolderOptions(), tmp_path)
-    names = [f"data={tmp_path / 'data'}", "count=3", f"output={tmp_path / 'nearest.png'}"]
-    script("nearest_images", "a red cube", "a blue cube", *names)
+    names = [f"data={tmp_path / 'data'}", f"output={tmp_path / 'nearest.png'}"]
+    script("nearest_images", "a red cube", "a blue cube", "count=3", *names)
     results = json.loads((tmp_path / "nearest.json").read_text())
     assert list(results) == ["a red cube", "a blue cube"]
     colours = [
@@ -114,5 +125,10 @@ def test_nearest_images_are_of_the_queried_colour(tmp_path: Path) -> None:
     script("nearest_images", str(image), *names)
     (entries,) = json.loads((tmp_path / "nearest.json").read_text()).values()
     assert entries[0]["cosine"] == pytest.approx(1, abs=1e-3)
-    message = script("nearest_images", str(image), "a red cube", *names, code=2)
-    assert "give texts alone, or files alone" in message
+    for queries, expected in {
+        (str(image), "a red cube"): "give texts alone, or files alone",
+        ("missing.png",): "missing.png does not exist",
+        ("a zebra",): "unknown word 'zebra'",
+        ("a red cube", "count=0"): "count is 0",
+    }.items():
+        assert expected in script("nearest_images", *queries, *names, code=2)

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -49,17 +48,19 @@ def test_the_score_is_the_mean_cosine(tiny_teacher: LatentDiffusionTeacher) -> N
 
 
 def test_retrieval_by_hand() -> None:
-    """Two captions: an image of each is right, a third one is nearer to the other."""
+    """Images of six captions, all nearest to the first of them; ties and NaN are misses."""
 
-    class Fixed:
+    class OneHot:
         def text_features(self, captions: list[str]) -> torch.Tensor:
-            table = {"x": [1.0, 0.0], "y": [0.0, 1.0]}
-            return torch.tensor([table[caption] for caption in captions])
+            return torch.eye(6)[["uvwxyz".index(caption) for caption in captions]]
 
-    clip: Any = Fixed()
-    features = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]])
-    figures = caption_retrieval(clip, features, ["x", "y", "x"])
-    assert figures == {"retrieval_top1": pytest.approx(2 / 3), "retrieval_top5": 1.0, "retrieval_captions": 2}
+    clip, captions = OneHot(), list("uvwxyz")
+    ranked = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]).expand(6, 6)
+    figures = caption_retrieval(clip, ranked, captions)  # type: ignore[arg-type]
+    expected = {"retrieval_top1": 1 / 6, "retrieval_top5": 5 / 6, "retrieval_captions": 6}
+    assert figures == pytest.approx(expected)
+    for features in (torch.zeros(6, 6), torch.full((6, 6), torch.nan)):
+        assert caption_retrieval(clip, features, captions)["retrieval_top5"] == 0.0  # type: ignore[arg-type]
 
 
 def test_features_do_not_depend_on_the_batch_size(tiny_teacher: LatentDiffusionTeacher) -> None:

@@ -15,6 +15,7 @@ from distill.core.teacher import Teacher
 from distill.data.folders import PATH, CaptionedImages, load_split
 from distill.data.images import load_image
 from distill.data.latents import load_latents
+from distill.data.prompts import load_prompts
 from distill.data.sources.source import FolderOptions, ImageSource, Item, write_dataset
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
@@ -117,6 +118,28 @@ def test_latents_of_a_data_set_have_the_maps_of_their_images(trained: Callable[[
     assert not cache.uncond.embedding.any()
 
 
+def test_cached_maps_are_of_the_condition(trained: Callable[[str], Path]) -> None:
+    """Another factor in the same folder has other maps; images and texts other vectors."""
+    folder = trained("low")
+    teacher = load_teacher(str(folder))
+    assert isinstance(teacher, ConcatenationTeacher)
+    before = teacher.fingerprint()
+    teacher.condition = LowResolutionCondition(2)
+    assert teacher.fingerprint() != before
+    image, text = (load_teacher(str(trained(name))) for name in ("clip", "text"))
+    assert image.fingerprint() != text.fingerprint()
+
+
+def test_streamed_prompts_and_pairs_are_of_the_files(trained: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = trained("low")
+    teacher, data = load_teacher(str(folder)), data_of(folder)
+    prompts = load_prompts(teacher, data, images=False)
+    maps = prompts.conditioning_of(torch.arange(3)).embedding
+    torch.testing.assert_close(maps.mean((1, 2, 3)), 2 * LEVELS - 1, atol=1e-3, rtol=0)
+    sizes = ["pairs.count=2", "pairs.steps=2", "pairs.batch=2"]
+    script("make_pairs", f"teacher={folder}", f"data={data}", *sizes, f"output={tmp_path / 'pairs'}")
+
+
 def test_reduced_images(tmp_path: Path) -> None:
     """A file of the reduced size is taken as it is, a larger one is reduced as in training."""
     image = torch.rand(8, 8, 3, generator=torch.Generator().manual_seed(0))
@@ -155,6 +178,8 @@ def test_data_with_transparency_are_refused() -> None:
     data = CaptionedImages(images, [{"file_name": "x.png", "text": "x"}] * 2)
     with pytest.raises(UserError, match="write the data with folder.background=1"):
         InpaintingCondition().table(data)
+    images[:, 3] = 255
+    assert len(InpaintingCondition().table(CaptionedImages(images, data.rows)).rows) == 3  # opaque
     assert len(LowResolutionCondition(4).table(data).rows) == 3
 
 
@@ -168,6 +193,9 @@ def test_transparent_pixels_are_unknown_or_the_centre_of_an_opaque_image(tmp_pat
     torch.testing.assert_close(part[:3, :, 3:], torch.full((3, 8, 5), 2 * 200 / 255 - 1))
     Image.fromarray(pixels[..., :3].contiguous().numpy()).save(tmp_path / "whole.png")
     whole = InpaintingCondition().read(str(tmp_path / "whole.png"), 8)
+    pixels[..., 3] = 255
+    Image.fromarray(pixels.numpy(), "RGBA").save(tmp_path / "opaque.png")
+    assert torch.equal(InpaintingCondition().read(str(tmp_path / "opaque.png"), 8), whole)
     assert int((whole[3] == 0).sum()) == 16 and not whole[:, 2:6, 2:6].any()
 
 
@@ -198,4 +226,4 @@ def test_what_is_no_image_is_refused(trained: Callable[[str], Path], tmp_path: P
     with pytest.raises(UserError, match="the prompt is 'a cube', but .* takes image files"):
         load_teacher(str(folder)).encode_text(["a cube"])
     message = script("sample", f"teacher={folder}", "prompts=[nothing.png]", f"output={tmp_path}", code=2)
-    assert "takes image files: give the path of one" in message
+    assert "nothing.png does not exist" in message

@@ -310,7 +310,7 @@ def test_another_vae_and_snapshots(trained: tuple[Path, TeacherOptions], tmp_pat
     assert teacher.latent_shape[1:] == (8, 8) and teacher.resolution == 16
     final = weights(folder)
     assert all(final[name].equal(first[name]) for name in first if name.startswith("text."))
-    snapshots = sorted((tmp_path / "snapshots").iterdir())
+    snapshots = sorted((tmp_path / "unet" / "snapshots").iterdir())
     assert [path.name for path in snapshots] == ["000002", "000004", "000005"]
     early, last = weights(snapshots[0]), weights(snapshots[-1])
     assert_equal(last, final)

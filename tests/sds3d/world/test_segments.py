@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trimesh
@@ -28,6 +29,13 @@ def test_creases_do_not_divide_a_part() -> None:
     """The faces of the world's cube share no vertices; a mug is a wall, a bottom and a handle."""
     assert set(face_parts(make_shape("cube").mesh)) == {1}
     assert set(face_parts(make_shape("mug").mesh)) == {1, 2, 3}
+
+
+def test_faces_in_both_windings_are_of_one_part() -> None:
+    """As meshes of files often have them: more than two faces at an edge."""
+    box = trimesh.creation.box()
+    faces = np.vstack([box.faces, box.faces[:, ::-1]])
+    assert set(face_parts(trimesh.Trimesh(box.vertices, faces, process=False))) == {1}
 
 
 def test_colours_of_parts_differ() -> None:
