@@ -97,12 +97,12 @@ def evaluate_generator(
 
 def caption_figures(images: Tensor, rows: Sequence[Mapping[str, Any]], real: Reference) -> dict[str, float]:
     """What the judge and CLIP say of images and their captions, without the other images."""
-    captioned = [{**row, "text": row.get(CAPTION, row["text"])} for row in rows]
-    graders, labelled = real.graders, real.labels.labelled(captioned)
-    captions = [row["text"] for row in captioned]
-    accuracy = graders.accuracy(images[labelled], [captioned[i] for i in labelled], real.labels)
-    of_two = real.labels.pair.rows(captioned)
-    pairs = CaptionedImages(images[of_two], [captioned[i] for i in of_two])
+    caption_rows = [{**row, "text": row.get(CAPTION, row["text"])} for row in rows]
+    graders, labelled = real.graders, real.labels.labelled(caption_rows)
+    captions = [row["text"] for row in caption_rows]
+    accuracy = graders.accuracy(images[labelled], [caption_rows[i] for i in labelled], real.labels)
+    of_two = real.labels.pair.rows(caption_rows)
+    pairs = CaptionedImages(images[of_two], [caption_rows[i] for i in of_two])
     set_graders = SetGraders(graders, real.labels, real.pair_judge)
     accuracy |= set_graders.pair_figures(pairs.images.split(256), pairs)
     return {
