@@ -9,11 +9,9 @@ from entry import entry
 
 from distill.data.folders import load_split
 from distill.evaluation.classification import captions_of, classes_of, classification_figures, labelled
-from distill.evaluation.clip import load_clip_scorer
+from distill.evaluation.clip import load_text_scorer
 from distill.runtime.files import write_json
 from distill.runtime.machine import machine_info, pick_device
-from distill.runtime.shipped import resolve
-from distill.teacher.vocabulary import check_prompt, load_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +37,7 @@ def main(config: Config) -> None:
     }
     labels = classes_of(data["train"], config.column)
     captions = captions_of(labels, config.template, config.names)
-    clip = load_clip_scorer(config.clip, config.clip, pick_device(config.device))
-    assert clip is not None  # it was given by name
-    vocabulary = load_vocabulary(resolve("teacher", config.clip) / "tokenizer")
-    for caption in captions:
-        check_prompt(caption, vocabulary)
+    clip = load_text_scorer(config.clip, captions, pick_device(config.device))
     train, test = (labelled(split, config.column, labels) for split in data.values())
     figures = classification_figures(clip, captions, train, test)
     for name in ("zero_shot", "regression_on_clip", "regression_on_pixels", "most_frequent"):

@@ -13,13 +13,11 @@ from entry import entry
 
 from distill.data.folders import PATH, load_split
 from distill.data.images import is_image_file, load_image
-from distill.evaluation.clip import load_clip_scorer
+from distill.evaluation.clip import load_text_scorer
 from distill.runtime.errors import UserError
 from distill.runtime.files import write_json
 from distill.runtime.images import image_grid, save_png
 from distill.runtime.machine import pick_device
-from distill.runtime.shipped import resolve
-from distill.teacher.vocabulary import check_prompt, load_vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,22 +36,18 @@ class Config:
 
 
 def main(config: Config) -> None:
-    clip = load_clip_scorer(config.clip, config.clip, pick_device(config.device))
-    assert clip is not None  # it was given by name
     if config.count < 1:
         raise UserError(f"count is {config.count}: expected at least one image a query")
     images = [is_image_file(query) for query in config.queries]
     if any(images) and not all(images):
         raise UserError("some queries are image files and others are not: give texts alone, or files alone")
+    clip = load_text_scorer(config.clip, () if all(images) else config.queries, pick_device(config.device))
     data = load_split(config.data, config.split, config.resolution, config.limit)
     pictures = data.composite(slice(None))
     if all(images):
         query_images = torch.cat([load_image(query, config.resolution) for query in config.queries])
         queries = clip.image_features(query_images)
     else:
-        vocabulary = load_vocabulary(resolve("teacher", config.clip) / "tokenizer")
-        for query in config.queries:
-            check_prompt(query, vocabulary)
         queries = clip.text_features(config.queries)
     count = min(config.count, len(data))
     cosines, nearest = (queries @ clip.image_features(pictures).T).topk(count)

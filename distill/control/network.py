@@ -53,6 +53,21 @@ class Control:
         active = (fraction >= self.start - 1e-6) & (fraction < self.end - 1e-6)
         return (self.weight * active).float()[:, None, None, None]
 
+    def residuals(self, x_t: Tensor, t: Tensor, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """What a U-Net's adapter adds to the skips and, last, to the middle block at times t (B,).
+
+        inputs: what else it reads, in its own dtype where that is of floats.
+        """
+        dtype = self.adapter.dtype
+
+        def cast(value: Any) -> Any:
+            floats = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floats else value
+
+        images = self.repeated(self.images, len(x_t)).to(x_t.device, dtype)
+        output = self.adapter(x_t.to(dtype), t, controlnet_cond=images, **tree_map(cast, dict(inputs)))
+        return [*output.down_block_res_samples, output.mid_block_res_sample]
+
     def repeated(self, values: Tensor, count: int) -> Tensor:
         """Values (N, C, h, w) of the images, such as themselves, for a batch of `count`.
 
@@ -173,14 +188,7 @@ class ControlledUnet(ControlledNetwork):
             "added_cond_kwargs": added_cond_kwargs,
         }
 
-        def call(control: Control) -> list[Tensor]:
-            adapter, dtype = control.adapter, control.adapter.dtype
-            images = control.repeated(control.images, len(x_t)).to(x_t.device, dtype)
-            own = tree_map(lambda value: None if value is None else value.to(dtype), read_by_adapters)
-            output = adapter(x_t.to(dtype), t, controlnet_cond=images, **own)
-            return [*output.down_block_res_samples, output.mid_block_res_sample]
-
-        added = self.weighted_sum(t, call, x_t.ndim)
+        added = self.weighted_sum(t, lambda control: control.residuals(x_t, t, read_by_adapters), x_t.ndim)
         if not added:
             return self.network(x_t, t, **inputs)
         *down, middle = added

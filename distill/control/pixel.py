@@ -13,7 +13,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from distill.control.network import Control, ControlledNetwork
+from distill.control.network import ControlledNetwork
 from distill.runtime.errors import UserError
 
 CONDITION_CHANNELS = 16  # of the convolutions that read a condition image
@@ -94,14 +94,8 @@ class ControlledClassUnet(ControlledNetwork):
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> UNet2DOutput:
         """x_t (B, C, H, W), t (B,), classes (B,) where the network has some."""
-
-        def call(control: Control) -> list[Tensor]:
-            adapter, dtype = control.adapter, control.adapter.dtype
-            images = control.repeated(control.images, len(x_t)).to(x_t.device, dtype)
-            output = adapter(x_t.to(dtype), t, controlnet_cond=images, class_labels=class_labels)
-            return [*output.down_block_res_samples, output.mid_block_res_sample]
-
-        added = self.weighted_sum(t, call, x_t.ndim)
+        inputs = {"class_labels": class_labels}
+        added = self.weighted_sum(t, lambda control: control.residuals(x_t, t, inputs), x_t.ndim)
         if not added:
             return self.network(x_t, t, class_labels=class_labels)
         with _added(self.network, added[:-1], added[-1]):

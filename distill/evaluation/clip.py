@@ -15,6 +15,7 @@ from distill.runtime.errors import UserError
 from distill.runtime.shipped import resolve
 from distill.teacher.clip import caption_features, pixel_values
 from distill.teacher.folder import CLIP, load_clip
+from distill.teacher.vocabulary import check_prompt, load_vocabulary
 
 
 @final
@@ -22,12 +23,17 @@ class ClipScorer:
     """CLIP (Radford et al. 2021, arXiv:2103.00020) with its tokenizer and the preprocessing of its images."""
 
     def __init__(
-        self, model: CLIPModel, tokenizer: CLIPTokenizer, preprocess: Callable[[Tensor], Tensor] | None = None
+        self,
+        model: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        preprocess: Callable[[Tensor], Tensor] | None = None,
+        vocabulary: frozenset[str] | None = None,
     ) -> None:
         """preprocess: images (B, 3, H, W) in [0, 1] to the pixel values that the vision tower expects.
 
-        None: those of a CLIP trained here.
+        None: those of a CLIP trained here. vocabulary: the words that it knows; None: any.
         """
+        self.vocabulary = vocabulary
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.preprocess = partial(pixel_values, self.model) if preprocess is None else preprocess
 
@@ -64,7 +70,8 @@ def load_clip_scorer(
     folder = resolve("teacher", clip or teacher)
     if (folder / CLIP / "config.json").is_file():
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        return ClipScorer(load_clip(folder, device), tokenizer)
+        vocabulary = load_vocabulary(folder / "tokenizer")
+        return ClipScorer(load_clip(folder, device), tokenizer, vocabulary=vocabulary)
     if clip is None:
         return None
 
@@ -79,6 +86,15 @@ def load_clip_scorer(
     return ClipScorer(
         model.to(device), tokenizer, pixel_preprocessing(clip, model.config.vision_config.image_size)
     )
+
+
+def load_text_scorer(clip: str, texts: Sequence[str], device: torch.device | str = "cpu") -> ClipScorer:
+    """The CLIP named by `clip`. Raises `UserError` where there is none, and for texts that it cannot read."""
+    scorer = load_clip_scorer(clip, clip, device)
+    assert scorer is not None  # it was given by name
+    for text in texts:
+        check_prompt(text, scorer.vocabulary)
+    return scorer
 
 
 def caption_retrieval(clip: ClipScorer, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -97,5 +113,9 @@ def caption_retrieval(clip: ClipScorer, features: Tensor, captions: Sequence[str
 
 def clip_score(clip: ClipScorer, images: Tensor, captions: Sequence[str]) -> float:
     """Mean cosine between images (N, 3, H, W) in [0, 1] and their N captions (arXiv:2104.08718, w = 1)."""
-    cosines = (clip.image_features(images) * clip.text_features(captions)).sum(1)
-    return float(cosines.mean())
+    return mean_cosine(clip, clip.image_features(images), captions)
+
+
+def mean_cosine(clip: ClipScorer, features: Tensor, captions: Sequence[str]) -> float:
+    """`clip_score` of images' features (N, D) by the same CLIP."""
+    return float((features * clip.text_features(captions)).sum(1).mean())

@@ -108,7 +108,6 @@ def caption_figures(images: Tensor, rows: Sequence[Mapping[str, Any]], real: Ref
     return {
         **{f"judge_{name}": value for name, value in accuracy.items()},
         **graders.inception_score(images),
-        **graders.clip_figures(images, captions),
         **graders.caption_retrieval(images, captions),
     }
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distill.evaluation.clip import ClipScorer, caption_retrieval, clip_score, load_clip_scorer
+from distill.evaluation.clip import ClipScorer, caption_retrieval, clip_score, load_clip_scorer, mean_cosine
 from distill.evaluation.features import Extractor, extractor, judge_extractor
 from distill.evaluation.judge import Judge, label_probabilities, load_judge, predict
 from distill.evaluation.labels import LabelOptions, fractions, judge_accuracy
@@ -42,10 +42,12 @@ class Graders:
         return {"inception_score": inception_score(max(probabilities, key=lambda values: values.shape[1]))}
 
     def caption_retrieval(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
-        """`caption_retrieval` among the captions of these images; empty without CLIP."""
+        """`clip_score`, and `caption_retrieval` among the captions of these images; empty without CLIP."""
         if self.clip is None:
             return {}
-        return caption_retrieval(self.clip, self.clip.image_features(images), captions)
+        features = self.clip.image_features(images)
+        score = mean_cosine(self.clip, features, captions)
+        return {"clip_score": score, **caption_retrieval(self.clip, features, captions)}
 
     def clip_figures(self, images: Tensor, captions: Sequence[str]) -> dict[str, float]:
         """`clip_score` of images and their captions; empty without CLIP."""

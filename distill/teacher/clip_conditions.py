@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from distill.core.conditioning import Conditioning
-from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.data.folders import PATH, CaptionedImages
@@ -128,6 +126,8 @@ class ClipTeacher(PixelTeacher):
     Trained on one of them it takes the other too, as their embeddings share a space; with a gap between them.
     """
 
+    denoiser_class = ContextDenoiser
+
     def __init__(
         self,
         pipeline: Any,
@@ -137,9 +137,7 @@ class ClipTeacher(PixelTeacher):
         identity: TeacherIdentity | None = None,
     ) -> None:
         """pipeline: with a `UNet2DConditionModel` that reads vectors; source: what it was trained on."""
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        denoiser = ContextDenoiser(pipeline.unet, *parameterisation(scheduler))
-        super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        super().__init__(pipeline, name_or_path, identity)
         self.encoder, self.source = encoder, source
 
     def fingerprint(self) -> str:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, final
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.conditioning import Conditioning
-from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
 from distill.core.noise import NoiseSchedule, PredictionType
 from distill.data.folders import PATH, CaptionedImages
@@ -197,6 +196,8 @@ class ConcatenationDenoiser(DiffusersDenoiser):
 class ConcatenationTeacher(PixelTeacher):
     """A U-Net on pixels whose prompts are image files: what is to be enlarged, or completed."""
 
+    denoiser_class = ConcatenationDenoiser
+
     def __init__(
         self,
         pipeline: Any,
@@ -205,9 +206,7 @@ class ConcatenationTeacher(PixelTeacher):
         identity: TeacherIdentity | None = None,
     ) -> None:
         """pipeline: with a `UNet2DModel`; condition: what it was trained with."""
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        denoiser = ConcatenationDenoiser(pipeline.unet, *parameterisation(scheduler))
-        super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        super().__init__(pipeline, name_or_path, identity)
         self.condition = condition
 
     @property

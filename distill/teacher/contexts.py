@@ -5,11 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from distill.core.conditioning import Conditioning
-from distill.core.flow_scheduler import parameterisation
 from distill.core.identity import TeacherIdentity
 from distill.runtime.errors import UserError
 from distill.teacher.denoiser import DiffusersDenoiser
@@ -38,6 +36,8 @@ class ContextDenoiser(DiffusersDenoiser):
 class ContextTeacher(PixelTeacher):
     """A U-Net on pixels whose prompts are names with weights: "food", "hero, 0.6 spell"; "" is all zeros."""
 
+    denoiser_class = ContextDenoiser
+
     def __init__(
         self,
         pipeline: Any,
@@ -47,9 +47,7 @@ class ContextTeacher(PixelTeacher):
         column: str = "context",
     ) -> None:
         """names: of the numbers of a context, in their order; column: of contexts in the rows of its data."""
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        denoiser = ContextDenoiser(pipeline.unet, *parameterisation(scheduler))
-        super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        super().__init__(pipeline, name_or_path, identity)
         self.names, self.column = list(names), column
 
     def prompt_of(self, row: Mapping[str, Any]) -> str:

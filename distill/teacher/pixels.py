@@ -36,6 +36,21 @@ def decode_pixels(latents: Tensor) -> Tensor:
 class PixelTeacher(PipelineTeacher):
     """A pipeline teacher whose latents are images."""
 
+    denoiser_class: type[DiffusersDenoiser]
+
+    def __init__(
+        self,
+        pipeline: Any,
+        name_or_path: str = "",
+        identity: TeacherIdentity | None = None,
+        text_encoders: Sequence[nn.Module] = (),
+    ) -> None:
+        """pipeline: of diffusers, with a U-Net of the class that `denoiser_class` calls."""
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
+        denoiser = self.denoiser_class(pipeline.unet, *parameterisation(scheduler))
+        modules = (*text_encoders, pipeline.unet)
+        super().__init__(denoiser, scheduler, modules, name_or_path, identity)
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of an image."""
@@ -74,15 +89,14 @@ class IFTeacher(PixelTeacher):
     Its predicted variance is not used, as by deterministic samplers of diffusers.
     """
 
+    denoiser_class = UNetDenoiser
+
     def __init__(
         self, pipeline: Any, name_or_path: str = "", identity: TeacherIdentity | None = None
     ) -> None:
         """pipeline: an `IFPipeline`, whose parts are frozen."""
         self.pipeline = pipeline
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
-        denoiser = UNetDenoiser(pipeline.unet, *parameterisation(scheduler))
-        modules = (pipeline.text_encoder, pipeline.unet)
-        super().__init__(denoiser, scheduler, modules, name_or_path, identity)
+        super().__init__(pipeline, name_or_path, identity, [pipeline.text_encoder])
 
     def encode_new(self, prompts: list[str]) -> Conditioning:
         """T5's hidden states (B, 77, D)."""
@@ -115,6 +129,8 @@ class ClassTeacher(PixelTeacher):
     unconditional network is 0.
     """
 
+    denoiser_class = ClassDenoiser
+
     def __init__(
         self,
         pipeline: Any,
@@ -128,9 +144,7 @@ class ClassTeacher(PixelTeacher):
 
         column: of the classes in the rows of its data.
         """
-        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)  # it may clip predicted images
-        denoiser = ClassDenoiser(pipeline.unet, *parameterisation(scheduler))
-        super().__init__(denoiser, scheduler, [pipeline.unet], name_or_path, identity)
+        super().__init__(pipeline, name_or_path, identity)
         self.names, self.column = list(names), column
         self.classes = pipeline.unet.config.num_class_embeds or 1
         self.null_class = 0 if self.classes == 1 else null_class
