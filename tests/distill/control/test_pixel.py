@@ -126,6 +126,23 @@ def test_residuals_are_added_where_the_decoder_reads_them() -> None:
         assert features[:, :-width].any()
 
 
+def test_the_last_residual_is_added_to_the_middle_block() -> None:
+    """Minus the middle block's own output: the decoder starts from zeros, with skips as they are."""
+    teacher = class_teacher()
+    adapter = make_pixel_adapter(teacher.network)
+    with torch.no_grad():
+        adapter.zero_mid.weight.copy_(-torch.eye(adapter.zero_mid.in_channels)[:, :, None, None])
+    inputs_of_first: list[Tensor] = []
+    first = teacher.network.up_blocks[0].resnets[0]
+    first.register_forward_pre_hook(lambda module, inputs: inputs_of_first.append(inputs[0]))
+    model = controlled(teacher, [Control(adapter, torch.zeros(1, 3, 8, 8))])
+    with torch.no_grad():
+        model.predict(random(2, 1, 8, 8), torch.tensor([700, 20]), teacher.encode_text(["1", "2"]))
+    features, skip = inputs_of_first[0].split(adapter.zero_mid.out_channels, 1)
+    torch.testing.assert_close(features, torch.zeros_like(features))
+    assert skip.any()
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_folders_and_training(kind: str, tmp_path: Path) -> None:
     """Two steps change the adapter alone; it is saved and loaded, and refused by another network."""
