@@ -37,10 +37,28 @@ def fetch_package(name: str, version: str, cache: Path) -> Path:
     archive = cache / result.stdout.strip().splitlines()[-1]
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with tarfile.open(archive) as files:
-        files.extractall(temporary, filter="data")  # refuses paths outside of the folder
+    _unpack(archive, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     (temporary / "package").rename(folder)
     shutil.rmtree(temporary)
     archive.unlink()
     return folder
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Write an archive's files into a folder. Raises `UserError` for a path outside of it.
+
+    Python before 3.10.12 and 3.11.4 has no `filter="data"` of `extractall`, which does the same.
+    """
+    with tarfile.open(archive) as files:
+        for member in files:
+            content = files.extractfile(member) if member.isfile() else None
+            if content is None:
+                continue
+            target = folder / member.name
+            if not target.resolve().is_relative_to(folder.resolve()):
+                raise UserError(
+                    f"{archive} has the file {member.name}, outside of its folder: it is no package"
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.read())

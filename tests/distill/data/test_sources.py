@@ -249,6 +249,17 @@ def test_emoji_with_names_groups_and_keywords(tmp_path: Path) -> None:
     assert load_split(tmp_path / "out", "train", 8).images.shape == (3, 4, 8, 8)  # with transparency
 
 
+def test_a_package_writes_nothing_outside_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "inside").write_text("{}")
+    with tarfile.open(tmp_path / "a.tgz", "w:gz") as file:
+        file.add(tmp_path / "inside", "package/a/b.json")
+        file.add(tmp_path / "inside", "../outside.json")
+    with pytest.raises(UserError, match="has the file ../outside.json, outside of its folder"):
+        npm._unpack(tmp_path / "a.tgz", tmp_path / "folder")
+    assert (tmp_path / "folder" / "package" / "a" / "b.json").is_file()
+    assert not (tmp_path / "outside.json").exists()
+
+
 def test_npm_is_asked_once_and_its_absence_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
