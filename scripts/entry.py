@@ -6,7 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -86,6 +86,8 @@ def with_experiments(arguments: list[str], cls: type, scripts: Sequence[str], ch
     hint = typing.get_type_hints(cls).get("experiment")
     if hint is not None and ExperimentInfo not in typing.get_args(hint):
         return arguments
+    if not any(argument.lstrip("+").startswith("experiment=") for argument in arguments):
+        return arguments
     experiments = load_experiments(CONFIGS / "experiment")
     choices = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in chosen)
     result = []
@@ -101,11 +103,23 @@ def with_experiments(arguments: list[str], cls: type, scripts: Sequence[str], ch
     return result
 
 
+def composing() -> Any:
+    """The context in which hydra composes the configs of `CONFIGS`."""
+    from hydra import initialize_config_dir
+
+    return initialize_config_dir(str(CONFIGS), version_base="1.3")
+
+
 def chosen_groups(name: str) -> list[str]:
     """The groups that a config chooses from."""
-    from hydra import compose, initialize_config_dir
+    return _chosen_groups(name, CONFIGS)
 
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+
+@cache
+def _chosen_groups(name: str, configs: Path) -> list[str]:
+    from hydra import compose
+
+    with composing():
         choices = compose(name, return_hydra_config=True).hydra.runtime.choices
     return [group for group in groups() if group in choices]
 
@@ -123,14 +137,14 @@ def load_group(group: str, name: str, options: type[Options]) -> Options:
 
 def compose_config(name: str, overrides: list[str]) -> Any:
     """The config that hydra will compose. Raises `UserError` where it would print a report of many lines."""
-    from hydra import compose, initialize_config_dir
+    from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        with composing():
             config = compose(name, overrides, return_hydra_config=True)
             HydraConfig.instance().set_config(config)  # for ${hydra:...} in a directory's name
             with open_dict(config):
@@ -316,7 +330,10 @@ def entry(
             # By the script's name: what other processes are sent must not be of `__main__`.
             register_resolvers(importlib.import_module(name).Config)
             return importlib.import_module("sweep").run_sweep(name, start)
-        compose_config(config_name, overrides)
-        start(run)
+        config = compose_config(config_name, overrides)
+        if len(overrides) < len(sys.argv) - 1 or any(word.startswith("hydra") for word in overrides):
+            return start(run)  # hydra's own options, such as --cfg job
+        with composing():  # what hydra does besides, logging and directories, is off: see base.yaml
+            run(config)
     except UserError as error:
         _exit(error)

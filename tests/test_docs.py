@@ -51,6 +51,7 @@ CARDS = sorted((ROOT / "distill" / "weights").rglob("README.md"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *CARDS]
 PLACEHOLDERS = {"CYCLES": "100", "objective=NAME": "objective=sds", "method=NAME": "method=dmd2"}
 PLACEHOLDERS |= {"experiment=NAME": "experiment=tiny_dreamfusion"}
+OTHERS = (".git", ".venv", "outputs")  # folders that are not of the project
 README = (ROOT / "README.md").read_text()
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
@@ -194,13 +195,23 @@ def option_mentions(text: str) -> set[str]:
     """Dotted options in a page's inline code, with or without a value: `run.seed=1`, `text_to_3d.camera`."""
     words = [word for code in inline_code(text) for word in re.split(r"[ \"]+", code)]
     named = [re.match(r"([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:=.*)?$", word) for word in words]
-    suffixes = {path.suffix.removeprefix(".") for path in ROOT.rglob("*") if path.suffix} | {"gz"}
     names = {match[1] for match in named if match}
-    return {name for name in names if name.split(".")[-1] not in suffixes or f"{name}=" in text}
+    return {name for name in names if name.split(".")[-1] not in suffixes() or f"{name}=" in text}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_id)
-def test_options_exist(page: Path) -> None:
+@cache
+def suffixes() -> set[str]:
+    """Those of the project's files, and of files that its pages name."""
+    rooms = [
+        path for path in ROOT.iterdir() if path.is_dir() and path.name not in (".git", ".venv", "outputs")
+    ]
+    files = [*ROOT.iterdir(), *(path for room in rooms for path in room.rglob("*"))]
+    return {path.suffix.removeprefix(".") for path in files if path.suffix} | {"gz"}
+
+
+@cache
+def option_holders() -> list[tuple[type, Any]]:
+    """The options classes of the scripts, each with an instance whose values have options too, or None."""
     scripts = [
         entry_of(path.stem)
         for path in (ROOT / "scripts").glob("*.py")
@@ -211,13 +222,20 @@ def test_options_exist(page: Path) -> None:
         target = (yaml.safe_load(path.read_text()) or {}).get("_target_")
         if target is not None:
             importlib.import_module(target.rpartition(".")[0])
-    groups = {key for cls in classes for key, hint in typing.get_type_hints(cls).items() if _nested(hint)}
-    mentioned = {name for name in option_mentions(page.read_text()) if name.split(".")[0] in groups}
     # The stages of a recipe that is no default are options where it is chosen.
     recipe = entry.load_script("text_to_3d", ["prompt=x", "recipe=score_distillation"])
-    holders = [*((cls, None) for cls in classes), (type(recipe), recipe)]
+    return [*((cls, None) for cls in classes), (type(recipe), recipe)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_options_exist(page: Path) -> None:
+    hints = [typing.get_type_hints(cls) for cls, _ in option_holders()]
+    groups = {key for options in hints for key, hint in options.items() if _nested(hint)}
+    mentioned = {name for name in option_mentions(page.read_text()) if name.split(".")[0] in groups}
     missing = {
-        name for name in mentioned if not any(has_option(*holder, name.split(".")) for holder in holders)
+        name
+        for name in mentioned
+        if not any(has_option(*holder, name.split(".")) for holder in option_holders())
     }
     assert missing == set()
 
