@@ -14,7 +14,7 @@ from distill.runtime.run import Run, RunOptions
 from distill.teacher.cache import load_training_cache
 from distill.teacher.clip import ClipOptions, hard_negative_stage, train_clip
 from distill.teacher.folder import TeacherParts, load_parts, load_unet, save_parts, save_teacher
-from distill.teacher.unet import SNAPSHOTS, UnetOptions, make_scheduler, train_unet
+from distill.teacher.unet import SNAPSHOTS, UnetOptions, check_initial, make_scheduler, train_unet
 from distill.teacher.vae import VaeOptions, train_vae
 from distill.teacher.vocabulary import build_tokenizer, check_length, tokenizer_fingerprint, words_of
 
@@ -74,7 +74,9 @@ def train_teacher(run: RunOptions, options: TeacherOptions) -> Path:
     else:
         parts = _continued(run, options, load_parts(options.reuse, pick_device(run.device)))
         _check_captions([row["text"] for row in read_rows(Path(options.data) / "train")], parts)
-        initial_unet = load_unet(options.reuse) if options.reuse_unet else None
+        if options.reuse_unet:
+            initial_unet = load_unet(options.reuse)
+            check_initial(initial_unet, options.unet)
 
     unet_run = _part_run(run, "unet", options.steps.unet, options.unet)
     with processes.main_first():

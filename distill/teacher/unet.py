@@ -132,6 +132,22 @@ def build_unet(
     return unet.to(memory_format=torch.channels_last)
 
 
+def check_initial(unet: UNet2DConditionModel, options: UnetOptions) -> None:
+    """Raise `UserError` where a U-Net to start from has other sizes than the options, which names its own."""
+    own = {
+        "channels": list(unet.config.block_out_channels),
+        "layers": unet.config.layers_per_block,
+        "heads": unet.config.attention_head_dim,
+        "views": "{}" if isinstance(unet, MultiViewUNet) else None,
+    }
+    given = {"channels": list(options.channels), "layers": options.layers, "heads": options.heads}
+    given["views"] = None if options.views is None else "{}"
+    differing = [f"'teacher.unet.{key}={value}'" for key, value in own.items() if value != given[key]]
+    if differing:
+        remedy = " ".join(differing).replace("=None", "=null")
+        raise UserError(f"the initial U-Net has other sizes than the options: give {remedy}")
+
+
 def train_unet(
     run: Run,
     cache: LatentCache,

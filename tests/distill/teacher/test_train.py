@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from distill.teacher.latent import load_latent_diffusion
 from distill.teacher.train import Steps, TeacherOptions, train_teacher
 from distill.teacher.unet import UnetOptions
 from distill.teacher.vae import VaeOptions
+from distill.teacher.view_training import ViewTrainingOptions
 from distill.teacher.vocabulary import words_of
 
 PATHS = os.pathsep.join(map(str, (Path(__file__).parents[3], Path(__file__).parents[2])))
@@ -353,11 +355,17 @@ def test_a_finished_unet_is_fine_tuned(
         result = weights(train_teacher(run_options(tmp_path / str(reuse_unet)), fine_tuning))
         near = all(torch.allclose(result[name], first[name], atol=1e-3) for name in names)
         assert near is reuse_unet
-    with pytest.raises(UserError, match="has another size"):
-        train_teacher(
-            run_options(tmp_path / "wide"),
-            replace(slow, reuse_unet=True, unet=replace(slow.unet, channels=(32, 16))),
-        )
+    channels = list(chosen.unet.channels)
+    for other, remedy in (
+        (replace(slow.unet, channels=(32, 16)), f"channels={channels}"),
+        (replace(slow.unet, layers=3), f"layers={chosen.unet.layers}"),
+        (replace(slow.unet, views=ViewTrainingOptions()), "views=null"),
+    ):
+        with pytest.raises(
+            UserError, match=re.escape(f"other sizes than the options: give 'teacher.unet.{remedy}'")
+        ):
+            train_teacher(run_options(tmp_path / "wide"), replace(slow, reuse_unet=True, unet=other))
+    assert not (tmp_path / "wide").exists()
     with pytest.raises(UserError, match="holds no U-Net"):
         train_teacher(
             run_options(tmp_path / "none"), replace(slow, reuse=str(out / "parts"), reuse_unet=True)
