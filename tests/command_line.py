@@ -1,22 +1,49 @@
 """Scripts as a user runs them, for the tests of several rooms."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OWN = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def script(name: str, *arguments: str, code: int = 0) -> str:
     """Run a script from the checkout; its standard output, or its error line where it must fail."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, f"scripts/{name}.py", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == code, result.stderr
+    status, output, errors = _run(name, arguments)
+    assert status == code, errors
     if code == 0:
-        return result.stdout
-    assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+        return output
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
     return lines[0]
+
+
+@cache
+def _server(hub: str | None) -> subprocess.Popen[str]:
+    """That of this process of pytest and of HF_HOME, which is read at import; it ends with its input."""
+    command = [sys.executable, str(ROOT / "tests" / "script_server.py")]
+    environment, pipe = {**os.environ, **OWN}, subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+def _run(name: str, arguments: Sequence[str], seconds: int = 300) -> tuple[int, str, str]:
+    """A script's exit status, standard output and error output; it is killed after so many seconds."""
+    request = {"name": name, "arguments": arguments, "environment": {**os.environ, **OWN}, "seconds": seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors = Path(folder) / "stdout", Path(folder) / "stderr"
+        output.touch()
+        errors.touch()
+        request |= {"stdin": os.devnull, "stdout": str(output), "stderr": str(errors)}
+        server = _server(os.environ.get("HF_HOME"))
+        assert server.stdin is not None and server.stdout is not None
+        server.stdin.write(json.dumps(request) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return status, output.read_text(), errors.read_text()
