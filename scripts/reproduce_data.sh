@@ -32,7 +32,7 @@ dataset outputs/sprites16 source=emoji folder.resolution=16 folder.background=1
 sprites=(teacher.data=outputs/sprites16 teacher.resolution=16 teacher.colour=true teacher.unet.batch=100
   teacher.unet.prediction=epsilon teacher.unet.zero_snr=false teacher.unet.schedule=linear teacher.unet.beta_start=1e-4
   teacher.unet.beta_end=0.02 teacher.unet.timesteps=500 teacher.unet.decay=1 teacher.unet.ema=0.995)
-"$python" scripts/train_pixel_teacher.py conditioning=context_unet run.directory=outputs/sprites run.steps=1200 \
+"$python" scripts/train_pixel_teacher.py conditioning=context_unet run.directory=outputs/sprites run.steps=3000 \
   run.precision=bfloat16 "${sprites[@]}"
 "$python" scripts/train_judge.py attributes=group labels=none data=outputs/sprites16 resolution=16 \
   run.directory=outputs/judge_sprites run.steps=2000
@@ -102,3 +102,5 @@ fi
   "formulations=[vp, ve, flow]" output=outputs/formulations
 "$python" scripts/ablate.py subject=particles "losses=[sds, sds_jacobian]" "ablation.prompts=[c0, c1]" \
   output=outputs/ablate_jacobian
+"$python" scripts/ablate.py subject=images "losses=[sds, sds_jacobian]" "ablation.seeds=[0]" \
+  "ablation.prompts=[a red teapot, a blue torus, a yellow chair]" output=outputs/ablate_jacobian_images

@@ -15,8 +15,10 @@ from distill.teacher.cache import load_training_cache
 from distill.teacher.clip import ClipOptions, hard_negative_stage, train_clip
 from distill.teacher.folder import TeacherParts, load_parts, load_unet, save_parts, save_teacher
 from distill.teacher.unet import SNAPSHOTS, UnetOptions, check_initial, make_scheduler, train_unet
-from distill.teacher.vae import VaeOptions, train_vae
+from distill.teacher.vae import VaeOptions, psnr, reconstruct, train_vae
 from distill.teacher.vocabulary import build_tokenizer, check_length, tokenizer_fingerprint, words_of
+
+VALIDATION_IMAGES = 256  # at most, of the VAE's figure
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,9 @@ def _train_vae(
     start = {"start": "new"} if options.new_vae else {}  # which the options of the VAE do not say
     vae_run = _part_run(run, "vae", options.steps.vae, options.vae, **start)
     vae = train_vae(vae_run, data, validation, options.vae, initial)
-    vae_run.finish({"scaling_factor": vae.config.scaling_factor})
+    images = validation.composite(slice(0, VALIDATION_IMAGES))
+    error = (reconstruct(vae, images) - images).square().mean()
+    vae_run.finish({"scaling_factor": vae.config.scaling_factor, "validation_psnr": float(psnr(error))})
     return vae
 
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from precision_checks import assert_float32_checkpoints
 
+from distill.data.folders import load_split
 from distill.runtime.errors import UserError
 from distill.runtime.precision import PrecisionName
 from distill.runtime.run import Run, RunOptions
@@ -106,13 +107,16 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_trains_a_folder_that_loads(trained: tuple[Path, TeacherOptions]) -> None:
-    out, _ = trained
+    out, chosen = trained
     results = {part: json.loads((out / part / "result.json").read_text()) for part in PARTS}
     assert [result["run"]["steps"] for result in results.values()] == [3, 4, 4, 5]
     teacher = load_latent_diffusion(str(out / "teacher"))
     assert teacher.resolution == 16 and teacher.latent_shape == (3, 4, 4)
     assert teacher.vocabulary == {*COLOURS, *words_of(CAPTION)}
     assert teacher.vae.config.scaling_factor == pytest.approx(results["vae"]["scaling_factor"])
+    images = load_split(chosen.data, "validation", 16).composite(slice(None))
+    error = (teacher.decode(teacher.encode_images(images)).clamp(0, 1) - images).square().mean()
+    assert results["vae"]["validation_psnr"] == pytest.approx(-10 * float(error.log10()), abs=0.1)
     assert teacher.encode_text(["a red square", ""]).embedding.shape == (2, 24, 16)
 
 
