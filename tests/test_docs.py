@@ -141,11 +141,10 @@ def test_commands_are_found() -> None:
     }
 
 
-@pytest.mark.parametrize("command", SCRIPTS)
-def test_command_is_accepted_by_its_script(
-    command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def assert_accepted(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = shlex.split(command)
+    """That a script takes the options of a command that calls it."""
     script = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
     arguments = entry_of(Path(words[script]).stem)
     if arguments is None:
@@ -163,6 +162,36 @@ def test_command_is_accepted_by_its_script(
     assert "--help" in words or isinstance(built[0], cls)
     if name == "plan":
         plan.run_options(built[0])
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_command_is_accepted_by_its_script(
+    command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_accepted(shlex.split(command), monkeypatch, capsys)
+
+
+def test_commands_that_reproduce_the_data_page_are_accepted(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a program in Python's place that records its arguments."""
+    for folder in (
+        "scripts",
+        ".venv/bin",
+        "outputs/emoji_clip/parts/clip",
+        "outputs/emoji_clip/parts/tokenizer",
+        "distill/weights/shapes64/vae",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+    python, script = tmp_path / ".venv/bin/python", tmp_path / "scripts/reproduce_data.sh"
+    python.write_text("#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" >> calls; echo >> calls\n")
+    python.chmod(0o755)
+    shutil.copy(ROOT / "scripts/reproduce_data.sh", script)
+    subprocess.run(["bash", script], check=True)
+    calls = [call.rstrip("\0").split("\0") for call in (tmp_path / "calls").read_text().splitlines()]
+    assert len(calls) > 30
+    for words in calls:
+        assert_accepted(words, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("bash ")])
