@@ -36,11 +36,13 @@ sprites=(teacher.data=outputs/sprites16 teacher.resolution=16 teacher.colour=tru
   run.precision=bfloat16 "${sprites[@]}"
 "$python" scripts/train_judge.py attributes=group labels=none data=outputs/sprites16 resolution=16 \
   run.directory=outputs/judge_sprites run.steps=2000
-for sampler in ddpm:500 ddim:25 ddpm_mean:500; do
+for sampler in ddpm:500 ddim:25; do
   "$python" scripts/evaluate_generator.py teacher=outputs/sprites/teacher judge=outputs/judge_sprites/judge labels=none \
     data=outputs/sprites16 split=train "guidance=[1]" "steps=[${sampler#*:}]" sampler="${sampler%:*}" \
-    evaluation.samples=500 output=outputs/evaluate_sprites
+    evaluation.samples=300 evaluation.captions=5 precision=bfloat16 output=outputs/evaluate_sprites
 done
+"$python" scripts/sample.py 'prompts=["Food & Drink", "Smileys & Emotion", "Flags"]' teacher=outputs/sprites/teacher count=8 \
+  guidance=1 "compare_samplers=[ddpm:500, ddim:25, ddpm_mean:500]" output=outputs/sprites_samplers
 
 # Faces
 dataset outputs/faces source=faces
