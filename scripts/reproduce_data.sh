@@ -71,6 +71,17 @@ for loss in x0 previous; do
     output="outputs/evaluate_faces_loss_$loss"
 done
 
+# Faces by captions at 64 pixels, and variations of a picture by their CLIP
+dataset outputs/faces64 source=faces folder.resolution=64
+"$python" scripts/train_teacher.py run.directory=outputs/faces_text teacher.data=outputs/faces64 teacher.steps.clip=800 \
+  teacher.steps.hard_negatives=400 teacher.steps.vae=1500 teacher.steps.unet=1800 teacher.unet.ema=0.998 \
+  run.precision=bfloat16
+"$python" scripts/evaluate_generator.py teacher=outputs/faces_text/teacher judge=null labels=none data=outputs/faces64 \
+  "guidance=[1, 3]" "steps=[25]" evaluation.samples=300 evaluation.captions=10 precision=bfloat16 \
+  output=outputs/evaluate_faces_text
+"$python" scripts/train_pixel_teacher.py conditioning=clip_image conditioning.clip=outputs/faces_text/teacher \
+  run.directory=outputs/faces_variations run.steps=1000 teacher.data=outputs/faces "${faces[@]}"
+
 # Emoji: CLIP, then the VAE of shapes64 further, then a U-Net
 dataset outputs/emoji64 source=emoji folder.resolution=64
 "$python" scripts/train_teacher.py run.directory=outputs/emoji_clip teacher.data=outputs/emoji64 teacher.steps.clip=1500 \
