@@ -82,6 +82,28 @@ dataset outputs/faces64 source=faces folder.resolution=64
 "$python" scripts/train_pixel_teacher.py conditioning=clip_image conditioning.clip=outputs/faces_text/teacher \
   run.directory=outputs/faces_variations run.steps=1000 teacher.data=outputs/faces "${faces[@]}"
 
+# Autoencoders of factors 1 to 16, a U-Net on each at equal work (at 16 six tenths of it)
+autoencoder() {  # factor, channels of the VAE's levels and of latents, steps of the U-Net, its EMA
+  run=outputs/factor$1 quarter=$(($4 / 4))
+  "$python" scripts/train_teacher.py run.directory="$run" teacher.reuse=outputs/faces_text/teacher teacher.new_vae=true \
+    teacher.data=outputs/faces teacher.resolution=32 teacher.vae.factor="$1" teacher.vae.channels="[$2]" \
+    teacher.vae.latent_channels="$3" teacher.steps.vae=1000 teacher.steps.unet="$4" teacher.unet.ema="$5" \
+    teacher.unet.snapshot_every="$quarter" run.precision=bfloat16
+  for step in $quarter $((2 * quarter)) $((3 * quarter)) "$4"; do
+    folder=$run/unet/snapshots/$(printf %06d "$step")
+    "$python" scripts/evaluate_generator.py teacher="$folder" judge=outputs/judge_faces/judge labels=none \
+      data=outputs/faces "guidance=[1]" "steps=[10]" sampler=dpm evaluation.samples=300 evaluation.captions=2 \
+      evaluation.each=2 precision=bfloat16 output="$folder/figures"
+  done
+}
+autoencoder 1 16 3 40 0.9
+autoencoder 2 16,32 4 160 0.97
+autoencoder 4 16,32,64 8 624 0.99
+autoencoder 8 16,32,64,128 16 2312 0.998
+autoencoder 16 16,32,64,128,128 32 4000 0.998
+"$python" scripts/draw_curves.py outputs/factor{1,2,4,8,16}/unet/snapshots "metrics=[frechet]" \
+  "scales=[0.594, 0.150, 0.0386, 0.0107, 0.0037]" "label=work in TFLOP" output=outputs/factors.png
+
 # Emoji: CLIP, then the VAE of shapes64 further, then a U-Net
 dataset outputs/emoji64 source=emoji folder.resolution=64
 "$python" scripts/train_teacher.py run.directory=outputs/emoji_clip teacher.data=outputs/emoji64 teacher.steps.clip=1500 \
