@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that docs/data.md shows, into outputs/: data, trainings, figures. Stopped, it resumes.
-# bash scripts/reproduce_data.sh   (about six hours on two cores; OMP_NUM_THREADS=1 for one)
+# bash scripts/reproduce_data.sh   (about nine hours on two cores; OMP_NUM_THREADS=1 for one)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(command -v .venv/bin/python || command -v python)
