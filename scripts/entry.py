@@ -6,7 +6,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Container, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -67,13 +67,19 @@ def with_implied(arguments: list[str], chosen: Container[str]) -> list[str]:
     return [*(c for c, group in groups.items() if group in chosen and group not in names), *arguments]
 
 
-def lineage(name: str) -> list[str]:
-    """A script and those whose configs its own builds on: bench, text_to_3d."""
+def _defaults(name: str) -> list[Any]:
+    """The defaults list of a script's config; empty where it has none."""
     import yaml
 
     path = CONFIGS / f"{name}.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parents = [entry for entry in values.get("defaults", []) if entry not in ("base", "_self_")]
+    defaults: list[Any] = values.get("defaults", [])
+    return defaults
+
+
+def lineage(name: str) -> list[str]:
+    """A script and those whose configs its own builds on: bench, text_to_3d."""
+    parents = [entry for entry in _defaults(name) if entry not in ("base", "_self_")]
     return [name, *(base for parent in parents if isinstance(parent, str) for base in lineage(parent))]
 
 
@@ -86,9 +92,6 @@ def with_experiments(arguments: list[str], cls: type, scripts: Sequence[str], ch
     hint = typing.get_type_hints(cls).get("experiment")
     if hint is not None and ExperimentInfo not in typing.get_args(hint):
         return arguments
-    if not any(argument.lstrip("+").startswith("experiment=") for argument in arguments):
-        return arguments
-    experiments = load_experiments(CONFIGS / "experiment")
     choices = dict(argument.split("=", 1) for argument in arguments if argument.split("=")[0] in chosen)
     result = []
     for argument in arguments:
@@ -96,6 +99,7 @@ def with_experiments(arguments: list[str], cls: type, scripts: Sequence[str], ch
         if key.lstrip("+") != "experiment" or not equals:
             result.append(argument)
         elif value not in ("", "null"):
+            experiments = load_experiments(CONFIGS / "experiment")
             for name in value.split(","):  # several in a sweep
                 find_experiment(name, scripts, experiments)
                 check_mixture(name, experiment_body(CONFIGS / "experiment", name), choices)
@@ -111,16 +115,9 @@ def composing() -> Any:
 
 
 def chosen_groups(name: str) -> list[str]:
-    """The groups that a config chooses from."""
-    return _chosen_groups(name, CONFIGS)
-
-
-@cache
-def _chosen_groups(name: str, configs: Path) -> list[str]:
-    from hydra import compose
-
-    with composing():
-        choices = compose(name, return_hydra_config=True).hydra.runtime.choices
+    """The groups that a script's config, or one that it builds on, chooses from."""
+    entries = [entry for config in lineage(name) for entry in _defaults(config)]
+    choices = {group for entry in entries if isinstance(entry, dict) for group in entry}
     return [group for group in groups() if group in choices]
 
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from simulated_cuda.session import environment
+
 ROOT = Path(__file__).resolve().parent.parent
-OWN = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def script(name: str, *arguments: str, code: int = 0) -> str:
@@ -29,18 +30,16 @@ def script(name: str, *arguments: str, code: int = 0) -> str:
 def _server(hub: str | None) -> subprocess.Popen[str]:
     """That of this process of pytest and of HF_HOME, which is read at import; it ends with its input."""
     command = [sys.executable, str(ROOT / "tests" / "script_server.py")]
-    environment, pipe = {**os.environ, **OWN}, subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=pipe, stdout=pipe, text=True)
 
 
 def _run(name: str, arguments: Sequence[str], seconds: int = 300) -> tuple[int, str, str]:
     """A script's exit status, standard output and error output; it is killed after so many seconds."""
-    request = {"name": name, "arguments": arguments, "environment": {**os.environ, **OWN}, "seconds": seconds}
+    request = {"name": name, "arguments": arguments, "environment": environment(), "seconds": seconds}
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "stdout", Path(folder) / "stderr"
-        output.touch()
-        errors.touch()
-        request |= {"stdin": os.devnull, "stdout": str(output), "stderr": str(errors)}
+        request |= {"output": str(output), "errors": str(errors)}
         server = _server(os.environ.get("HF_HOME"))
         assert server.stdin is not None and server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")

@@ -7,12 +7,13 @@ import atexit
 import importlib
 import json
 import os
-import runpy
 import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
+
+from simulated_cuda.scripts import run_script
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
@@ -33,24 +34,20 @@ def serve() -> None:
 def _run(request: dict[str, Any]) -> NoReturn:
     """Run a script as `python scripts/NAME.py` would, and end this process."""
     signal.alarm(request["seconds"])  # ends it
-    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
-        flags = os.O_RDONLY if name == "stdin" else os.O_WRONLY
-        os.dup2(os.open(request[name], flags), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, path in ((1, request["output"]), (2, request["errors"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
     os.environ.update(request["environment"])
-    sys.argv = [f"scripts/{request['name']}.py", *request["arguments"]]
-    code: Any = 0
     try:
-        runpy.run_path(str(SCRIPTS / f"{request['name']}.py"), run_name="__main__")
-    except SystemExit as ended:
-        code = ended.code
+        code = run_script(f"scripts/{request['name']}.py", request["arguments"])
     except BaseException:
         traceback.print_exc()
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -231,9 +231,7 @@ def option_mentions(text: str) -> set[str]:
 @cache
 def suffixes() -> set[str]:
     """Those of the project's files, and of files that its pages name."""
-    rooms = [
-        path for path in ROOT.iterdir() if path.is_dir() and path.name not in (".git", ".venv", "outputs")
-    ]
+    rooms = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in OTHERS]
     files = [*ROOT.iterdir(), *(path for room in rooms for path in room.rglob("*"))]
     return {path.suffix.removeprefix(".") for path in files if path.suffix} | {"gz"}
 

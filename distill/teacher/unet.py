@@ -138,14 +138,17 @@ def check_initial(unet: UNet2DConditionModel, options: UnetOptions) -> None:
         "channels": list(unet.config.block_out_channels),
         "layers": unet.config.layers_per_block,
         "heads": unet.config.attention_head_dim,
-        "views": "{}" if isinstance(unet, MultiViewUNet) else None,
+        "views": "{}" if isinstance(unet, MultiViewUNet) else "null",
     }
-    given = {"channels": list(options.channels), "layers": options.layers, "heads": options.heads}
-    given["views"] = None if options.views is None else "{}"
+    given = {
+        "channels": list(options.channels),
+        "layers": options.layers,
+        "heads": options.heads,
+        "views": "null" if options.views is None else "{}",
+    }
     differing = [f"'teacher.unet.{key}={value}'" for key, value in own.items() if value != given[key]]
     if differing:
-        remedy = " ".join(differing).replace("=None", "=null")
-        raise UserError(f"the initial U-Net has other sizes than the options: give {remedy}")
+        raise UserError(f"the initial U-Net has other sizes than the options: give {' '.join(differing)}")
 
 
 def train_unet(
