@@ -89,6 +89,8 @@ autoencoder() {  # factor, channels of the VAE's levels and of latents, steps of
     teacher.data=outputs/faces teacher.resolution=32 teacher.vae.factor="$1" teacher.vae.channels="[$2]" \
     teacher.vae.latent_channels="$3" teacher.steps.vae=1000 teacher.steps.unet="$4" teacher.unet.ema="$5" \
     teacher.unet.snapshot_every="$quarter" run.precision=bfloat16
+  "$python" scripts/evaluate_teacher.py teacher="$run/teacher" judge=outputs/judge_faces/judge labels=none \
+    data=outputs/faces evaluation.samples=20 evaluation.steps=4 output="$run/evaluation"
   for step in $quarter $((2 * quarter)) $((3 * quarter)) "$4"; do
     folder=$run/unet/snapshots/$(printf %06d "$step")
     "$python" scripts/evaluate_generator.py teacher="$folder" judge=outputs/judge_faces/judge labels=none \

@@ -52,6 +52,18 @@ def _snapshot_curves(files: Sequence[Path]) -> dict[str, Curve]:
     return curves
 
 
+def differing_parts(paths: Sequence[str]) -> list[str]:
+    """Paths without the folders at their beginnings and ends that all share; one path is left whole."""
+    parts = [Path(path).parts for path in paths]
+    if len(set(parts)) < 2:
+        return list(paths)
+    levels = enumerate(zip(*parts, strict=False))
+    start = next((i for i, level in levels if len(set(level)) > 1), min(map(len, parts)) - 1)
+    ends = zip(*(reversed(names[start:]) for names in parts), strict=False)
+    end = next((i for i, level in enumerate(ends) if len(set(level)) > 1), 0)
+    return ["/".join(names[start : len(names) - end]) for names in parts]
+
+
 def draw_curves(
     runs: Mapping[str, Mapping[str, Curve]],
     metrics: Sequence[str],
@@ -59,7 +71,8 @@ def draw_curves(
     scales: Sequence[float] = (),
     label: str = "steps",
 ) -> None:
-    """A panel for each metric, a line for each run, by its name; a metric on a log scale where all are > 0.
+    """A panel for each metric, a line for each run, by `differing_parts`; a metric on a log scale where all
+    are > 0.
 
     scales: of each run's steps, such as the work of one, for an axis with the `label` on a log scale. Raises
     `UserError` for a metric that no run has, and for scales that are not one a run.
@@ -74,11 +87,13 @@ def draw_curves(
     if scales and len(scales) != len(runs):
         raise UserError(f"{len(scales)} scales for {len(runs)} runs: give one a run")
     scale_of = dict(zip(runs, scales or [1.0] * len(runs), strict=True))
+    label_of = dict(zip(runs, differing_parts(list(runs)), strict=True))
     figure = Figure(figsize=(5 * len(chosen), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         lines = {run: curves[name] for run, curves in runs.items() if name in curves}
         for run, (steps, values) in lines.items():
-            axis.plot([scale_of[run] * step for step in steps], values, ".-" if scales else "-", label=run)
+            work = [scale_of[run] * step for step in steps]
+            axis.plot(work, values, ".-" if scales else "-", label=label_of[run])
         if all(value > 0 for _, values in lines.values() for value in values):
             axis.set_yscale("log")
         axis.set(title=name, xlabel=label, xscale="log" if scales else "linear")

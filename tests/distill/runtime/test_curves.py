@@ -8,7 +8,7 @@ import pytest
 from command_line import script
 from PIL import Image
 
-from distill.runtime.curves import draw_curves, read_curves
+from distill.runtime.curves import differing_parts, draw_curves, read_curves
 from distill.runtime.errors import UserError
 from distill.runtime.run import Run, RunOptions
 
@@ -37,6 +37,14 @@ def test_the_picture_has_a_panel_for_each_metric(tmp_path: Path) -> None:
     assert np.asarray(Image.open(output)).shape[1] == 2 * one.shape[1] and one.std() > 5
     with pytest.raises(UserError, match="no run has logged psnr: there are"):
         draw_curves({run: read_curves(run) for run in runs}, ["psnr"], output)
+
+
+def test_labels_are_what_the_paths_do_not_share() -> None:
+    snapshots = ["outputs/factor1/unet/snapshots", "outputs/factor2/unet/snapshots"]
+    assert differing_parts(snapshots) == ["factor1", "factor2"]
+    assert differing_parts(["a/x/y", "b/y"]) == ["a/x", "b"]
+    assert differing_parts(["a", "a/b"]) == ["a", "a/b"]
+    assert differing_parts(["outputs/a"]) == ["outputs/a"]
 
 
 def test_figures_of_snapshots_are_curves_too(tmp_path: Path) -> None:
